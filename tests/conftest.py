@@ -1,4 +1,4 @@
-"""What every test shares: four virtual CPU devices, strict number types, and tools that some tests need."""
+"""What every test shares: four virtual CPU devices, and tools that some tests need."""
 
 import importlib
 import os
@@ -8,7 +8,6 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +18,10 @@ def require():
         return importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)
 
     return load
+
+
+@pytest.fixture
+def strict_types():
+    """No implicit promotion between number types: for this project's own mathematics (optax relies on promotion)."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield

@@ -12,6 +12,7 @@ from zslflax import objectives
 from zslflax.config import default_config, set_objective
 from zslflax.objectives import OBJECTIVES, Embeddings
 
+pytestmark = pytest.mark.usefixtures("strict_types")
 N, D = 8, 5
 STEP = jnp.int32(3)
 

@@ -7,6 +7,7 @@ import pytest
 from zslflax.objectives import masked_softmax
 from zslflax.transport import column_potential
 
+pytestmark = pytest.mark.usefixtures("strict_types")
 N = 12
 
 

@@ -1,7 +1,6 @@
 """Every field that a config has, with its default, unit and source; and the checks made before anything is allocated."""
 
 import difflib
-import hashlib
 import json
 
 import jax.numpy as jnp
@@ -36,7 +35,8 @@ def default_config() -> ConfigDict:
     c.model.text.tokenizer = ""  # likewise; "" is the folder of the pretrained encoder
     c.model.text.max_tokens = 60  # longer captions are truncated; special tokens counted
     c.model.text.dropout = 0.1
-    c.model.text.scratch = ConfigDict({"layers": 12, "width": 768, "heads": 12})  # without pretrained weights
+    # Sizes of a BERT without pretrained weights; the vocabulary must hold the tokenizer's.
+    c.model.text.scratch = ConfigDict({"layers": 12, "width": 768, "heads": 12, "vocab_size": 30_522})
 
     # ((pattern, until step), ...): patterns are regular expressions matched from the start of a parameter's path, such as
     # "image/tower" or "text/tower/layer_[0-5]"; -1 is for ever. A tower frozen for ever runs once, without gradient.
@@ -232,5 +232,15 @@ def from_json(text: str) -> ConfigDict:
     return c
 
 
-def digest(c: ConfigDict) -> str:
-    return hashlib.sha256(to_json(c).encode()).hexdigest()[:12]
+def compare(a: ConfigDict, b: ConfigDict) -> list[tuple[str, object, object]]:
+    """Fields whose values differ, with both; `None` for a field that one of them lacks."""
+    a, b = a.to_dict(), b.to_dict()
+
+    def walk(x, y, prefix):
+        if isinstance(x, dict) and isinstance(y, dict):
+            for key in sorted({*x, *y}):
+                yield from walk(x.get(key), y.get(key), f"{prefix}.{key}" if prefix else key)
+        elif x != y:
+            yield prefix, x, y
+
+    return list(walk(a, b, ""))

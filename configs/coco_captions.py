@@ -1,0 +1,35 @@
+"""COCO captions through TFDS on one GPU: a first real run, with image-text retrieval on the validation images.
+
+    tfds build coco_captions --file_format=array_record    # downloads 25 GB, once; needs TensorFlow
+    python -m zslflax.main --config=configs/coco_captions.py
+"""
+
+from zslflax.config import default_config, eval_set, set_objective
+
+
+def get_config(objective: str = ""):
+    c = default_config()
+    c.name = "coco_captions" + (f"_{objective}" if objective else "")
+    set_objective(c, objective)
+    c.batch_size = 256  # pairs; fits a GPU of 24 GB
+    c.steps = 6_400  # 20 epochs of 82,783 images, one of their five captions drawn at each visit
+
+    c.model.embed_dim = 512
+    c.model.image.name = "resnet50"
+    c.model.image.pretrained = "microsoft/resnet-50"
+    c.model.image.size = 224  # pixels
+    c.model.text.pretrained = "sentence-transformers/all-MiniLM-L6-v2"
+    c.model.text.max_tokens = 40
+
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 3e-4
+    c.optimizer.warmup_steps = 300
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.rate_factors = ((".*/tower", 0.2), (".*", 1.0))
+    c.optimizer.clip_norm = 1.0
+
+    c.data.train = ("tfds:coco_captions/train",)
+    c.eval.every = 1_000  # steps
+    c.eval.sets = {"coco": eval_set(data="tfds:coco_captions/val")}  # captions alone: retrieval recall@k
+    c.checkpoint.every = 1_000  # steps
+    return c

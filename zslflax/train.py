@@ -1,0 +1,268 @@
+"""The training loop and nothing else: restore, step, report, evaluate, save."""
+
+import collections
+import json
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zslflax import checkpoint, objectives, optimizer, parallel, predict
+from zslflax import state as states
+from zslflax.config import compare, from_json, to_json
+from zslflax.data import pairs
+from zslflax.evaluate import evaluate as evaluate_sets
+from zslflax.models import pretrained
+from zslflax.predict import Predictor
+from zslflax.telemetry import Reporter, Stopwatch
+
+log = logging.getLogger("zslflax")
+
+
+def train(config, workdir: Path) -> None:
+    """Trains until `config.steps`, from the newest checkpoint in `workdir` where there is one.
+
+    Start-up takes the parameters from, in this order:
+        1. the newest complete checkpoint of `workdir`;
+        2. the pretrained towers that the config names, the rest at random from `config.seed`.
+    """
+    prepare_workdir(config, workdir)
+    model, tokenizer = predict.build_model(config)
+    teacher_model, teacher = load_teacher(config, tokenizer)
+    sources = [pairs.open_source(spec, config.data, "train") for spec in config.data.train]
+    checkpoints = checkpoint.manager(workdir, config.eval.best)
+    resuming = checkpoints.latest_step() is not None
+    state, tx, frozen = create_state(config, model, pretrained_weights=not resuming)
+    if resuming:
+        state = checkpoint.restore(checkpoints, state)
+        log.info("resuming from step %d in %s", state.step, workdir)
+    elif parallel.is_main():
+        predict.keep_text_encoder(config, tokenizer, workdir / predict.TEXT_FOLDER)
+    first = int(state.step)
+    describe(config, state, frozen, sources)
+
+    update = parallel.map_train_step(model=model, tx=tx, config=config, frozen=frozen, teacher_model=teacher_model)
+    batches = parallel.to_devices(train_batches(config, sources, tokenizer, first))
+    reporter = Reporter(workdir, first, config.steps, parallel.is_main())
+    watch, bad, recent = Stopwatch(), BadSamples(config.data.max_bad), []
+    for step in range(first + 1, config.steps + 1):
+        batch, errors = watch.next(batches)
+        bad.count(errors, config.batch_size // jax.process_count())
+        state, metrics = update(state, teacher, batch)
+        watch.pairs += config.batch_size
+        recent.append(metrics)
+        evaluating = step == config.steps or step % config.eval.every == 0
+        saving = evaluating or step % config.checkpoint.every == 0
+        results = {}
+        if saving or step == first + 1 or step % config.report_every == 0:
+            results = average(recent) | {f"train/{name}": value for name, value in (watch.lap() | bad.shares()).items()}
+            recent = []
+            reporter.progress(step, results["train/loss"], results["train/pairs_per_second"])
+            if results["train/bad_step"] >= 0:
+                stop_at_bad_step(checkpoints, state)
+        if evaluating:
+            results |= evaluate_state(config, model, tokenizer, state, workdir)
+            watch = Stopwatch()
+        if results:
+            reporter.write(step, results)
+        if saving:
+            checkpoint.save(checkpoints, state, results)
+    checkpoints.wait_until_finished()
+    checkpoints.close()
+    reporter.close()
+    log.info("finished %d steps; everything is in %s", config.steps, workdir)
+
+
+def evaluate(config, workdir: Path, step: int | None = None) -> dict[str, float]:
+    """Evaluates a checkpoint of `workdir` (default: the newest) without training; prints and returns the metrics.
+
+    The model is what the workdir's own config.json says; the test sets are those of `config`.
+    """
+    uses = {"": "teacher", "_student": "student"}
+    predictors = {suffix: Predictor.restore(workdir, step=step, use=use) for suffix, use in uses.items()}
+    step = predictors[""].step
+    metrics = evaluate_sets(predictors, config, workdir, step)
+    log.info("checkpoint of step %d in %s", step, workdir)
+    if parallel.is_main():
+        print(json.dumps({"step": step, **metrics}))
+    return metrics
+
+
+def prepare_workdir(config, workdir: Path) -> None:
+    """Makes the workdir and writes config.json; refuses a workdir of another run, but for its length and what it reports.
+
+    Raises:
+        ValueError: names every field that differs, with both values.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        kept = from_json(path.read_text())
+        differences = [
+            f"{field}: {old!r} there, {new!r} now"
+            for field, old, new in compare(kept, config)
+            if not field.startswith(("eval.", "report_every", "checkpoint.", "data.threads", "data.workers", "compilation"))
+        ]
+        if differences:
+            raise ValueError(
+                f"{workdir} holds a run of another config; choose another --workdir, or take back the difference:\n  "
+                + "\n  ".join(differences)
+            )
+    if parallel.is_main():
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(path, to_json(config))
+
+
+def create_state(config, model, *, pretrained_weights: bool):
+    """The state before the first step, the optimiser, and the modalities whose tower is frozen for ever."""
+    size, tokens = config.model.image.size, config.model.text.max_tokens
+    example = (jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, tokens), jnp.int32), jnp.ones((1, tokens), bool))
+    variables = jax.jit(model.init)(jax.random.key(config.seed), *example)
+    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    if pretrained_weights:
+        variables = import_towers(config, variables)
+    params = {**variables["params"], "objective": objectives.init_params(config.objective)}
+    tx = optimizer.build(config, params, config.steps)
+    frozen = optimizer.frozen_towers(params, config.freeze)
+    state = states.create({**variables, "params": params}, tx, ema=config.teacher.kind == "ema", frozen=frozen)
+    return state, tx, frozen
+
+
+def import_towers(config, variables):
+    """Puts the pretrained towers that the config names in the place of the random ones."""
+    image, text = config.model.image, config.model.text
+    params, batch_stats = variables["params"], dict(variables["batch_stats"])
+    if image.pretrained:
+        tower = {"params": params["image"]["tower"], "batch_stats": batch_stats.get("image", {}).get("tower", {})}
+        tower = pretrained.load_image(pretrained.locate(image.pretrained), image.name, tower, image.size)
+        params = states.merge(params, {"image": {"tower": tower["params"]}})
+        if batch_stats:
+            batch_stats["image"] = {"tower": tower["batch_stats"]}
+    if text.pretrained:
+        tower = pretrained.load_text(pretrained.locate(text.pretrained), {"params": params["text"]["tower"]})
+        params = states.merge(params, {"text": {"tower": tower["params"]}})
+    return {"params": params, "batch_stats": batch_stats}
+
+
+def load_teacher(config, tokenizer):
+    """The frozen teacher of teacher.kind "checkpoint": its model and variables; (None, {}) for any other kind."""
+    if config.teacher.kind != "checkpoint":
+        return None, {}
+    taught = Predictor.restore(config.teacher.workdir)
+    if taught.tokenizer.identity != tokenizer.identity:
+        raise ValueError(
+            f"the teacher in {config.teacher.workdir} reads captions with the tokenizer {taught.tokenizer.identity}, the "
+            f"student with {tokenizer.identity}; both see the same tokens, so give the student the teacher's tokenizer "
+            "(model.text.tokenizer, model.text.max_tokens)"
+        )
+    if taught.config.model.image.size != config.model.image.size:
+        raise ValueError(
+            f"the teacher in {config.teacher.workdir} sees images of {taught.config.model.image.size} pixels, the student of "
+            f"{config.model.image.size}; set model.image.size to the teacher's"
+        )
+    log.info("teacher: step %d of %s, frozen", taught.step, config.teacher.workdir)
+    return taught.model, taught.variables
+
+
+def train_batches(config, sources, tokenizer, start_step: int):
+    """This host's share of the batches from a step on."""
+    return pairs.train_batches(
+        sources,
+        config.data.weights,
+        tokenizer,
+        batch_size=config.batch_size,
+        image_size=config.model.image.size,
+        seed=config.seed,
+        start_step=start_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        crop_scale=config.data.crop_scale,
+        flip=config.data.flip,
+        threads=config.data.threads,
+        workers=config.data.workers,
+    )
+
+
+def describe(config, state, frozen: tuple[str, ...], sources) -> None:
+    """Logs what is going to be trained, on what."""
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree)) / 1e6
+    log.info(
+        "%s: image tower %s %.1fM parameters%s, text tower %.1fM%s; %s",
+        config.name,
+        config.model.image.name,
+        count(state.params["image"]["tower"]),
+        " (frozen)" if "image" in frozen else "",
+        count(state.params["text"]["tower"]),
+        " (frozen)" if "text" in frozen else "",
+        config.objective.name,
+    )
+    log.info(
+        "%s pairs, batches of %d on %d %s device(s), %d steps",
+        f"{sum(map(len, sources)):,}",
+        config.batch_size,
+        jax.device_count(),
+        jax.default_backend(),
+        config.steps,
+    )
+
+
+def average(metrics: list[dict]) -> dict[str, float]:
+    """The means of the steps' metrics, as `train/NAME`; this waits for the devices. Not of `bad_step`: its last value."""
+    host = jax.device_get(metrics)
+    means = {f"train/{name}": float(np.mean([m[name] for m in host])) for name in host[0]}
+    return means | {"train/bad_step": int(host[-1]["bad_step"])}
+
+
+def evaluate_state(config, model, tokenizer, state, workdir: Path) -> dict[str, float]:
+    """Evaluates the teacher and the student as they are; without an EMA there is only the student."""
+    step = int(state.step)
+    use = {"": states.student_variables(state)}
+    if state.teacher_params:
+        use = {"": states.teacher_variables(state), "_student": states.student_variables(state)}
+    predictors = {suffix: Predictor(config, model, variables, tokenizer, step) for suffix, variables in use.items()}
+    metrics = evaluate_sets(predictors, config, workdir, step)
+    for name, value in metrics.items():
+        log.info("step %d  %s %.4f", step, name, value)
+    return metrics
+
+
+def stop_at_bad_step(checkpoints, state) -> None:
+    """Saves the state as it was before the first step that was not finite, and ends the run."""
+    checkpoint.save(checkpoints, state.replace(bad_step=jnp.full((), -1, jnp.int32)))
+    checkpoints.wait_until_finished()
+    step = int(state.bad_step)
+    raise FloatingPointError(
+        f"the loss or the gradient of step {step + 1} is not finite; the state before it is saved as step {step}. "
+        "Lower optimizer.learning_rate, set optimizer.clip_norm, or use compute_dtype float32"
+    )
+
+
+class BadSamples:
+    """Counts the samples that could not be read, names the first few, and stops a run that has too many.
+
+    Args:
+        limit: the share of samples that may be bad.
+    """
+
+    ENOUGH = 1_000  # samples, before a share means something
+
+    def __init__(self, limit: float):
+        self.limit, self.seen, self.bad, self.shards = limit, 0, 0, collections.Counter()
+
+    def count(self, errors, samples: int) -> None:
+        self.seen += samples
+        for name, message in errors:
+            self.bad += 1
+            self.shards[name.rpartition(":")[0]] += 1
+            if self.bad <= 5:
+                log.warning("unreadable sample %s: %s", name, message)
+        if errors and self.seen >= self.ENOUGH and self.bad > self.limit * self.seen:
+            worst = "\n  ".join(f"{shard}: {count}" for shard, count in self.shards.most_common(10))
+            raise ValueError(
+                f"{self.bad} of {self.seen} samples could not be read, more than data.max_bad = {self.limit}; "
+                f"the shards with the most of them:\n  {worst}"
+            )
+
+    def shares(self) -> dict[str, float]:
+        return {"bad_samples": float(self.bad)}
