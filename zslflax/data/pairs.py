@@ -1,0 +1,367 @@
+"""The pipeline: from sources of raw image-caption records to batches of fixed shape, a pure function of (seed, position)."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from zslflax.data import images, scenes
+from zslflax.data.images import BadSample
+from zslflax.data.tfds import TfdsSource
+from zslflax.data.webdataset import WebDataset
+
+CHUNK = 64  # samples that a thread prepares in one go: grain's cost per element is paid, and a tokenizer called, once each
+GIVE_UP_AFTER = 1_000  # samples of which none was readable
+ORDER, AUGMENTATION = 0, 1  # streams of random numbers
+
+
+def open_source(spec: str, data_config, split: str):
+    """Opens a source of raw records.
+
+    Args:
+        spec: "scenes", the built-in procedural source; "tfds:NAME/SPLIT"; or else the pattern of tar shards.
+        data_config: the config's field `data`, for `tfds_dir` and `scenes`.
+        split: "train" or "test", of "scenes"; other sources say it in their spec, and training needs captions.
+
+    Returns:
+        A source: `len(source)` records, where `source[i]` is a dict of `image` (encoded bytes, or uint8 [height, width, 3]),
+        `text` (a tuple of captions), `label` (a tuple of true classes) and `name` ("SHARD:KEY"), or raises `BadSample`.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split is {split!r}, expected 'train' or 'test'")
+    openers = {"scenes": open_scenes, "tfds": open_tfds}
+    prefix = spec.partition(":")[0]
+    return openers.get(prefix, open_shards)(spec, data_config, split)
+
+
+def open_scenes(spec: str, data_config, split: str):
+    """The built-in source, written where it is missing."""
+    c = data_config.scenes
+    root = Path(c.root).expanduser()
+    written = scenes.ensure(root, train=c.train, test=c.test, size=c.size, noise=c.noise, seed=c.seed)
+    return WebDataset({"train": written.train, "test": written.test}[split])
+
+
+def open_tfds(spec: str, data_config, split: str):
+    """A dataset of tensorflow_datasets: "tfds:coco_captions/train", "tfds:NAME/CONFIG:VERSION/SPLIT"."""
+    name, slash, part = spec.removeprefix("tfds:").rpartition("/")
+    if not (spec.startswith("tfds:") and name and part):
+        raise ValueError(f"the source {spec!r} is not of the form tfds:NAME/SPLIT, such as tfds:coco_captions/train")
+    return TfdsSource(name, part, data_dir=data_config.tfds_dir or None)
+
+
+def open_shards(spec: str, data_config, split: str):
+    """Tar shards, in img2dataset's layout."""
+    return WebDataset(spec)
+
+
+def train_batches(
+    sources: Sequence,
+    weights: Sequence[float],
+    tokenizer,
+    *,
+    batch_size: int,
+    image_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    crop_scale: tuple[float, float] = (0.2, 1.0),
+    flip: bool = True,
+    threads: int = 8,
+    workers: int = 0,
+) -> Iterator[dict]:
+    """This host's rows of an infinite sequence of batches, from a step on.
+
+    Batch i is the positions [i·n, (i+1)·n) of one global order, in which every source is shuffled anew in each of its
+    epochs and the sources are mixed by weight; host h of H has the rows [h·n/H, (h+1)·n/H). Order, crop, flip and the
+    choice among several captions are a function of the seed and the position alone: neither threads, workers, hosts nor
+    where one started change them.
+
+    Args:
+        sources: raw records, as `open_source` describes them; picklable where there are workers.
+        weights: of the sources, which grain rounds to a percent of the smallest; (): by their sizes.
+        tokenizer: list of b captions → (ids int32 [b, t], mask bool [b, t]), with `identity["pad_id"]`.
+        batch_size: n, over all hosts.
+        image_size: s, pixels.
+        seed: of everything random.
+        start_step: i of the first batch.
+        process_index, process_count: h and H.
+        crop_scale: share of the image's area that a random-resized-crop takes, from and to.
+        flip: mirrors half of the images left to right.
+        threads: that read and decode, in each worker.
+        workers: processes; 0 is this one alone. They are spawned, so the entry point needs a `__main__` guard.
+
+    Yields:
+        dicts of `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `mask` bool [b] and `errors`, a
+        tuple of (name, message). A sample that cannot be read or has no caption has mask False and an error; its image is
+        zeros, its text padding, of which the first token is in the text_mask to keep a mean over tokens finite.
+
+    Raises:
+        ValueError: fewer samples than a batch, a batch that the hosts cannot share evenly; while iterating: none of the
+            first thousand samples could be read.
+    """
+    sizes = [len(source) for source in sources]
+    if sum(sizes) < batch_size:
+        raise ValueError(
+            f"the training data has {sum(sizes)} samples, fewer than one batch of {batch_size}; lower batch_size or "
+            "give more shards"
+        )
+    if batch_size % process_count:
+        raise ValueError(f"batch_size is {batch_size}, which {process_count} hosts cannot share evenly")
+    per_host = batch_size // process_count
+    prepare = TrainPreparation(tuple(sources), tokenizer, image_size, seed, tuple(crop_scale), flip)
+    rows = TrainRows(global_order(sizes, weights, seed), batch_size, per_host * process_index)
+    return stream(rows, prepare, per_host, range(start_step, sys.maxsize // batch_size), threads, workers)
+
+
+def eval_batches(
+    source,
+    *,
+    batch_size: int,
+    image_size: int,
+    resize: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 8,
+) -> Iterator[dict]:
+    """All samples once: host h of H has the samples h, h + H, … in order, padded to as many batches as every other host.
+
+    Args:
+        source: raw records, as `open_source` describes them.
+        batch_size: b, per host.
+        image_size: s, pixels.
+        resize: pixels, the image's shorter side before the centre crop.
+        process_index, process_count: h and H.
+        threads: that read and decode.
+
+    Yields:
+        dicts of `image` uint8 [b, s, s, 3], `mask` bool [b] (False: padding or unreadable), `index` int64 [b] (the number
+        of the sample, -1 for padding), `label` and `text` (lists of b tuples: true classes, captions) and `errors` as
+        `train_batches` has them.
+
+    Raises:
+        ValueError: an empty source, a resize below the image's size; while iterating: none of the first samples could be
+            read.
+    """
+    if len(source) == 0:
+        raise ValueError("the evaluation data has no samples")
+    if resize < image_size:
+        raise ValueError(f"resize is {resize} pixels, expected at least the image's size, {image_size}")
+    prepare = EvalPreparation(source, image_size, resize)
+    rows = EvalRows(len(source), batch_size, process_index, process_count)
+    steps = -(-len(source) // (batch_size * process_count))
+    return stream(rows, prepare, batch_size, range(steps), threads, workers=0)
+
+
+def global_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """The infinite order of the training samples: element p is (source, index in the source), numbers.
+
+    Raises:
+        ValueError: an empty source, or weights that do not fit the sources.
+    """
+    weights = list(weights) or list(sizes)
+    if len(weights) != len(sizes) or min(weights) <= 0:
+        raise ValueError(f"weights are {weights} for sources of {list(sizes)} samples, expected a positive one for each")
+    if min(sizes) == 0:
+        raise ValueError(f"source {list(sizes).index(0)} of {len(sizes)} has no samples")
+    seeds = np.random.SeedSequence([ORDER, seed]).generate_state(len(sizes))
+    orders = [
+        grain.MapDataset.range(size).shuffle(seed=int(s)).repeat().map(functools.partial(tag, k))
+        for k, (size, s) in enumerate(zip(sizes, seeds, strict=True))
+    ]
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
+
+
+def tag(source: int, index: int) -> tuple[int, int]:
+    return source, int(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRows:
+    """What is in the rows of this host's training batches: (position, source, index in the source)."""
+
+    order: grain.MapDataset
+    batch_size: int
+    first: int
+
+    def __call__(self, step: int, start: int, stop: int) -> list[tuple[int, int, int]]:
+        at = step * self.batch_size + self.first
+        return [(position, *self.order[position]) for position in range(at + start, at + stop)]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalRows:
+    """What is in the rows of this host's evaluation batches: the number of the sample, -1 beyond the end."""
+
+    size: int
+    per_host: int
+    process_index: int
+    process_count: int
+
+    def __call__(self, step: int, start: int, stop: int) -> list[int]:
+        at = step * self.per_host
+        numbers = (row * self.process_count + self.process_index for row in range(at + start, at + stop))
+        return [number if number < self.size else -1 for number in numbers]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPreparation:
+    """Reads, decodes, augments and tokenises training rows."""
+
+    sources: tuple
+    tokenizer: object
+    image_size: int
+    seed: int
+    crop_scale: tuple[float, float]
+    flip: bool
+
+    def __call__(self, rows: list[tuple[int, int, int]]) -> dict:
+        image, mask = empty(len(rows), self.image_size)
+        captions, errors = [""] * len(rows), []
+        for i, (position, source, index) in enumerate(rows):
+            rng = np.random.default_rng([AUGMENTATION, self.seed, position])
+            try:
+                record = read(self.sources[source], index)
+                captions[i] = draw_caption(record, rng)
+                image[i] = self.augment(record, rng)
+                mask[i] = True
+            except BadSample as error:
+                errors.append((error.name, str(error)))
+        text, text_mask = self.tokenizer(captions)
+        text = np.where(mask[:, None], text, self.tokenizer.identity["pad_id"]).astype(np.int32)
+        text_mask = text_mask & mask[:, None]
+        text_mask[:, 0] = True
+        return {"image": image, "text": text, "text_mask": text_mask, "mask": mask, "errors": tuple(errors)}
+
+    def augment(self, record: dict, rng: np.random.Generator) -> np.ndarray:
+        image = images.random_resized_crop(pixels(record), self.image_size, rng, scale=self.crop_scale)
+        return images.flip(image) if self.flip and rng.random() < 0.5 else image
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalPreparation:
+    """Reads, decodes and crops evaluation rows."""
+
+    source: object
+    image_size: int
+    resize: int
+
+    def __call__(self, rows: list[int]) -> dict:
+        image, mask = empty(len(rows), self.image_size)
+        label, text, errors = [()] * len(rows), [()] * len(rows), []
+        for i, index in enumerate(rows):
+            try:
+                if index >= 0:
+                    record = read(self.source, index)
+                    image[i] = images.resize_center_crop(pixels(record), self.image_size, self.resize)
+                    mask[i], label[i], text[i] = True, tuple(record["label"]), tuple(record["text"])
+            except BadSample as error:
+                errors.append((error.name, str(error)))
+        index = np.asarray(rows, np.int64)
+        return {"image": image, "mask": mask, "index": index, "label": label, "text": text, "errors": tuple(errors)}
+
+
+def empty(rows: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and mask before anything was read."""
+    return np.zeros((rows, size, size, 3), np.uint8), np.zeros(rows, bool)
+
+
+@contextlib.contextmanager
+def named(name: str):
+    """Gives a `BadSample` that is raised inside the name of the sample."""
+    try:
+        yield
+    except BadSample as error:
+        error.name = getattr(error, "name", None) or name
+        raise
+
+
+def read(source, index: int) -> dict:
+    with named(f"{type(source).__name__}:{index}"):
+        return source[index]
+
+
+def pixels(record: dict) -> np.ndarray:
+    """The record's image, uint8 [height, width, 3]."""
+    with named(record["name"]):
+        return record["image"] if isinstance(record["image"], np.ndarray) else images.decode(record["image"])
+
+
+def draw_caption(record: dict, rng: np.random.Generator) -> str:
+    """One of the captions that are not blank."""
+    captions = [caption for caption in record["text"] if caption.strip()]
+    with named(record["name"]):
+        if not captions:
+            raise BadSample("it has no caption" if not record["text"] else "its caption is empty")
+    return captions[rng.integers(len(captions))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """A batch is prepared in `parts`, several at a time: element e is the part e % parts of the batch e // parts."""
+
+    rows: Callable
+    prepare: Callable
+    per_host: int
+    parts: int
+
+    def __call__(self, element: int) -> dict:
+        step, part = divmod(int(element), self.parts)
+        start, stop = part * self.per_host // self.parts, (part + 1) * self.per_host // self.parts
+        return self.prepare(self.rows(step, start, stop))
+
+
+def stream(rows, prepare, per_host: int, steps: range, threads: int, workers: int) -> Iterator[dict]:
+    """Batches `steps` of `per_host` rows each, prepared ahead by threads, or by workers with threads each.
+
+    Raises:
+        ValueError: none of the first samples was readable; the reasons and the first names.
+    """
+    parts = -(-per_host // CHUNK)
+    chunks = grain.MapDataset.range(steps.start * parts, steps.stop * parts).map(Chunks(rows, prepare, per_host, parts))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + parts if threads else 0)
+    chunks = chunks.to_iter_dataset(options)
+    if workers:
+        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    iterator, readable, bad = iter(chunks), 0, []
+    try:
+        for _ in steps:
+            batch = join([next(iterator) for _ in range(parts)])
+            readable += int(batch["mask"].sum())
+            if not readable:
+                bad += batch["errors"]
+                if len(bad) >= GIVE_UP_AFTER:
+                    give_up(bad)
+            yield batch
+        if bad and not readable:
+            give_up(bad)
+    finally:
+        iterator.close()
+
+
+def join(parts: list[dict]) -> dict:
+    """Concatenates the parts of a batch, arrays and lists alike."""
+    whole = {}
+    for key, first in parts[0].items():
+        values = [part[key] for part in parts]
+        array = isinstance(first, np.ndarray)
+        whole[key] = np.concatenate(values) if array else type(first)(itertools.chain.from_iterable(values))
+    return whole
+
+
+def give_up(errors: list[tuple[str, str]]) -> None:
+    """Ends a run that reads nothing: how often each reason came up, with the sample where it first did."""
+    first = {}
+    for name, message in errors:
+        first.setdefault(message, name)
+    counts = collections.Counter(message for _, message in errors).most_common(5)
+    reasons = "\n  ".join(f"{count} times: {message} (first: {first[message]})" for message, count in counts)
+    raise ValueError(f"none of the first {len(errors)} samples could be used; the reasons:\n  {reasons}")
