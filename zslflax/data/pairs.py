@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grain
 import numpy as np
+from absl import flags
 
 from zslflax.data import images, scenes
 from zslflax.data.images import BadSample
@@ -119,7 +120,7 @@ def train_batches(
     per_host = batch_size // process_count
     prepare = TrainPreparation(tuple(sources), tokenizer, image_size, seed, tuple(crop_scale), flip)
     rows = TrainRows(global_order(sizes, weights, seed), batch_size, per_host * process_index)
-    return stream(rows, prepare, per_host, range(start_step, sys.maxsize // batch_size), threads, workers)
+    return stream(rows, prepare, per_host, range(start_step, sys.maxsize // batch_size), threads, workers, GIVE_UP_AFTER)
 
 
 def eval_batches(
@@ -148,8 +149,8 @@ def eval_batches(
         `train_batches` has them.
 
     Raises:
-        ValueError: an empty source, a resize below the image's size; while iterating: none of the first samples could be
-            read.
+        ValueError: an empty source, a resize below the image's size; while iterating: none of the samples
+            could be read, or of this host's first thousand.
     """
     if len(source) == 0:
         raise ValueError("the evaluation data has no samples")
@@ -158,7 +159,7 @@ def eval_batches(
     prepare = EvalPreparation(source, image_size, resize)
     rows = EvalRows(len(source), batch_size, process_index, process_count)
     steps = -(-len(source) // (batch_size * process_count))
-    return stream(rows, prepare, batch_size, range(steps), threads, workers=0)
+    return stream(rows, prepare, batch_size, range(steps), threads, workers=0, enough=min(GIVE_UP_AFTER, len(source)))
 
 
 def global_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
@@ -319,30 +320,29 @@ class Chunks:
         return self.prepare(self.rows(step, start, stop))
 
 
-def stream(rows, prepare, per_host: int, steps: range, threads: int, workers: int) -> Iterator[dict]:
+def stream(rows, prepare, per_host: int, steps: range, threads: int, workers: int, enough: int) -> Iterator[dict]:
     """Batches `steps` of `per_host` rows each, prepared ahead by threads, or by workers with threads each.
 
     Raises:
-        ValueError: none of the first samples was readable; the reasons and the first names.
+        ValueError: there were `enough` samples and none was readable; the reasons and the first names.
     """
     parts = -(-per_host // CHUNK)
     chunks = grain.MapDataset.range(steps.start * parts, steps.stop * parts).map(Chunks(rows, prepare, per_host, parts))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + parts if threads else 0)
     chunks = chunks.to_iter_dataset(options)
     if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads its own flags for workers; not every program parses absl's
+            flags.FLAGS.mark_as_parsed()
         chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
     iterator, readable, bad = iter(chunks), 0, []
     try:
         for _ in steps:
             batch = join([next(iterator) for _ in range(parts)])
             readable += int(batch["mask"].sum())
-            if not readable:
-                bad += batch["errors"]
-                if len(bad) >= GIVE_UP_AFTER:
-                    give_up(bad)
+            bad += () if readable else batch["errors"]
+            if not readable and len(bad) >= enough:
+                give_up(bad)
             yield batch
-        if bad and not readable:
-            give_up(bad)
     finally:
         iterator.close()
 

@@ -150,6 +150,5 @@ def follow(record, path: tuple[str, ...]):
 
 def flatten(value) -> list:
     """The leaves of nested lists and arrays."""
-    if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value):
-        return [leaf for item in value for leaf in flatten(item)]
-    return [value.item() if isinstance(value, np.ndarray) else value]
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    return [leaf for item in value for leaf in flatten(item)] if isinstance(value, (list, tuple)) else [value]
