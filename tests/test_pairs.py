@@ -1,4 +1,4 @@
-"""Batches: what is yielded is a function of (seed, position); bad samples and the tail of the test set are masked."""
+"""Batches are a function of (seed, position); bad samples and the padding of the test set are masked."""
 
 import collections
 import io
@@ -34,7 +34,12 @@ class Memory:
 
     def __getitem__(self, i):
         text = tuple(f"{self.number} {i} {k}" for k in range(self.captions))
-        record = {"image": self.images[i], "text": text, "label": (i % 3, 7), "name": f"shard{i // 8}.tar:{i:04}"}
+        record = {
+            "image": self.images[i],
+            "text": text,
+            "label": (i % 3, 7),
+            "name": f"shard{i // 8}.tar:{i:04}",
+        }
         change = self.spoil.get(i, {})
         if isinstance(change, str):
             raise BadSample(change)
@@ -122,7 +127,9 @@ def test_another_seed_gives_another_order_and_other_crops():
     source = Memory(16)
     one, other = train([source], 2), train([source], 2, seed=4)
     assert identities(one) != identities(other)
-    first = lambda batches: {i: p.tobytes() for i, p in zip(identities(batches), np.concatenate([b["image"] for b in batches]))}
+    first = lambda batches: {
+        i: p.tobytes() for i, p in zip(identities(batches), np.concatenate([b["image"] for b in batches]))
+    }
     assert all(first(one)[i] != first(other)[i] for i in first(one))
 
 
@@ -173,7 +180,9 @@ def test_flip_mirrors_half_of_the_images_and_can_be_turned_off():
     source = Memory(8, spoil={i: {"image": left} for i in range(8)})
     options = {"crop_scale": (1.0, 1.0)}
     mirrored = lambda flip: [
-        image[:, -2:].mean() > image[:, :2].mean() for b in train([source], 25, flip=flip, **options) for image in b["image"]
+        image[:, -2:].mean() > image[:, :2].mean()
+        for b in train([source], 25, flip=flip, **options)
+        for image in b["image"]
     ]
     assert 60 < sum(mirrored(True)) < 140
     assert sum(mirrored(False)) == 0
@@ -200,7 +209,13 @@ def test_bad_samples_are_masked_and_named_and_change_no_other_row():
         assert b["text_mask"][bad][:, 0].all() and not b["text_mask"][bad][:, 1:].any()
         assert len(b["errors"]) == bad.sum()
         names += [name for name, _ in b["errors"]]
-    expected = {"shard0.tar:0003": 2, "shard1.tar:0009": 2, "shard2.tar:0017": 2, "shard2.tar:0020": 2, "Memory:30": 2}
+    expected = {
+        "shard0.tar:0003": 2,
+        "shard1.tar:0009": 2,
+        "shard2.tar:0017": 2,
+        "shard2.tar:0020": 2,
+        "Memory:30": 2,
+    }
     assert collections.Counter(names) == expected
 
 
@@ -220,7 +235,11 @@ def test_nothing_readable_ends_with_the_reasons():
     assert "500 times: broken (first: Memory:" in str(caught.value)
     assert "500 times: it has no caption (first: shard" in str(caught.value)
     with pytest.raises(ValueError, match="none of the first 10 samples"):
-        list(pairs.eval_batches(Memory(10, spoil=dict.fromkeys(range(10), "broken")), batch_size=4, image_size=8, resize=8))
+        list(
+            pairs.eval_batches(
+                Memory(10, spoil=dict.fromkeys(range(10), "broken")), batch_size=4, image_size=8, resize=8
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -259,7 +278,9 @@ def test_evaluation_drops_nothing_and_all_hosts_have_as_many_batches(size, hosts
             assert batch["label"] == [(i % 3, 7) if ok else () for i, ok in zip(batch["index"], readable)]
             assert batch["text"] == [(f"0 {i} 0",) if ok else () for i, ok in zip(batch["index"], readable)]
             assert (batch["image"][~readable] == 0).all()
-            assert [name for name, _ in batch["errors"]] == ["shard0.tar:0002"] * int((batch["index"] == 2).sum())
+            assert [name for name, _ in batch["errors"]] == ["shard0.tar:0002"] * int(
+                (batch["index"] == 2).sum()
+            )
     assert sorted(seen) == list(range(size))
 
 

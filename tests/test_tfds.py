@@ -1,4 +1,4 @@
-"""TFDS datasets, written by tensorflow_datasets itself (no TensorFlow needed for that), are read as raw records."""
+"""Datasets that tensorflow_datasets wrote, which takes no TensorFlow, are read as raw records."""
 
 import io
 import sys
@@ -9,6 +9,7 @@ from PIL import Image
 
 from zslflax.data import images, pairs
 from zslflax.data.tfds import TfdsSource
+
 
 def jpeg(i: int) -> bytes:
     file = io.BytesIO()
@@ -25,7 +26,9 @@ def write(folder, features, examples, *, file_format="array_record", config=None
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
 
         def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features(tfds.features)))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features(tfds.features))
+            )
 
         def _split_generators(self, _):
             return {split: self._generate_examples(rows) for split, rows in examples.items()}
@@ -57,7 +60,12 @@ def coco_example(i):
 
 
 def flat(f):
-    return {"photo": f.Image(), "caption": f.Text(), "label": f.ClassLabel(names=["a", "b"]), "coarse": f.ClassLabel(num_classes=1)}
+    return {
+        "photo": f.Image(),
+        "caption": f.Text(),
+        "label": f.ClassLabel(names=["a", "b"]),
+        "coarse": f.ClassLabel(num_classes=1),
+    }
 
 
 def by_caption(source):
@@ -74,7 +82,10 @@ def test_nested_captions_and_labels_as_in_coco_captions(tmp_path):
         assert record["image"] == jpeg(i)  # the bytes that were written, not decoded and not encoded again
         assert record["label"] == (i, 8)
         assert all(type(c) is int for c in record["label"]) and all(type(t) is str for t in record["text"])
-    assert [source[i]["name"].rpartition(":") for i in (0, 4)] == [("tfds:tiny/train", ":", "0"), ("tfds:tiny/train", ":", "4")]
+    assert [source[i]["name"].rpartition(":") for i in (0, 4)] == [
+        ("tfds:tiny/train", ":", "0"),
+        ("tfds:tiny/train", ":", "4"),
+    ]
 
 
 def test_flat_features_of_other_names(tmp_path):
@@ -116,7 +127,9 @@ def test_configs(tmp_path):
 
 def test_tfrecords_alone_give_the_command_that_converts_them(tmp_path):
     """Written as ArrayRecord and then described as TFRecord, which tfds writes with TensorFlow only."""
-    write(tmp_path, flat, {"train": [{"photo": io.BytesIO(jpeg(1)), "caption": "x", "label": 0, "coarse": 0}]})
+    write(
+        tmp_path, flat, {"train": [{"photo": io.BytesIO(jpeg(1)), "caption": "x", "label": 0, "coarse": 0}]}
+    )
     folder = tmp_path / "tiny" / "1.0.0"
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
@@ -141,6 +154,8 @@ def test_what_is_not_there_is_named(tmp_path):
 
 
 def test_none_of_this_imports_tensorflow(tmp_path):
-    write(tmp_path, flat, {"train": [{"photo": io.BytesIO(jpeg(1)), "caption": "x", "label": 0, "coarse": 0}]})
+    write(
+        tmp_path, flat, {"train": [{"photo": io.BytesIO(jpeg(1)), "caption": "x", "label": 0, "coarse": 0}]}
+    )
     assert images.decode(TfdsSource("tiny", "train", tmp_path)[0]["image"]).shape == (9, 9, 3)
     assert "tensorflow" not in sys.modules

@@ -1,7 +1,6 @@
-"""The pipeline: from sources of raw image-caption records to batches of fixed shape, a pure function of (seed, position)."""
+"""The pipeline: from raw image-caption records to batches of fixed shape, a function of (seed, position)."""
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -13,14 +12,13 @@ import grain
 import numpy as np
 from absl import flags
 
-from zslflax.data import images, scenes
-from zslflax.data.images import BadSample
+from zslflax.data import scenes
+from zslflax.data.samples import ORDER_STREAM, EvalPreparation, TrainPreparation
 from zslflax.data.tfds import TfdsSource
 from zslflax.data.webdataset import WebDataset
 
-CHUNK = 64  # samples that a thread prepares in one go: grain's cost per element is paid, and a tokenizer called, once each
+CHUNK = 64  # samples that a thread prepares in one go, with one call of the tokenizer
 GIVE_UP_AFTER = 1_000  # samples of which none was readable
-ORDER, AUGMENTATION = 0, 1  # streams of random numbers
 
 
 def open_source(spec: str, data_config, split: str):
@@ -29,11 +27,12 @@ def open_source(spec: str, data_config, split: str):
     Args:
         spec: "scenes", the built-in procedural source; "tfds:NAME/SPLIT"; or else the pattern of tar shards.
         data_config: the config's field `data`, for `tfds_dir` and `scenes`.
-        split: "train" or "test", of "scenes"; other sources say it in their spec, and training needs captions.
+        split: "train" or "test", of "scenes"; other sources say it in their spec.
 
     Returns:
-        A source: `len(source)` records, where `source[i]` is a dict of `image` (encoded bytes, or uint8 [height, width, 3]),
-        `text` (a tuple of captions), `label` (a tuple of true classes) and `name` ("SHARD:KEY"), or raises `BadSample`.
+        A source: `len(source)` records, where `source[i]` is a dict of `image` (encoded bytes, or uint8
+        [height, width, 3]), `text` (a tuple of captions), `label` (a tuple of true classes) and `name`
+        ("SHARD:KEY"), or raises `BadSample`, if possible with the sample's name as its attribute `name`.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'test'")
@@ -54,7 +53,9 @@ def open_tfds(spec: str, data_config, split: str):
     """A dataset of tensorflow_datasets: "tfds:coco_captions/train", "tfds:NAME/CONFIG:VERSION/SPLIT"."""
     name, slash, part = spec.removeprefix("tfds:").rpartition("/")
     if not (spec.startswith("tfds:") and name and part):
-        raise ValueError(f"the source {spec!r} is not of the form tfds:NAME/SPLIT, such as tfds:coco_captions/train")
+        raise ValueError(
+            f"the source {spec!r} is not of the form tfds:NAME/SPLIT, such as tfds:coco_captions/train"
+        )
     return TfdsSource(name, part, data_dir=data_config.tfds_dir or None)
 
 
@@ -81,10 +82,10 @@ def train_batches(
 ) -> Iterator[dict]:
     """This host's rows of an infinite sequence of batches, from a step on.
 
-    Batch i is the positions [i·n, (i+1)·n) of one global order, in which every source is shuffled anew in each of its
-    epochs and the sources are mixed by weight; host h of H has the rows [h·n/H, (h+1)·n/H). Order, crop, flip and the
-    choice among several captions are a function of the seed and the position alone: neither threads, workers, hosts nor
-    where one started change them.
+    Batch i is the positions [i·n, (i+1)·n) of one global order, in which every source is shuffled anew in
+    each of its epochs and the sources are mixed by weight; host h of H has the rows [h·n/H, (h+1)·n/H).
+    Order, crop, flip and the choice among several captions are a function of the seed and the position alone:
+    neither threads, workers, hosts nor where one started change them.
 
     Args:
         sources: raw records, as `open_source` describes them; picklable where there are workers.
@@ -98,29 +99,32 @@ def train_batches(
         crop_scale: share of the image's area that a random-resized-crop takes, from and to.
         flip: mirrors half of the images left to right.
         threads: that read and decode, in each worker.
-        workers: processes; 0 is this one alone. They are spawned, so the entry point needs a `__main__` guard.
+        workers: processes; 0 is this one alone. They are spawned, so the entry point needs a `__main__`
+            guard.
 
     Yields:
-        dicts of `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `mask` bool [b] and `errors`, a
-        tuple of (name, message). A sample that cannot be read or has no caption has mask False and an error; its image is
-        zeros, its text padding, of which the first token is in the text_mask to keep a mean over tokens finite.
+        dicts of `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `mask` bool [b] and
+        `errors`, a tuple of (name, message). A sample that cannot be read or has no caption has mask False
+        and an error; its image is zeros, its text padding, of which the first token is in the text_mask to
+        keep a mean over tokens finite.
 
     Raises:
-        ValueError: fewer samples than a batch, a batch that the hosts cannot share evenly; while iterating: none of the
-            first thousand samples could be read.
+        ValueError: fewer samples than a batch, a batch that the hosts cannot share evenly; while iterating:
+            none of the first thousand samples could be read.
     """
     sizes = [len(source) for source in sources]
     if sum(sizes) < batch_size:
         raise ValueError(
-            f"the training data has {sum(sizes)} samples, fewer than one batch of {batch_size}; lower batch_size or "
-            "give more shards"
+            f"the training data has {sum(sizes)} samples, fewer than one batch of {batch_size}; "
+            "lower batch_size or give more shards"
         )
     if batch_size % process_count:
         raise ValueError(f"batch_size is {batch_size}, which {process_count} hosts cannot share evenly")
     per_host = batch_size // process_count
     prepare = TrainPreparation(tuple(sources), tokenizer, image_size, seed, tuple(crop_scale), flip)
     rows = TrainRows(global_order(sizes, weights, seed), batch_size, per_host * process_index)
-    return stream(rows, prepare, per_host, range(start_step, sys.maxsize // batch_size), threads, workers, GIVE_UP_AFTER)
+    steps = range(start_step, sys.maxsize // batch_size)
+    return stream(rows, prepare, per_host, steps, threads, workers, enough=GIVE_UP_AFTER)
 
 
 def eval_batches(
@@ -133,7 +137,7 @@ def eval_batches(
     process_count: int = 1,
     threads: int = 8,
 ) -> Iterator[dict]:
-    """All samples once: host h of H has the samples h, h + H, … in order, padded to as many batches as every other host.
+    """All samples once: host h of H has the samples h, h + H, …, padded to as many batches as every host's.
 
     Args:
         source: raw records, as `open_source` describes them.
@@ -144,9 +148,9 @@ def eval_batches(
         threads: that read and decode.
 
     Yields:
-        dicts of `image` uint8 [b, s, s, 3], `mask` bool [b] (False: padding or unreadable), `index` int64 [b] (the number
-        of the sample, -1 for padding), `label` and `text` (lists of b tuples: true classes, captions) and `errors` as
-        `train_batches` has them.
+        dicts of `image` uint8 [b, s, s, 3], `mask` bool [b] (False: padding or unreadable), `index` int64 [b]
+        (the number of the sample, -1 for padding), `label` and `text` (lists of b tuples: true classes,
+        captions) and `errors` as `train_batches` has them.
 
     Raises:
         ValueError: an empty source, a resize below the image's size; while iterating: none of the samples
@@ -159,7 +163,8 @@ def eval_batches(
     prepare = EvalPreparation(source, image_size, resize)
     rows = EvalRows(len(source), batch_size, process_index, process_count)
     steps = -(-len(source) // (batch_size * process_count))
-    return stream(rows, prepare, batch_size, range(steps), threads, workers=0, enough=min(GIVE_UP_AFTER, len(source)))
+    enough = min(GIVE_UP_AFTER, len(source))
+    return stream(rows, prepare, batch_size, range(steps), threads, workers=0, enough=enough)
 
 
 def global_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
@@ -170,10 +175,12 @@ def global_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> g
     """
     weights = list(weights) or list(sizes)
     if len(weights) != len(sizes) or min(weights) <= 0:
-        raise ValueError(f"weights are {weights} for sources of {list(sizes)} samples, expected a positive one for each")
+        raise ValueError(
+            f"weights are {weights} for sources of {list(sizes)} samples, expected a positive one for each"
+        )
     if min(sizes) == 0:
         raise ValueError(f"source {list(sizes).index(0)} of {len(sizes)} has no samples")
-    seeds = np.random.SeedSequence([ORDER, seed]).generate_state(len(sizes))
+    seeds = np.random.SeedSequence([ORDER_STREAM, seed]).generate_state(len(sizes))
     orders = [
         grain.MapDataset.range(size).shuffle(seed=int(s)).repeat().map(functools.partial(tag, k))
         for k, (size, s) in enumerate(zip(sizes, seeds, strict=True))
@@ -214,100 +221,8 @@ class EvalRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainPreparation:
-    """Reads, decodes, augments and tokenises training rows."""
-
-    sources: tuple
-    tokenizer: object
-    image_size: int
-    seed: int
-    crop_scale: tuple[float, float]
-    flip: bool
-
-    def __call__(self, rows: list[tuple[int, int, int]]) -> dict:
-        image, mask = empty(len(rows), self.image_size)
-        captions, errors = [""] * len(rows), []
-        for i, (position, source, index) in enumerate(rows):
-            rng = np.random.default_rng([AUGMENTATION, self.seed, position])
-            try:
-                record = read(self.sources[source], index)
-                captions[i] = draw_caption(record, rng)
-                image[i] = self.augment(record, rng)
-                mask[i] = True
-            except BadSample as error:
-                errors.append((error.name, str(error)))
-        text, text_mask = self.tokenizer(captions)
-        text = np.where(mask[:, None], text, self.tokenizer.identity["pad_id"]).astype(np.int32)
-        text_mask = text_mask & mask[:, None]
-        text_mask[:, 0] = True
-        return {"image": image, "text": text, "text_mask": text_mask, "mask": mask, "errors": tuple(errors)}
-
-    def augment(self, record: dict, rng: np.random.Generator) -> np.ndarray:
-        image = images.random_resized_crop(pixels(record), self.image_size, rng, scale=self.crop_scale)
-        return images.flip(image) if self.flip and rng.random() < 0.5 else image
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalPreparation:
-    """Reads, decodes and crops evaluation rows."""
-
-    source: object
-    image_size: int
-    resize: int
-
-    def __call__(self, rows: list[int]) -> dict:
-        image, mask = empty(len(rows), self.image_size)
-        label, text, errors = [()] * len(rows), [()] * len(rows), []
-        for i, index in enumerate(rows):
-            try:
-                if index >= 0:
-                    record = read(self.source, index)
-                    image[i] = images.resize_center_crop(pixels(record), self.image_size, self.resize)
-                    mask[i], label[i], text[i] = True, tuple(record["label"]), tuple(record["text"])
-            except BadSample as error:
-                errors.append((error.name, str(error)))
-        index = np.asarray(rows, np.int64)
-        return {"image": image, "mask": mask, "index": index, "label": label, "text": text, "errors": tuple(errors)}
-
-
-def empty(rows: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and mask before anything was read."""
-    return np.zeros((rows, size, size, 3), np.uint8), np.zeros(rows, bool)
-
-
-@contextlib.contextmanager
-def named(name: str):
-    """Gives a `BadSample` that is raised inside the name of the sample."""
-    try:
-        yield
-    except BadSample as error:
-        error.name = getattr(error, "name", None) or name
-        raise
-
-
-def read(source, index: int) -> dict:
-    with named(f"{type(source).__name__}:{index}"):
-        return source[index]
-
-
-def pixels(record: dict) -> np.ndarray:
-    """The record's image, uint8 [height, width, 3]."""
-    with named(record["name"]):
-        return record["image"] if isinstance(record["image"], np.ndarray) else images.decode(record["image"])
-
-
-def draw_caption(record: dict, rng: np.random.Generator) -> str:
-    """One of the captions that are not blank."""
-    captions = [caption for caption in record["text"] if caption.strip()]
-    with named(record["name"]):
-        if not captions:
-            raise BadSample("it has no caption" if not record["text"] else "its caption is empty")
-    return captions[rng.integers(len(captions))]
-
-
-@dataclasses.dataclass(frozen=True)
 class Chunks:
-    """A batch is prepared in `parts`, several at a time: element e is the part e % parts of the batch e // parts."""
+    """Batches in parts, which bounds memory and latency: element e is part e % parts of batch e // parts."""
 
     rows: Callable
     prepare: Callable
@@ -320,20 +235,25 @@ class Chunks:
         return self.prepare(self.rows(step, start, stop))
 
 
-def stream(rows, prepare, per_host: int, steps: range, threads: int, workers: int, enough: int) -> Iterator[dict]:
+def stream(
+    rows, prepare, per_host: int, steps: range, threads: int, workers: int, enough: int
+) -> Iterator[dict]:
     """Batches `steps` of `per_host` rows each, prepared ahead by threads, or by workers with threads each.
 
     Raises:
         ValueError: there were `enough` samples and none was readable; the reasons and the first names.
     """
     parts = -(-per_host // CHUNK)
-    chunks = grain.MapDataset.range(steps.start * parts, steps.stop * parts).map(Chunks(rows, prepare, per_host, parts))
+    chunks = grain.MapDataset.range(steps.start * parts, steps.stop * parts).map(
+        Chunks(rows, prepare, per_host, parts)
+    )
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + parts if threads else 0)
     chunks = chunks.to_iter_dataset(options)
     if workers:
-        if not flags.FLAGS.is_parsed():  # grain reads its own flags for workers; not every program parses absl's
+        # Grain reads its own absl flags for workers, which a notebook or a test has not parsed.
+        if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
     iterator, readable, bad = iter(chunks), 0, []
     try:
         for _ in steps:

@@ -1,10 +1,8 @@
-"""Image-caption datasets of tensorflow_datasets, read by random access from ArrayRecord files, without TensorFlow."""
+"""Image-caption datasets of tensorflow_datasets, read from ArrayRecord files without TensorFlow."""
 
 from pathlib import Path
 
 import numpy as np
-
-from zslflax.data.images import BadSample
 
 CAPTION_NAMES = ("caption", "captions", "text", "texts")
 LABEL_NAMES = ("label", "labels")
@@ -13,10 +11,11 @@ LABEL_NAMES = ("label", "labels")
 class TfdsSource:
     """Raw records of a prepared TFDS dataset, as `zslflax.data.pairs.open_source` describes them.
 
-    The features are found by kind and name: the image (`image` where there are several); the captions in `caption`,
-    `captions`, `text` or `texts`, a text or a sequence of texts, or one level deeper as in coco_captions'
-    `captions: {text}`; the label in the class label, or sequence of them, called `label` or `labels`, or else the only
-    one there is, at the top or one level deeper. Class labels below 0 mean unlabelled and are left out.
+    The features are found by kind and name: the image (`image` where there are several); the captions in
+    `caption`, `captions`, `text` or `texts`, a text or a sequence of texts, or one level deeper as in
+    coco_captions' `captions: {text}`; the label in the class label, or sequence of them, called `label` or
+    `labels`, or else the only one there is, at the top or one level deeper. Class labels below 0 mean
+    unlabelled and are left out.
 
     Args:
         name: "NAME", "NAME/CONFIG", each with ":VERSION" if not the newest is meant.
@@ -24,8 +23,8 @@ class TfdsSource:
         data_dir: the folder that holds the folder NAME; None: $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
 
     Raises:
-        ValueError: no such prepared dataset or split, no image, or TFRecord files alone; the message has the command of
-            tfds that helps.
+        ValueError: no such prepared dataset or split, no image, or TFRecord files alone; the message has the
+            command of tfds that helps.
     """
 
     def __init__(self, name: str, split: str, data_dir: str | None = None):
@@ -34,10 +33,11 @@ class TfdsSource:
         folder = find_folder(name, Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
         builder = tfds.builder_from_directory(folder)
         array_record = tfds.core.file_adapters.FileFormat.ARRAY_RECORD
-        if array_record not in builder.info.available_file_formats():
+        formats = builder.info.available_file_formats()
+        if array_record not in formats:
             raise ValueError(
                 f"{folder} holds no ArrayRecord files, which random access needs, only "
-                f"{', '.join(f.value for f in builder.info.available_file_formats()) or 'no data'}; convert it once, where "
+                f"{', '.join(f.value for f in formats) or 'no data'}; convert it once, where "
                 f"TensorFlow is installed:\n  tfds convert_format --dataset_version_dir={folder} "
                 "--out_file_format=array_record"
             )
@@ -57,10 +57,7 @@ class TfdsSource:
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
         captions = flatten(follow(record, self.caption))
-        try:
-            text = tuple(c.decode() if isinstance(c, bytes) else str(c) for c in captions)
-        except UnicodeDecodeError as error:
-            raise BadSample(f"{self.name}:{index}: its caption is not UTF-8") from error
+        text = tuple(c.decode(errors="replace") if isinstance(c, bytes) else str(c) for c in captions)
         label = tuple(dict.fromkeys(int(c) for c in flatten(follow(record, self.label)) if c >= 0))
         return {"image": record[self.image], "text": text, "label": label, "name": f"{self.name}:{index}"}
 
@@ -71,13 +68,18 @@ def find_folder(name: str, root: Path) -> Path:
     Found by its files and not by tfds.builder, whose code for many datasets needs TensorFlow.
     """
     path, _, version = name.partition(":")
-    folders = [info.parent for info in (root / path).rglob("dataset_info.json") if is_version(info.parent.name)]
+    folders = [
+        info.parent for info in (root / path).rglob("dataset_info.json") if is_version(info.parent.name)
+    ]
     folders = [folder for folder in folders if not version or folder.name == version]
     if not folders:
-        prepared = sorted({p.parent.parent.relative_to(root).as_posix() for p in root.glob("*/**/dataset_info.json")})
+        prepared = sorted(
+            {p.parent.parent.relative_to(root).as_posix() for p in root.glob("*/**/dataset_info.json")}
+        )
         raise ValueError(
-            f"there is no prepared dataset {name!r} in {root}, only: {', '.join(prepared) or 'none'}; set data.tfds_dir, "
-            f"or prepare it, where TensorFlow is installed:\n  tfds build {name} --data_dir={root} --file_format=array_record"
+            f"there is no prepared dataset {name!r} in {root}, only: {', '.join(prepared) or 'none'}; "
+            "set data.tfds_dir, or prepare it, where TensorFlow is installed:\n"
+            f"  tfds build {name} --data_dir={root} --file_format=array_record"
         )
     configs = sorted({folder.parent.relative_to(root).as_posix() for folder in folders})
     if len(configs) > 1:
@@ -95,8 +97,8 @@ def find_image(features, folder: Path) -> str:
     found = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
     if not found or (len(found) > 1 and "image" not in found):
         raise ValueError(
-            f"{folder} has {'several images' if found else 'no image'} among its features {', '.join(features)}; expected "
-            "one, or one that is called image"
+            f"{folder} has {'several images' if found else 'no image'} among its features "
+            f"{', '.join(features)}; expected one, or one that is called image"
         )
     return "image" if "image" in found else found[0]
 
