@@ -1,6 +1,9 @@
 """Datasets that tensorflow_datasets wrote, which takes no TensorFlow, are read as raw records."""
 
+import concurrent.futures
 import io
+import json
+import pickle
 import sys
 
 import numpy as np
@@ -13,7 +16,7 @@ from zslflax.data.tfds import TfdsSource
 
 def jpeg(i: int) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.full((8 + i, 9, 3), 40 * i, np.uint8)).save(file, "JPEG", quality=95)
+    Image.fromarray(np.full((8 + i, 9, 3), 40 * i % 256, np.uint8)).save(file, "JPEG", quality=95)
     return file.getvalue()
 
 
@@ -139,6 +142,25 @@ def test_tfrecords_alone_give_the_command_that_converts_them(tmp_path):
     with pytest.raises(ValueError, match="only tfrecord") as caught:
         TfdsSource("tiny", "train", tmp_path)
     assert command in str(caught.value)
+
+
+def test_array_records_beside_tfrecords_are_read(tmp_path):
+    """As tfds convert_format leaves a dataset that was prepared as TFRecord."""
+    rows = [{"photo": io.BytesIO(jpeg(1)), "caption": "x", "label": 0, "coarse": 0}]
+    write(tmp_path, flat, {"train": rows})
+    info = tmp_path / "tiny" / "1.0.0" / "dataset_info.json"
+    described = json.loads(info.read_text())
+    described |= {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
+    info.write_text(json.dumps(described))
+    assert TfdsSource("tiny", "train", tmp_path)[0]["text"] == ("x",)
+
+
+def test_records_are_read_by_several_threads_and_processes(tmp_path):
+    write(tmp_path, coco, {"test": map(coco_example, range(1, 40))})
+    source = pickle.loads(pickle.dumps(TfdsSource("tiny", "test", tmp_path)))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        records = list(pool.map(source.__getitem__, range(39)))
+    assert sorted(len(record["text"]) for record in records) == list(range(1, 40))
 
 
 def test_what_is_not_there_is_named(tmp_path):
