@@ -48,7 +48,7 @@ def coco(f):
     return {
         "image": f.Image(encoding_format="jpeg"),
         "captions": f.Sequence({"id": np.int64, "text": f.Text()}),
-        "objects": f.Sequence({"label": f.ClassLabel(num_classes=9), "area": np.int64}),
+        "objects": f.Sequence({"label": f.ClassLabel(num_classes=40), "area": np.int64}),
         "image/filename": f.Text(),
     }
 
