@@ -1,0 +1,229 @@
+"""Decoding against Pillow, resampling against Pillow and plain averages, crops by what they must keep."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zslflax.data import images
+from zslflax.data.images import BadSample
+
+
+def picture(height=37, width=50, seed=0) -> np.ndarray:
+    """Smooth colours with some noise, so that JPEG keeps them nearly."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
+    return np.array(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encode(image, format, **options) -> bytes:
+    file = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+JPEGS = {
+    "baseline": encode(picture(), "JPEG", quality=90),
+    "progressive": encode(picture(), "JPEG", quality=90, progressive=True),
+    "4:4:4": encode(picture(), "JPEG", quality=90, subsampling=0),
+    "grey": encode(Image.fromarray(picture()).convert("L"), "JPEG"),
+    "cmyk": encode(Image.fromarray(picture()).convert("CMYK"), "JPEG", quality=95),
+    "exif": encode(picture(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"),
+    "bytes behind the end": encode(picture(), "JPEG") + b"junk",
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_jpegs_decode_as_with_pillow(kind):
+    decoded = images.decode(JPEGS[kind])
+    assert decoded.shape == (37, 50, 3) and decoded.dtype == np.uint8 and decoded.flags.c_contiguous
+    np.testing.assert_allclose(decoded.astype(int), pillow(JPEGS[kind]), atol=2)
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_lossless_formats_decode_exactly(format):
+    options = {"lossless": True} if format == "WEBP" else {}
+    np.testing.assert_array_equal(images.decode(encode(picture(), format, **options)), picture())
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "I;16", "CMYK"])
+def test_every_mode_becomes_rgb(mode):
+    if mode == "I;16":
+        grey = np.linspace(0, 65535, 37 * 50).reshape(37, 50).astype(np.uint16)
+        data, expected = encode(grey, "PNG"), np.repeat((grey >> 8)[..., None], 3, axis=2)
+    else:
+        converted = Image.fromarray(picture()).convert(mode)
+        data = encode(converted, "TIFF" if mode == "CMYK" else "PNG")
+        expected = np.asarray(converted.convert("RGB"))
+    np.testing.assert_array_equal(images.decode(data), expected)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_transparency_becomes_white(format):
+    alpha = np.zeros((37, 50, 4), np.uint8)
+    alpha[:, :25] = (10, 20, 30, 255)
+    alpha[:, 40:] = (0, 0, 0, 128)
+    decoded = images.decode(encode(alpha, format, lossless=True))
+    assert (decoded[:, :25] == (10, 20, 30)).all() and (decoded[:, 25:40] == 255).all()
+    np.testing.assert_allclose(decoded[:, 40:].astype(int), 127, atol=1)
+
+
+def test_transparent_palettes_and_the_first_frame_of_an_animation():
+    frames = [Image.new("P", (6, 5), color) for color in (0, 1)]
+    for frame in frames:
+        frame.putpalette([200, 0, 0, 0, 200, 0])
+    animated = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert (images.decode(animated) == (200, 0, 0)).all()
+    assert (images.decode(encode(frames[0], "PNG", transparency=0)) == 255).all()
+    assert (images.decode(encode(frames[0], "PNG", transparency=b"\x00\xff")) == 255).all()
+
+
+def test_stray_bytes_in_a_jpeg_do_no_harm():
+    data = JPEGS["baseline"]
+    at = data.index(b"\xff\xda")
+    np.testing.assert_array_equal(images.decode(data[:at] + b"\x00\x01" + data[at:]), pillow(data))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF"])
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9])
+def test_what_is_truncated_is_bad(format, kept):
+    data = encode(picture(120, 160), format)
+    with pytest.raises(BadSample, match="cannot be decoded"):
+        images.decode(data[: int(kept * len(data))])
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"\xff\xd8\xff\xe0", b"<html>not found</html>", bytes(5000)])
+def test_what_is_no_image_is_bad(data):
+    with pytest.raises(BadSample, match="no bytes" if not data else "start with"):
+        images.decode(data)
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels."""
+    chunk = lambda kind, body: (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    )
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_a_bomb_is_refused_by_its_header():
+    jpeg = bytearray(JPEGS["baseline"])
+    at = jpeg.index(b"\xff\xc0")
+    jpeg[at + 5 : at + 9] = struct.pack(">HH", 60_000, 50_000)
+    for data in (bytes(jpeg), png_of(8200, 8200)):
+        with pytest.raises(BadSample, match="more than the 67,108,864 allowed"):
+            images.decode(data)
+    with pytest.raises(BadSample, match="pixels"):
+        images.decode(png_of(100_000, 100_000))
+
+
+def averaged(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Every pixel the average of the area that it covers, fractions of pixels included."""
+
+    def overlaps(many, few):
+        edges = np.arange(few + 1)[:, None] * many / few
+        pixel = np.arange(many)
+        return (np.minimum(edges[1:], pixel + 1) - np.maximum(edges[:-1], pixel)).clip(0) * few / many
+
+    rows, columns = overlaps(image.shape[0], height), overlaps(image.shape[1], width)
+    return np.einsum("yh,hwc,xw->yxc", rows, image, columns)
+
+
+@pytest.mark.parametrize("shape", [(7, 10), (37, 10), (7, 50), (36, 49), (37, 50), (1, 1)])
+def test_shrinking_averages_areas(shape):
+    np.testing.assert_allclose(images.resample(picture(), *shape), averaged(picture(), *shape), atol=1)
+
+
+@pytest.mark.parametrize("shape", [(74, 100), (37, 90), (60, 50), (224, 224)])
+def test_growing_interpolates(shape):
+    expected = Image.fromarray(picture()).resize(shape[::-1], Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(images.resample(picture(), *shape).astype(int), np.asarray(expected), atol=1)
+
+
+def test_one_side_may_grow_while_the_other_shrinks():
+    stripes = np.zeros((64, 8, 3), np.uint8)
+    stripes[::2] = 255
+    assert images.resample(stripes, 16, 20).shape == (16, 20, 3)
+    np.testing.assert_allclose(images.resample(stripes, 16, 20).astype(int), 128, atol=1)  # no aliasing to 0 or 255
+
+
+def boxes(height, width, scale, ratio=(3 / 4, 4 / 3), number=4000):
+    rng = np.random.default_rng(0)
+    return np.array([images.crop_box(height, width, rng, scale, ratio) for _ in range(number)]).T
+
+
+def test_crops_have_the_areas_and_ratios_asked_for_and_lie_anywhere():
+    top, left, h, w = boxes(300, 400, (0.1, 0.3))
+    area, log_ratio = h * w / 120_000, np.log(w / h)
+    assert 0.098 < area.min() < 0.105 and 0.295 < area.max() < 0.302
+    assert abs(area.mean() - 0.2) < 0.004
+    assert np.log(0.74) < log_ratio.min() < np.log(0.77) and np.log(1.3) < log_ratio.max() < np.log(1.35)
+    assert abs(log_ratio.mean()) < 0.01
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= 300).all() and (left + w <= 400).all()
+    for start, room in ((top, 300 - h), (left, 400 - w)):
+        np.testing.assert_allclose(np.histogram(start / room, 4, (0, 1))[0], 1000, atol=120)  # uniform
+        assert (start == 0).any() and (start == room).any()
+
+
+@pytest.mark.parametrize(("shape", "box"), [((10, 100), (0, 43, 10, 13)), ((100, 10), (43, 0, 13, 10))])
+def test_where_no_crop_fits_it_is_the_middle(shape, box):
+    assert (boxes(*shape, (1.0, 1.0), number=5).T == box).all()
+
+
+def test_the_whole_square_image_is_kept_at_scale_one_and_ratio_one():
+    rng = np.random.default_rng(0)
+    whole = images.random_resized_crop(picture(40, 40), 40, rng, (1.0, 1.0), (1.0, 1.0))
+    np.testing.assert_array_equal(whole, picture(40, 40))
+
+
+def test_a_crop_shows_its_box():
+    """Pixels that tell their place tell the box back."""
+    rows, columns = np.mgrid[:200, :240]
+    image = np.stack([rows, columns, 0 * rows], axis=2).astype(np.uint8)
+    crop = images.random_resized_crop(image, 32, np.random.default_rng(5), (0.3, 0.5))
+    top, left, h, w = images.crop_box(200, 240, np.random.default_rng(5), (0.3, 0.5), (3 / 4, 4 / 3))
+    center = (np.arange(32) + 0.5) / 32
+    np.testing.assert_allclose(crop[..., 0].mean(1), top + center * h - 0.5, atol=1)
+    np.testing.assert_allclose(crop[..., 1].mean(0), left + center * w - 0.5, atol=1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (3, 2)])
+def test_the_smallest_images_are_cropped(shape):
+    image = np.full((*shape, 3), 77, np.uint8)
+    crop = images.random_resized_crop(image, 16, np.random.default_rng(0))
+    for result in (crop, images.resize_center_crop(image, 16, 18)):
+        assert result.shape == (16, 16, 3) and (result == 77).all()
+
+
+def test_flip_mirrors_columns():
+    np.testing.assert_array_equal(images.flip(picture())[:, 0], picture()[:, -1])
+
+
+@pytest.mark.parametrize("shape", [(75, 100), (100, 75), (64, 64), (41, 97)])
+def test_evaluation_resizes_the_shorter_side_and_takes_the_middle(shape):
+    h, w = shape
+    size, to = 24, 32
+    height, width = (to * h // w, to) if w < h else (to, to * w // h)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    expected = averaged(picture(*shape), height, width)[top : top + size, left : left + size]
+    np.testing.assert_allclose(images.resize_center_crop(picture(*shape), size, to), expected, atol=1)
+
+
+def test_a_sliver_stays_small_and_keeps_its_middle():
+    sliver = np.zeros((2, 2_000_000, 3), np.uint8)
+    sliver[:, 999_990:1_000_010] = 200
+    assert (images.resize_center_crop(sliver, 224, 256) == 200).all()
+
+
+def test_a_crop_larger_than_the_resized_image_is_refused():
+    with pytest.raises(ValueError, match="resized to 20 pixels, expected at least the crop's 24"):
+        images.resize_center_crop(picture(), 24, 20)

@@ -1,0 +1,159 @@
+"""Images: from encoded bytes to uint8 RGB, and the crops of training and evaluation, antialiased."""
+
+import io
+import math
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+MAX_PIXELS = 1 << 26  # 8192 × 8192: 200 MB once decoded, in every thread
+MAX_ELONGATION = 8  # of the longer side to the shorter, beyond which evaluation looks at the middle only
+CROP_ATTEMPTS = 10  # torchvision's
+
+cv2.setNumThreads(0)  # the pipeline has threads of its own
+
+
+class BadSample(ValueError):
+    """A sample that cannot be read; the pipeline masks and reports it. May carry the sample's `name`."""
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Decodes an image of any usual format, whatever its file is called.
+
+    Greyscale, palettes, CMYK and 16 bits become 8-bit RGB; what is transparent becomes white; of an animation
+    the first frame is taken. EXIF orientation is not applied, as in torchvision and TensorFlow.
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Raises:
+        BadSample: no image, truncated, or more than `MAX_PIXELS`, which the header tells before decoding.
+    """
+    if data[:2] == b"\xff\xd8":
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            check_size(height, width)
+            if colours not in ("CMYK", "YCCK"):  # Adobe's are inverted, which Pillow knows
+                return simplejpeg.decode_jpeg(data)
+        except BadSample:
+            raise
+        except ValueError:
+            pass  # strict about harmless damage, such as stray bytes between markers: Pillow decides
+    return decode_any(data)
+
+
+def decode_any(data: bytes) -> np.ndarray:
+    """Decodes with Pillow."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            check_size(image.height, image.width)
+            return np.array(to_rgb(image))
+    except BadSample:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        start = f"the {len(data)} bytes start with {data[:8]!r}" if data else "it has no bytes"
+        raise BadSample(f"the image cannot be decoded: {error or type(error).__name__} ({start})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any of Pillow's modes but floating point, on white."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers")
+    if image.mode.startswith("I"):  # 16 bits, which convert() clips instead of scaling
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadSample(f"the image has {width} × {height} pixels, more than the {MAX_PIXELS:,} allowed")
+
+
+def resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes antialiased: averages areas along a side that shrinks, interpolates linearly along one that grows."""
+    shrunk = min(height, image.shape[0]), min(width, image.shape[1])
+    if shrunk != image.shape[:2]:
+        image = cv2.resize(image, shrunk[::-1], interpolation=cv2.INTER_AREA)
+    if shrunk != (height, width):
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return image
+
+
+def random_resized_crop(
+    image: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """A random part of an image, resized to a square: Inception's augmentation with torchvision's distribution.
+
+    Args:
+        image: uint8 [height, width, 3].
+        size: pixels, of the result's sides.
+        rng: is consumed.
+        scale: of the part's area in the image's, from and to; uniform.
+        ratio: of the part's width to its height, from and to; uniform in its logarithm.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    top, left, height, width = crop_box(*image.shape[:2], rng, scale, ratio)
+    return resample(image[top : top + height, left : left + width], size, size)
+
+
+def crop_box(
+    height: int, width: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Draws (top, left, height, width); the middle of the image, of the nearest ratio, where no draw fits."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(CROP_ATTEMPTS):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(low + (high - low) * rng.random())
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.random() * (height - h + 1)), int(rng.random() * (width - w + 1))
+            return top, left, h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def flip(image: np.ndarray) -> np.ndarray:
+    """Mirrors left to right; a view."""
+    return image[:, ::-1]
+
+
+def resize_center_crop(image: np.ndarray, size: int, resize: int) -> np.ndarray:
+    """The middle of an image whose shorter side was resized, with torchvision's rounding.
+
+    Args:
+        image: uint8 [height, width, 3].
+        size: pixels, of the result's sides.
+        resize: pixels, of the image's shorter side before the crop; at least `size`.
+
+    Returns:
+        uint8 [size, size, 3].
+
+    Raises:
+        ValueError: the crop is larger than the resized image.
+    """
+    if resize < size:
+        raise ValueError(f"the shorter side is resized to {resize} pixels, expected at least the crop's {size}")
+    h, w = image.shape[:2]
+    longest = MAX_ELONGATION * min(h, w)
+    if max(h, w) > longest:  # a sliver would become enormous
+        image = middle(image, min(h, longest), min(w, longest))
+        h, w = image.shape[:2]
+    height, width = (int(resize * h / w), resize) if w < h else (resize, int(resize * w / h))
+    return middle(resample(image, height, width), size, size)
+
+
+def middle(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
+    return image[top : top + height, left : left + width]
