@@ -1,0 +1,218 @@
+"""Webdataset tar shards, in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json), read in place and at random."""
+
+import glob
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from zslflax.data.images import BadSample
+from zslflax.data.tar_index import SUFFIX, TarIndex, load_indices, open_file
+
+IMAGE, TEXT, JSON, LABEL = range(4)  # columns of the tables of members
+PROBED = 100  # samples whose JSON is looked at for captions
+BRACES = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class WebDataset:
+    """Raw records of tar shards, as `zslflax.data.pairs.open_source` describes them.
+
+    A record's caption is KEY.txt, or else the field `caption` of KEY.json; its labels are the whole numbers in
+    KEY.cls, separated by blanks or commas, or else in the field `label` or `labels` of KEY.json. Every key
+    with an image is a sample, in the order of the shards. Threads may share a source, and it can be pickled.
+
+    Args:
+        shards: a pattern or several, of local files: braces ("train/{00000..00331}.tar", "{a,b}.tar"), globs.
+        image_keys: extensions of images; the first that a sample has counts.
+        text_key: extension of captions.
+        label_key: extension of labels.
+        require_captions: whether shards without any caption are an error.
+
+    Raises:
+        FileNotFoundError: names the shards that are missing, or the pattern that fits no file.
+        ValueError: a shard that is no tar file; no images, or no captions: says what was found instead.
+    """
+
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        *,
+        image_keys: Sequence[str] = ("jpg", "jpeg", "png", "webp"),
+        text_key: str = "txt",
+        label_key: str = "cls",
+        require_captions: bool = False,
+    ):
+        paths = expand(shards)
+        indices = load_indices(paths)
+        wanted = tuple(image_keys), (text_key,), ("json",), (label_key,)
+        self.keys, offsets, sizes = zip(*(tabulate(index, wanted) for index in indices), strict=True)
+        self.paths = [str(path) for path in paths]
+        self.stamps = [tuple(index.stamp.tolist()) for index in indices]
+        self.starts = np.cumsum([0, *map(len, self.keys)])  # the number of each shard's first sample
+        self.offsets, self.sizes = np.concatenate(offsets), np.concatenate(sizes)  # int64 [n, 4]; size -1: none
+        if not len(self):
+            raise ValueError(
+                f"none of the {len(paths)} shards ({self.paths[0]}, …) has an image: expected members "
+                f"KEY.EXTENSION with one of {', '.join(image_keys)}; found: {found(indices)}"
+            )
+        if require_captions and not self.has_captions():
+            raise ValueError(
+                f"the {len(paths)} shards ({self.paths[0]}, …) have no captions: expected KEY.{text_key}, or "
+                f"KEY.json with a field caption; found: {found(indices)}{self.fields_of_json()}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> dict:
+        shard = int(np.searchsorted(self.starts, index, "right")) - 1
+        name = f"{self.paths[shard]}:{self.keys[shard][index - self.starts[shard]].decode(errors='replace')}"
+        try:
+            image, text, described, label = self.read(shard, index)
+            text, label = describe(text, described, label)
+        except BadSample as error:
+            error.name = name
+            raise
+        return {"image": image, "text": text, "label": label, "name": name}
+
+    def read(self, shard: int, index: int) -> list[bytes | None]:
+        """The contents of a sample's members: image, text, JSON, label; None for what it lacks."""
+        file = open_file(self.paths[shard], self.stamps[shard])
+        contents = []
+        for offset, size in zip(self.offsets[index].tolist(), self.sizes[index].tolist(), strict=True):
+            contents.append(file.read(offset, size) if size >= 0 else None)
+            if size > len(contents[-1] or b""):
+                raise BadSample("the shard ends before the end of this sample")
+        return contents
+
+    def has_captions(self) -> bool:
+        """Whether any sample has a text file, or any of the first ones a caption in its JSON."""
+        return bool((self.sizes[:, TEXT] >= 0).any()) or any("caption" in fields for fields in self.probe_json())
+
+    def fields_of_json(self) -> str:
+        fields = list(dict.fromkeys(itertools.chain.from_iterable(self.probe_json())))
+        return f"; fields of KEY.json: {', '.join(fields)}" if fields else ""
+
+    def probe_json(self):
+        """Yields the fields of the first JSON files that are readable."""
+        for index in np.flatnonzero(self.sizes[:, JSON] >= 0)[:PROBED]:
+            try:
+                shard = int(np.searchsorted(self.starts, index, "right")) - 1
+                yield parse(self.read(shard, int(index))[JSON])
+            except BadSample:
+                pass
+
+
+def expand(patterns: str | Sequence[str]) -> list[Path]:
+    """The files that patterns with braces and globs stand for, in order.
+
+    Raises:
+        FileNotFoundError: names what is missing.
+        ValueError: no pattern at all, or an address instead of a path.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise ValueError("no shards are given: expected a pattern such as train/{00000..00331}.tar")
+    paths = []
+    for pattern in patterns:
+        if "://" in pattern or pattern.startswith("pipe:"):
+            raise ValueError(f"{pattern} is no path: shards are read in place, so mount or copy them")
+        for name in expand_braces(str(Path(pattern).expanduser())):
+            names = [name]
+            if any(c in name for c in "*?["):
+                names = sorted(n for n in glob.glob(name, recursive=True) if not n.endswith(SUFFIX))
+                if not names:
+                    raise FileNotFoundError(f"no shard fits the pattern {name}")
+            paths += map(Path, names)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        shown = "".join(f"\n  {path}" for path in missing[:5]) + ("\n  …" if len(missing) > 5 else "")
+        folders = {path.parent for path in missing if not path.parent.is_dir()}
+        why = f"\nthere is no folder {min(folders)}" if folders else ""
+        raise FileNotFoundError(f"{len(missing)} of {len(paths)} shards are missing:{shown}{why}")
+    return paths
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Replaces "{a,b}" and "{000..331}" by each of their values, the rightmost the fastest."""
+    match = BRACES.search(pattern)
+    if not match:
+        return [pattern]
+    values = match[1].split(",")
+    if bounds := RANGE.fullmatch(match[1]):
+        first, last = int(bounds[1]), int(bounds[2])
+        width = max(map(len, bounds.groups())) if any(b.startswith("0") for b in bounds.groups()) else 0
+        step = 1 if first <= last else -1
+        values = [f"{number:0{width}}" for number in range(first, last + step, step)]
+    rest = expand_braces(pattern[match.end() :])
+    return [pattern[: match.start()] + value + tail for value in values for tail in rest]
+
+
+def tabulate(index: TarIndex, wanted: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A shard's samples that have an image: keys bytes [n], offsets and sizes int64 [n, len(wanted)], -1: none.
+
+    Args:
+        index: of the shard.
+        wanted: for each column, the extensions that may fill it; the first that a sample has counts.
+    """
+    offsets = np.full((len(index.keys), len(wanted)), -1, np.int64)
+    sizes = np.full_like(offsets, -1)
+    numbers = {extension: number for number, extension in enumerate(index.extensions.tolist())}
+    for column, extensions in enumerate(wanted):
+        for extension in reversed(extensions):
+            rows = index.extension == numbers.get(extension.lower(), -1)
+            offsets[index.sample[rows], column] = index.offset[rows]
+            sizes[index.sample[rows], column] = index.size[rows]
+    kept = sizes[:, IMAGE] >= 0
+    return index.keys[kept], offsets[kept], sizes[kept]
+
+
+def found(indices: Sequence[TarIndex]) -> str:
+    """How many members of which extension there are."""
+    counts = Counter()
+    for index in indices:
+        number = np.bincount(index.extension, minlength=len(index.extensions)).tolist()
+        counts.update(dict(zip(index.extensions.tolist(), number, strict=True)))
+    return ", ".join(f"{number} × {extension}" for extension, number in counts.most_common(20)) or "nothing"
+
+
+def describe(text: bytes | None, described: bytes | None, label: bytes | None) -> tuple[tuple, tuple]:
+    """Captions and labels out of a sample's text, JSON and label files.
+
+    Raises:
+        BadSample: JSON or labels that are damaged. Labels in JSON that are not numbers are none of ours.
+    """
+    captions = () if text is None else (text.decode(errors="replace").strip(),)
+    labels = () if label is None else class_ids(label)
+    # Most captions come from text files and most JSON has no labels: parse only what is needed.
+    if described is not None and (not captions or (label is None and b'"label' in described)):
+        fields = parse(described)
+        if not captions and isinstance(fields.get("caption"), str):
+            captions = (fields["caption"].strip(),)
+        if label is None:
+            value = fields.get("label", fields.get("labels", ()))
+            labels = tuple(value) if isinstance(value, list) else (value,)
+            labels = labels if all(type(c) is int for c in labels) else ()
+    return captions, tuple(dict.fromkeys(labels))
+
+
+def parse(data: bytes) -> dict:
+    try:
+        fields = json.loads(data)
+    except ValueError as error:
+        raise BadSample(f"its JSON is damaged: {error}") from error
+    if not isinstance(fields, dict):
+        raise BadSample(f"its JSON is a {type(fields).__name__}, expected an object")
+    return fields
+
+
+def class_ids(data: bytes) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, data.replace(b",", b" ").split()))
+    except ValueError:
+        raise BadSample(f"its label is {data[:40]!r}, expected whole numbers") from None
