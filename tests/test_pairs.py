@@ -42,7 +42,9 @@ class Memory:
         }
         change = self.spoil.get(i, {})
         if isinstance(change, str):
-            raise BadSample(change)
+            error = BadSample(change)
+            error.name = record["name"]
+            raise error
         return record | change
 
 
@@ -214,7 +216,7 @@ def test_bad_samples_are_masked_and_named_and_change_no_other_row():
         "shard1.tar:0009": 2,
         "shard2.tar:0017": 2,
         "shard2.tar:0020": 2,
-        "Memory:30": 2,
+        "shard3.tar:0030": 2,
     }
     assert collections.Counter(names) == expected
 
@@ -232,7 +234,7 @@ def test_nothing_readable_ends_with_the_reasons():
     source = Memory(200, spoil={i: {"text": ()} if i % 2 else "broken" for i in range(200)})
     with pytest.raises(ValueError, match="none of the first 1000 samples") as caught:
         train([source], 1000)
-    assert "500 times: broken (first: Memory:" in str(caught.value)
+    assert "500 times: broken (first: shard" in str(caught.value)
     assert "500 times: it has no caption (first: shard" in str(caught.value)
     with pytest.raises(ValueError, match="none of the first 10 samples"):
         list(
@@ -305,12 +307,14 @@ def test_a_source_is_opened_by_its_prefix(monkeypatch):
         pairs.open_source("scenes", config, "test"),
         pairs.open_source("tfds:coco_captions/2014:1.1.0/train", config, "train"),
         pairs.open_source("/data/{0..3}.tar", config, "train"),
+        pairs.open_source("/data/{0..3}.tar", config, "test"),
     ]
     assert [(type(source).__name__, source.call) for source in opened] == [
         ("Tar", (written.train, {})),
         ("Tar", (written.test, {})),
-        ("Tfds", ("coco_captions/2014:1.1.0", "train", {"data_dir": None})),
-        ("Tar", ("/data/{0..3}.tar", {})),
+        ("Tfds", ("coco_captions/2014:1.1.0", "train", {"data_dir": None, "require_captions": True})),
+        ("Tar", ("/data/{0..3}.tar", {"require_captions": True})),
+        ("Tar", ("/data/{0..3}.tar", {"require_captions": False})),
     ]
     with pytest.raises(ValueError, match="tfds:NAME/SPLIT"):
         pairs.open_source("tfds:coco_captions", config, "train")

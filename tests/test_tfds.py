@@ -175,6 +175,13 @@ def test_what_is_not_there_is_named(tmp_path):
         TfdsSource("tiny", "train", tmp_path)
 
 
+def test_training_needs_captions(tmp_path):
+    write(tmp_path, lambda f: {"image": f.Image()}, {"train": [{"image": io.BytesIO(jpeg(1))}]})
+    assert TfdsSource("tiny", "train", tmp_path)[0]["text"] == ()
+    with pytest.raises(ValueError, match="no captions among its features image; expected text"):
+        TfdsSource("tiny", "train", tmp_path, require_captions=True)
+
+
 def test_none_of_this_imports_tensorflow(tmp_path):
     write(
         tmp_path, flat, {"train": [{"photo": io.BytesIO(jpeg(1)), "caption": "x", "label": 0, "coarse": 0}]}

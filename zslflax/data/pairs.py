@@ -27,7 +27,7 @@ def open_source(spec: str, data_config, split: str):
     Args:
         spec: "scenes", the built-in procedural source; "tfds:NAME/SPLIT"; or else the pattern of tar shards.
         data_config: the config's field `data`, for `tfds_dir` and `scenes`.
-        split: "train" or "test", of "scenes"; other sources say it in their spec.
+        split: "train" or "test", of "scenes"; others say it in their spec, and need captions for "train".
 
     Returns:
         A source: `len(source)` records, where `source[i]` is a dict of `image` (encoded bytes, or uint8
@@ -56,12 +56,12 @@ def open_tfds(spec: str, data_config, split: str):
         raise ValueError(
             f"the source {spec!r} is not of the form tfds:NAME/SPLIT, such as tfds:coco_captions/train"
         )
-    return TfdsSource(name, part, data_dir=data_config.tfds_dir or None)
+    return TfdsSource(name, part, data_dir=data_config.tfds_dir or None, require_captions=split == "train")
 
 
 def open_shards(spec: str, data_config, split: str):
     """Tar shards, in img2dataset's layout."""
-    return WebDataset(spec)
+    return WebDataset(spec, require_captions=split == "train")
 
 
 def train_batches(

@@ -22,12 +22,14 @@ class TfdsSource:
         split: "train", "test", or a slice, "train[:10%]".
         data_dir: the folder that holds the folder NAME; None: $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
 
+        require_captions: whether features without captions are an error.
+
     Raises:
-        ValueError: no such prepared dataset or split, no image, or TFRecord files alone; the message has the
-            command of tfds that helps.
+        ValueError: no such prepared dataset or split, no image, no captions, or TFRecord files alone; the
+            message has the command of tfds that helps.
     """
 
-    def __init__(self, name: str, split: str, data_dir: str | None = None):
+    def __init__(self, name: str, split: str, data_dir: str | None = None, *, require_captions: bool = False):
         import tensorflow_datasets as tfds
 
         folder = find_folder(name, Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
@@ -47,6 +49,11 @@ class TfdsSource:
         self.name = f"tfds:{name}/{split}"
         self.image = find_image(features, folder)
         self.caption, self.label = find_captions(features), find_labels(features)
+        if require_captions and not self.caption:
+            raise ValueError(
+                f"{folder} has no captions among its features {', '.join(features)}; "
+                f"expected text that is called {', '.join(CAPTION_NAMES)}"
+            )
         self.records = builder.as_data_source(
             split=split, decoders={self.image: tfds.decode.SkipDecoding()}, file_format=array_record
         )
