@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pathlib
 import pickle
 import shutil
 import subprocess
@@ -111,7 +112,8 @@ NAMES = [
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_are_where_tarfile_finds_them(tmp_path, format):
-    names = [n for n in NAMES if format != tarfile.USTAR_FORMAT or max(map(len, n.encode().split(b"/"))) <= 100]
+    fits = lambda name: format != tarfile.USTAR_FORMAT or max(map(len, name.encode().split(b"/"))) <= 100
+    names = list(filter(fits, NAMES))
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=format) as tar:
         for i, name in enumerate(names):
@@ -155,7 +157,7 @@ def test_shards_of_the_tar_command(tmp_path):
     for format in ("gnu", "pax", "ustar"):
         path = tmp_path / f"{format}.tar"
         subprocess.run(["tar", f"--format={format}", "-cf", path, "."], cwd=tmp_path / "files", check=True)
-        records = sorted(WebDataset(str(path)), key=lambda record: record["name"])  # the command does not sort
+        records = sorted(WebDataset(str(path)), key=lambda r: r["name"])  # the command does not sort
         assert [(r["text"], r["image"]) for r in records] == [
             ((f"caption {i}",), bytes([i]) * (700 * i + 1)) for i in range(5)
         ]
@@ -184,7 +186,7 @@ def test_captions_and_labels_and_where_they_come_from(tmp_path):
     members = [member for i, (others, *_) in enumerate(cases) for member in pair(i, **others)]
     source = WebDataset(write(tmp_path / "a.tar", members))
     assert [(r["text"], r["label"]) for r in source] == [tuple(expected) for _, *expected in cases]
-    without = [("0.jpg", b"x"), ("0.json", described(caption=" of json ")), ("1.jpg", b"y"), ("1.json", b"{}")]
+    without = [("0.jpg", b"x"), ("0.json", described(caption=" of json ")), ("1.jpg", b""), ("1.json", b"{}")]
     source = WebDataset(write(tmp_path / "b.tar", without), require_captions=True)
     assert [r["text"] for r in source] == [("of json",), ()]
 
@@ -289,9 +291,8 @@ def test_the_number_of_open_files_is_bounded(tmp_path, monkeypatch):
     for shard in range(10):
         write(tmp_path / f"{shard}.tar", pair(shard))
     source = WebDataset(f"{tmp_path}/{{0..9}}.tar")
-    count = lambda: sum(
-        os.path.realpath(f"/proc/self/fd/{fd}").startswith(str(tmp_path)) for fd in os.listdir("/proc/self/fd")
-    )
+    descriptors = pathlib.Path("/proc/self/fd")
+    count = lambda: sum(os.path.realpath(fd).startswith(str(tmp_path)) for fd in descriptors.iterdir())
     for _ in range(2):
         assert [source[i]["text"] for i in range(10)] == [(f"caption {i}",) for i in range(10)]
         assert count() == 3
@@ -316,7 +317,8 @@ def test_patterns_globs_and_lists(tmp_path):
     names = lambda patterns: [path.relative_to(tmp_path).as_posix() for path in expand(patterns)]
     assert names(f"{tmp_path}/a-*") == ["a-00.tar", "a-01.tar"]
     assert names(f"{tmp_path}/**/*.tar") == ["a-00.tar", "a-01.tar", "b/c.tar"]
-    assert names([f"{tmp_path}/b/?.tar", f"{tmp_path}/a-{{01,00}}.tar"]) == ["b/c.tar", "a-01.tar", "a-00.tar"]
+    listed = [f"{tmp_path}/b/?.tar", f"{tmp_path}/a-{{01,00}}.tar"]
+    assert names(listed) == ["b/c.tar", "a-01.tar", "a-00.tar"]
 
 
 def test_the_home_folder(home):
@@ -340,7 +342,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_wrong_keys_give_the_keys_that_are_there(tmp_path):
     members = [(f"{i}.{e}", b"{}") for i in range(3) for e in ("image.jpg", "TXT", "json")]
-    with pytest.raises(ValueError, match="one of jpg, jpeg, png, webp; found: 3 × image.jpg, 3 × txt, 3 × json"):
+    with pytest.raises(ValueError, match="one of jpg, .*, webp; found: 3 × image.jpg, 3 × txt, 3 × json"):
         WebDataset(write(tmp_path / "a.tar", members))
     with pytest.raises(ValueError, match="found: nothing"):
         WebDataset(write(tmp_path / "b.tar", []))

@@ -6,7 +6,7 @@ import math
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 1 << 26  # 8192 × 8192: 200 MB once decoded, in every thread
 MAX_ELONGATION = 8  # of the longer side to the shorter, beyond which evaluation looks at the middle only
@@ -52,9 +52,10 @@ def decode_any(data: bytes) -> np.ndarray:
             return np.array(to_rgb(image))
     except BadSample:
         raise
+    except UnidentifiedImageError:
+        raise BadSample(f"it is no image: it starts with {data[:8]!r}" if data else "the image is empty") from None
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        start = f"the {len(data)} bytes start with {data[:8]!r}" if data else "it has no bytes"
-        raise BadSample(f"the image cannot be decoded: {error or type(error).__name__} ({start})") from error
+        raise BadSample(f"the image cannot be decoded: {error or type(error).__name__}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -75,7 +76,7 @@ def check_size(height: int, width: int) -> None:
 
 
 def resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes antialiased: averages areas along a side that shrinks, interpolates linearly along one that grows."""
+    """Resizes antialiased: a side that shrinks averages areas, one that grows interpolates linearly."""
     shrunk = min(height, image.shape[0]), min(width, image.shape[1])
     if shrunk != image.shape[:2]:
         image = cv2.resize(image, shrunk[::-1], interpolation=cv2.INTER_AREA)
@@ -91,7 +92,7 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """A random part of an image, resized to a square: Inception's augmentation with torchvision's distribution.
+    """A random part of an image, resized to a square; the distribution is torchvision's.
 
     Args:
         image: uint8 [height, width, 3].
@@ -144,7 +145,7 @@ def resize_center_crop(image: np.ndarray, size: int, resize: int) -> np.ndarray:
         ValueError: the crop is larger than the resized image.
     """
     if resize < size:
-        raise ValueError(f"the shorter side is resized to {resize} pixels, expected at least the crop's {size}")
+        raise ValueError(f"the shorter side becomes {resize} pixels, expected at least the crop's {size}")
     h, w = image.shape[:2]
     longest = MAX_ELONGATION * min(h, w)
     if max(h, w) > longest:  # a sliver would become enormous

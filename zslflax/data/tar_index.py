@@ -107,7 +107,7 @@ def write_index(index: TarIndex, place: Path) -> bool:
 
 
 def build_index(path: Path, stamp: tuple[int, int, int]) -> TarIndex:
-    """Groups a tar file's members by key; a key that comes again with an extension it has is another sample."""
+    """Groups a tar file's members by key; a key that comes again with an extension it has is a new sample."""
     keys, extensions, newest, taken, rows = [], {}, {}, set(), []
     with open(path, "rb", buffering=1 << 16) as file:
         for name, offset, size in members(file, path):
@@ -196,7 +196,7 @@ def pax_records(body: bytes) -> dict[bytes, bytes]:
 
 
 def stored_size(header: bytes) -> int | None:
-    """The size of a member's contents; None if this is no header: neither ustar's nor, by its sum, an older one."""
+    """The size of a member's contents; None if this is no header: not ustar's, nor, by its sum, an older."""
     try:
         if header[257:262] == b"ustar" or number(header[148:156]) == checksum(header):
             return number(header[124:136])

@@ -48,7 +48,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_tokens: int) -> "Tokenizer":
-        """Loads tokenizer.json, or BERT's vocab.txt, or RoBERTa's vocab.json and merges.txt; needs no network.
+        """Loads tokenizer.json, BERT's vocab.txt, or RoBERTa's vocab.json and merges.txt; needs no network.
 
         Raises:
             FileNotFoundError: the folder has none of them.
@@ -58,7 +58,7 @@ class Tokenizer:
         settings = read_json(folder / SETTINGS)
         longest = settings.get("model_max_length")
         if longest and max_tokens > longest:
-            raise ValueError(f"max_tokens is {max_tokens}, but the encoder of {folder} takes {longest} at most")
+            raise ValueError(f"max_tokens is {max_tokens}, but the encoder in {folder} takes {longest}")
         if (folder / FAST).is_file():
             backend = tokenizers.Tokenizer.from_file(str(folder / FAST))
         else:
@@ -108,7 +108,7 @@ def find_pad_token(folder: Path, settings: dict, backend: tokenizers.Tokenizer) 
         if backend.token_to_id(token) is not None:
             return token
     raise ValueError(
-        f"the tokenizer in {folder} has no padding token: name one of its vocabulary as pad_token in {SETTINGS}"
+        f"the tokenizer in {folder} has no padding token: name one of its tokens as pad_token in {SETTINGS}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Webdataset tar shards, in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json), read in place and at random."""
+"""Webdataset tar shards, in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json), read in place in any order."""
 
 import glob
 import itertools
@@ -22,9 +22,9 @@ RANGE = re.compile(r"(\d+)\.\.(\d+)")
 class WebDataset:
     """Raw records of tar shards, as `zslflax.data.pairs.open_source` describes them.
 
-    A record's caption is KEY.txt, or else the field `caption` of KEY.json; its labels are the whole numbers in
-    KEY.cls, separated by blanks or commas, or else in the field `label` or `labels` of KEY.json. Every key
-    with an image is a sample, in the order of the shards. Threads may share a source, and it can be pickled.
+    Every key with an image is a sample, in the order of the shards. Its caption is KEY.txt, or else the field
+    `caption` of KEY.json, or none; its labels are the whole numbers in KEY.cls, separated by blanks or
+    commas, or else in the field `label` or `labels` of KEY.json. Threads may share it, and it can be pickled.
 
     Args:
         shards: a pattern or several, of local files: braces ("train/{00000..00331}.tar", "{a,b}.tar"), globs.
@@ -54,7 +54,7 @@ class WebDataset:
         self.paths = [str(path) for path in paths]
         self.stamps = [tuple(index.stamp.tolist()) for index in indices]
         self.starts = np.cumsum([0, *map(len, self.keys)])  # the number of each shard's first sample
-        self.offsets, self.sizes = np.concatenate(offsets), np.concatenate(sizes)  # int64 [n, 4]; size -1: none
+        self.offsets, self.sizes = np.concatenate(offsets), np.concatenate(sizes)  # int64 [n, 4]; -1: none
         if not len(self):
             raise ValueError(
                 f"none of the {len(paths)} shards ({self.paths[0]}, …) has an image: expected members "
@@ -92,7 +92,9 @@ class WebDataset:
 
     def has_captions(self) -> bool:
         """Whether any sample has a text file, or any of the first ones a caption in its JSON."""
-        return bool((self.sizes[:, TEXT] >= 0).any()) or any("caption" in fields for fields in self.probe_json())
+        if (self.sizes[:, TEXT] >= 0).any():
+            return True
+        return any(isinstance(fields.get("caption"), str) for fields in self.probe_json())
 
     def fields_of_json(self) -> str:
         fields = list(dict.fromkeys(itertools.chain.from_iterable(self.probe_json())))
@@ -154,11 +156,11 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def tabulate(index: TarIndex, wanted: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A shard's samples that have an image: keys bytes [n], offsets and sizes int64 [n, len(wanted)], -1: none.
+    """The samples of a shard that have an image: keys bytes [n], offsets and sizes int64 [n, columns].
 
     Args:
         index: of the shard.
-        wanted: for each column, the extensions that may fill it; the first that a sample has counts.
+        wanted: for each column, the extensions that may fill it; the first that a sample has counts, -1: none.
     """
     offsets = np.full((len(index.keys), len(wanted)), -1, np.int64)
     sizes = np.full_like(offsets, -1)
