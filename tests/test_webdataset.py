@@ -1,8 +1,10 @@
 """Shards written by webdataset, tarfile and GNU tar, against what webdataset and tarfile read from them."""
 
+import collections
 import concurrent.futures
 import contextlib
 import io
+import itertools
 import json
 import logging
 import multiprocessing
@@ -15,9 +17,12 @@ import tarfile
 
 import numpy as np
 import pytest
+import tokenizers
+from PIL import Image
 
-from zslflax.data import tar_index
+from zslflax.data import images, pairs, tar_index
 from zslflax.data.images import BadSample
+from zslflax.data.text import Tokenizer
 from zslflax.data.webdataset import WebDataset, expand, expand_braces
 
 
@@ -45,7 +50,7 @@ def pair(i, **others):
     return [(f"{i:05}.{extension}", contents) for extension, contents in members.items()]
 
 
-def pairs(numbers):
+def samples(numbers):
     return [member for i in numbers for member in pair(i)]
 
 
@@ -137,7 +142,7 @@ def test_members_are_where_tarfile_finds_them(tmp_path, format):
 def test_old_headers_and_binary_sizes(tmp_path):
     """What came before ustar, and GNU's numbers that do not fit into octal digits."""
     path = tmp_path / "old.tar"
-    write(path, pairs(range(3)), tarfile.USTAR_FORMAT)
+    write(path, samples(range(3)), tarfile.USTAR_FORMAT)
     data = bytearray(path.read_bytes())
     data[257:265] = bytes(8)  # no magic and no version
     data[148:156] = b"%06o\0 " % tar_index.checksum(bytes(data[:512]))
@@ -152,7 +157,7 @@ def test_shards_of_the_tar_command(tmp_path):
         pytest.skip("there is no tar command")
     folder = tmp_path / "files" / ("deep" * 20) / ("deep" * 10)
     folder.mkdir(parents=True)
-    for name, contents in pairs(range(5)):
+    for name, contents in samples(range(5)):
         (folder / name).write_bytes(contents)
     for format in ("gnu", "pax", "ustar"):
         path = tmp_path / f"{format}.tar"
@@ -216,8 +221,53 @@ def test_damaged_samples_are_bad_and_named(tmp_path, others, message):
     assert source[2]["text"] == ("caption 2",)
 
 
+def encode(pixels, format, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format, **options)
+    return file.getvalue()
+
+
+def test_bad_samples_are_masked_and_reported_by_their_shard_and_cost_no_other_sample(tmp_path):
+    rng = np.random.default_rng(0)
+    jpegs = [encode(rng.integers(0, 256, (20, 24, 3), np.uint8), "JPEG", quality=95) for _ in range(24)]
+    good = [pair(i, jpg=jpegs[i]) for i in range(24)]
+    spoilt = list(good)
+    spoilt[2] = pair(2, jpg=jpegs[2][:-300])
+    spoilt[7] = pair(7, jpg=jpegs[7], txt=b" \n")
+    spoilt[11] = pair(11, jpg=jpegs[11])[:1]
+    spoilt[18] = pair(18, jpg=b"<html>gone</html>")
+    spoilt[20] = pair(20, jpg=encode(images.decode(jpegs[20]), "PNG"))  # not bad at all
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(["[PAD]", "caption", *map(str, range(24))])})
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(words, 4, "[PAD]")
+
+    def batches(members, folder):
+        for shard in range(3):
+            write(folder / f"{shard}.tar", sum(members[8 * shard : 8 * shard + 8], []))
+        source = WebDataset(f"{folder}/{{0..2}}.tar", require_captions=True)
+        options = {"batch_size": 8, "image_size": 16, "seed": 1, "threads": 2}
+        taken = pairs.train_batches([source], (), tokenizer, **options)
+        yield from itertools.islice(taken, 6)
+        taken.close()
+
+    names, identities = [], []
+    for clean, other in zip(batches(good, tmp_path / "a"), batches(spoilt, tmp_path / "b"), strict=True):
+        number = clean["text"][:, 1] - 2
+        np.testing.assert_array_equal(other["mask"], ~np.isin(number, (2, 7, 11, 18)))
+        for key in ("image", "text", "text_mask"):
+            np.testing.assert_array_equal(clean[key][other["mask"]], other[key][other["mask"]])
+        names += [name for name, _ in other["errors"]]
+        identities += number.tolist()
+    assert sorted(identities) == sorted([*range(24), *range(24)])  # two epochs
+    shards = collections.Counter(name.rpartition(":")[0] for name in names)
+    assert shards == {f"{tmp_path}/b/0.tar": 4, f"{tmp_path}/b/1.tar": 2, f"{tmp_path}/b/2.tar": 2}
+    assert {name.rpartition(":")[2] for name in names} == {"00002", "00007", "00011", "00018"}
+
+
 def test_a_truncated_shard_loses_its_last_samples_alone(tmp_path, caplog):
-    path = write(tmp_path / "a.tar", pairs(range(6)))
+    path = write(tmp_path / "a.tar", samples(range(6)))
     with tarfile.open(path) as tar:
         last = tar.getmember("00005.jpg")
     with open(path, "r+b") as file:
@@ -233,13 +283,13 @@ def test_a_truncated_shard_loses_its_last_samples_alone(tmp_path, caplog):
 
 
 def test_the_index_is_made_once_and_again_when_the_shard_changes(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.tar", pairs(range(3)))
+    path = write(tmp_path / "a.tar", samples(range(3)))
     WebDataset(path)
     assert sorted(os.listdir(tmp_path)) == ["a.tar", "a.tar.index.npz"]
     with monkeypatch.context() as patch:
         patch.setattr(tar_index, "build_index", lambda *_: pytest.fail("there is an index already"))
         assert len(WebDataset(path)) == 3
-    write(tmp_path / "a.tar", pairs(range(4)))
+    write(tmp_path / "a.tar", samples(range(4)))
     assert [r["text"][0] for r in WebDataset(path)] == [f"caption {i}" for i in range(4)]
     (tmp_path / "a.tar.index.npz").write_bytes(b"PK\3\4 damaged")
     assert len(WebDataset(path)) == 4
@@ -248,7 +298,7 @@ def test_the_index_is_made_once_and_again_when_the_shard_changes(tmp_path, monke
 
 @pytest.mark.parametrize("obstacle", ["mode", "folder in the place"])
 def test_the_index_goes_to_the_cache_where_the_folder_cannot_take_it(tmp_path, home, obstacle, monkeypatch):
-    path = write(tmp_path / "shards" / "a.tar", pairs(range(3)))
+    path = write(tmp_path / "shards" / "a.tar", samples(range(3)))
     if obstacle == "mode":
         (tmp_path / "shards").chmod(0o555)
     else:
@@ -262,9 +312,9 @@ def test_the_index_goes_to_the_cache_where_the_folder_cannot_take_it(tmp_path, h
 
 
 def test_a_shard_that_is_replaced_while_it_is_used_is_not_misread(tmp_path):
-    path = write(tmp_path / "a.tar", pairs(range(3)))
+    path = write(tmp_path / "a.tar", samples(range(3)))
     source = WebDataset(path)
-    write(tmp_path / "b.tar", pairs(range(3, 6)))
+    write(tmp_path / "b.tar", samples(range(3, 6)))
     os.replace(tmp_path / "b.tar", path)
     with pytest.raises(ValueError, match="has been changed while it was in use"):
         source[0]
@@ -272,7 +322,7 @@ def test_a_shard_that_is_replaced_while_it_is_used_is_not_misread(tmp_path):
 
 def test_threads_and_processes_read_alike(tmp_path):
     for shard in range(4):
-        write(tmp_path / f"{shard}.tar", pairs(range(10 * shard, 10 * shard + 10)))
+        write(tmp_path / f"{shard}.tar", samples(range(10 * shard, 10 * shard + 10)))
     source = WebDataset(f"{tmp_path}/{{0..3}}.tar")
     alone = [source[i] for i in range(40)]
     assert [r["text"] for r in alone] == [(f"caption {i}",) for i in range(40)]
@@ -369,7 +419,7 @@ def test_what_is_no_tar_file_is_said_to_be_so(tmp_path):
         tar.addfile(info, io.BytesIO(os.urandom(5000)))
     with pytest.raises(ValueError, match=r"is compressed \(gzip\).*unpack"):
         WebDataset(str(packed))
-    write(damaged, pairs(range(4)))
+    write(damaged, samples(range(4)))
     data = bytearray(damaged.read_bytes())
     with tarfile.open(damaged) as tar:
         at = tar.getmember("00002.jpg").offset
