@@ -158,6 +158,13 @@ def test_a_folder_without_tokenizer_says_what_it_has(tmp_path):
         Tokenizer.from_folder(tmp_path / "nowhere", 16)
 
 
+def test_a_vocabulary_of_another_kind_is_read_as_its_config_says(tmp_path):
+    """MPNet's vocab.txt is called like BERT's, and puts other tokens around a text."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["<s>", "<pad>", "</s>", "[UNK]", "<mask>", "a", "red"]))
+    (tmp_path / "config.json").write_text('{"model_type": "mpnet"}')
+    assert Tokenizer.from_folder(tmp_path, 6)(["a red"])[0].tolist() == [[0, 5, 6, 2, 1, 1]]
+
+
 def test_the_padding_token_is_named_or_usual_or_missing(tmp_path):
     words = {"[UNK]": 0, "[PAD]": 1, "empty": 2, "red": 3}
     backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))

@@ -126,7 +126,7 @@ def test_members_are_where_tarfile_finds_them(tmp_path, format):
             info.size, info.mtime = 300 * i, 1.5e9 + 0.25
             tar.addfile(info, io.BytesIO(bytes([i]) * info.size))
             link = tarfile.TarInfo("link.jpg")
-            link.type, link.linkname, link.size = tarfile.LNKTYPE, "l" * 130 + "/path=", 0
+            link.type, link.linkname, link.size = tarfile.LNKTYPE, "l" * 130 + "/path=", 700
             if format != tarfile.USTAR_FORMAT:
                 tar.addfile(link)
             folder = tarfile.TarInfo("folder.jpg")
@@ -140,7 +140,7 @@ def test_members_are_where_tarfile_finds_them(tmp_path, format):
 
 
 def test_old_headers_and_binary_sizes(tmp_path):
-    """What came before ustar, and GNU's numbers that do not fit into octal digits."""
+    """What came before ustar, GNU's times in the place of a prefix, and its numbers beyond octal digits."""
     path = tmp_path / "old.tar"
     write(path, samples(range(3)), tarfile.USTAR_FORMAT)
     data = bytearray(path.read_bytes())
@@ -148,6 +148,10 @@ def test_old_headers_and_binary_sizes(tmp_path):
     data[148:156] = b"%06o\0 " % tar_index.checksum(bytes(data[:512]))
     path.write_bytes(data)
     assert [record["text"] for record in WebDataset(str(path))] == [(f"caption {i}",) for i in range(3)]
+    data[257:265] = tarfile.GNU_MAGIC
+    data[345:357] = b"14371573000\0"
+    path.write_bytes(data)
+    assert [r["name"].rpartition(":")[2] for r in WebDataset(str(path))] == ["00000", "00001", "00002"]
     assert tar_index.number(tarfile.itn(9 << 33, 12, tarfile.GNU_FORMAT)) == 9 << 33
     assert tar_index.number(tarfile.itn(7 << 30, 12, tarfile.GNU_FORMAT)) == 7 << 30
 

@@ -33,10 +33,8 @@ def decode(data: bytes) -> np.ndarray:
     """
     if data[:2] == b"\xff\xd8":
         try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            check_size(height, width)
-            if colours not in ("CMYK", "YCCK"):  # Adobe's are inverted, which Pillow knows
-                return simplejpeg.decode_jpeg(data)
+            check_size(*simplejpeg.decode_jpeg_header(data)[:2])
+            return simplejpeg.decode_jpeg(data)
         except BadSample:
             raise
         except ValueError:
