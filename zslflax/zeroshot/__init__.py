@@ -1,0 +1,1 @@
+"""Zero-shot evaluation: names to class embeddings, and what is measured with them."""

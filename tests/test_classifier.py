@@ -1,0 +1,106 @@
+"""The zero-shot classifier against brute force: every score, sorted stably."""
+
+import numpy as np
+import pytest
+
+from zslflax.zeroshot import classifier
+from zslflax.zeroshot.classifier import class_embeddings, top_k
+
+
+def brute_force(image_emb, class_emb, k):
+    scores = image_emb.astype(np.float64) @ class_emb.T.astype(np.float64)
+    ids = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, ids, axis=1), ids
+
+
+def coarse(rng, *shape):
+    """Small multiples of 1/4: inner products are exact in fp32, and many are equal."""
+    return (rng.integers(-2, 3, shape) / 4).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "n, c, k, class_block, image_block",
+    [
+        (1, 1, 1, 8, 8),
+        (7, 5, 5, 2, 3),  # k > class_block, both last blocks overlap
+        (9, 40, 3, 16, 4),
+        (8, 40, 40, 40, 8),
+        (5, 12, 2, 100, 100),
+        (6, 1000, 3, 1000, 4),  # wide enough for groups, not a multiple of their size
+        (6, 1000, 3, 450, 6),  # groups within blocks
+    ],
+)
+def test_top_k_is_brute_force_with_ties(n, c, k, class_block, image_block):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        image_emb, class_emb = coarse(rng, n, 3), coarse(rng, c, 3)
+        scores, ids = top_k(image_emb, class_emb, k, class_block=class_block, image_block=image_block)
+        expected_scores, expected_ids = brute_force(image_emb, class_emb, k)
+        np.testing.assert_array_equal(ids, expected_ids)
+        np.testing.assert_array_equal(scores, expected_scores)
+        assert scores.dtype == np.float32 and ids.dtype == np.int32
+
+
+def test_top_k_of_equal_scores_counts_up():
+    _, ids = top_k(np.ones((3, 2), np.float32), np.ones((2000, 2), np.float32), 4, class_block=700)
+    np.testing.assert_array_equal(ids, np.tile(np.arange(4), (3, 1)))
+
+
+def test_wide_rows_do_take_the_grouped_path_and_agree():
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((4, 3 * 2 * classifier.GROUP + 5)).astype(np.float32)
+    scores[:, ::3] = np.round(scores[:, ::3])
+    best, ids = map(np.asarray, classifier.top_k_of(scores, 2))
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :2]
+    np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_array_equal(best, np.take_along_axis(scores, expected, axis=1))
+
+
+def test_top_k_compiles_once_for_all_blocks():
+    before = classifier.merge_block._cache_size()
+    top_k(np.eye(11, 4, dtype=np.float32), np.eye(29, 4, dtype=np.float32), 2, class_block=6, image_block=3)
+    assert classifier.merge_block._cache_size() == before + 1
+
+
+def test_top_k_of_no_images_and_of_too_many_classes():
+    scores, ids = top_k(np.zeros((0, 2), np.float32), np.zeros((3, 2), np.float32), 2)
+    assert scores.shape == ids.shape == (0, 2)
+    for k in (0, 4):
+        with pytest.raises(ValueError, match=rf"number of classes, 3, found k = {k}"):
+            top_k(np.zeros((2, 2), np.float32), np.zeros((3, 2), np.float32), k)
+
+
+NAMES = ["red circle", "blue {square}", "red circle", "green bar", "teal ring"]
+TEMPLATES = ["a photo of a {}.", "{}", "two {}, or {}"]
+
+
+def encode(prompts):
+    """Embeddings that depend on the characters alone; deliberately not of unit length."""
+    letters = np.array([np.bincount(np.frombuffer(p.encode(), np.uint8), minlength=128) for p in prompts])
+    return (letters @ np.random.default_rng(0).standard_normal((128, 6))).astype(np.float32)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 7, 15, 64])
+def test_class_embeddings_average_the_prompts_in_batches_of_one_shape(batch_size):
+    sizes = []
+
+    def recorded(prompts):
+        sizes.append(len(prompts))
+        return encode(prompts)
+
+    found = class_embeddings(recorded, NAMES, TEMPLATES, batch_size)
+    expected = []
+    for name in NAMES:
+        prompts = encode([f"a photo of a {name}.", name, f"two {name}, or {name}"]).astype(np.float64)
+        mean = np.mean(prompts / np.linalg.norm(prompts, axis=1, keepdims=True), axis=0)
+        expected.append(mean / np.linalg.norm(mean))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert found.dtype == np.float32
+    assert set(sizes) == {min(batch_size, 15)} and len(sizes) == -(-15 // batch_size)
+
+
+def test_class_embeddings_refuse_what_cannot_be_a_prompt():
+    with pytest.raises(ValueError, match="class name goes; these have none.*no place"):
+        class_embeddings(encode, ["cat"], ["a {}", "no place"])
+    with pytest.raises(ValueError, match="found 0 names and 1 templates"):
+        class_embeddings(encode, [], ["{}"])
