@@ -1,0 +1,71 @@
+"""Label spaces and templates, from files as people have them and from the command line."""
+
+import numpy as np
+import pytest
+
+from zslflax.zeroshot.labels import LabelSpace, members, read_names, read_templates, repeated
+
+
+def write(path, data: bytes) -> str:
+    path.write_bytes(data)
+    return str(path)
+
+
+def test_names_from_a_file_keep_their_line_as_label(tmp_path):
+    path = write(tmp_path / "names.txt", "\ufefftench, Tinca tinca\r\n  crème brûlée \r\ncrane\r\ncrane\r\n\r\n".encode())
+    assert read_names(path) == ["tench, Tinca tinca", "crème brûlée", "crane", "crane"]
+    path = write(tmp_path / "separators.txt", "a\u2028b\nc\x0bd".encode())  # line ends to str.splitlines, not to a file
+    assert read_names(path) == ["a\u2028b", "c\x0bd"]
+
+
+def test_names_given_in_place():
+    assert read_names("cat, red circle ,cat") == ["cat", "red circle", "cat"]
+    many = [f"name {i}" for i in range(5000)]  # longer than any file's name may be
+    assert read_names(",".join(many)) == many
+
+
+def test_names_that_are_missing_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"names.txt, line 2 is empty"):
+        read_names(write(tmp_path / "names.txt", b"a\n \nc\n"))
+    with pytest.raises(ValueError, match="is empty; expected one entry a line"):
+        read_names(write(tmp_path / "none.txt", b"\n\n"))
+    with pytest.raises(ValueError, match="name 2 of 3 is empty"):
+        read_names("a,,b")
+    with pytest.raises(ValueError, match="'/no/such/names.txt' is neither a file"):
+        read_names("/no/such/names.txt")
+
+
+def test_label_space_marks_every_class_of_an_unseen_name(tmp_path):
+    unseen = write(tmp_path / "unseen.txt", b"crane\n")
+    space = LabelSpace.read("crane,owl,crane,kiwi", unseen, "hoist,barn owl,bird,fruit")
+    assert space.names == ["crane", "owl", "crane", "kiwi"] and len(space) == 4
+    assert space.synonyms == ["hoist", "barn owl", "bird", "fruit"]
+    np.testing.assert_array_equal(space.unseen, [True, False, True, False])
+    plain = LabelSpace.read("a,b")
+    assert plain.synonyms is None and plain.unseen.dtype == bool and not plain.unseen.any()
+
+
+def test_label_space_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="'red circel' is none of the 2 class names; the nearest is 'red circle'"):
+        members(["red circle", "owl"], ["owl", "red circel"])
+    with pytest.raises(ValueError, match="each of 3 names, in their order, found 2"):
+        LabelSpace.read("a,b,c", synonyms="d,e")
+    with pytest.raises(ValueError, match="each of 2 names, found shape"):
+        LabelSpace(["a", "b"], np.zeros(3, bool))
+
+
+def test_templates(tmp_path):
+    path = write(tmp_path / "templates.txt", b"a photo of a {}.\n{}\n")
+    assert read_templates(path) == ["a photo of a {}.", "{}"]
+    assert read_templates("a {}, really") == ["a {}, really"]
+    assert read_templates(("{}", "one {}")) == ["{}", "one {}"]
+    with pytest.raises(ValueError, match="templates.txt, line 2: 'a photo'"):
+        read_templates(write(tmp_path / "templates.txt", b"{}\na photo\n"))
+    with pytest.raises(ValueError, match=r"template 1: '/no/such.txt' has no {} .* is no file"):
+        read_templates("/no/such.txt")
+    with pytest.raises(ValueError, match="at least one"):
+        read_templates(())
+
+
+def test_repeated_names():
+    assert repeated(["crane", "owl", "crane", "kiwi"]) == {"crane": [0, 2]}
