@@ -12,9 +12,11 @@ def write(path, data: bytes) -> str:
 
 
 def test_names_from_a_file_keep_their_line_as_label(tmp_path):
-    path = write(tmp_path / "names.txt", "\ufefftench, Tinca tinca\r\n  crème brûlée \r\ncrane\r\ncrane\r\n\r\n".encode())
+    text = "\ufefftench, Tinca tinca\r\n  crème brûlée \r\ncrane\r\ncrane\r\n\r\n"
+    path = write(tmp_path / "names.txt", text.encode())
     assert read_names(path) == ["tench, Tinca tinca", "crème brûlée", "crane", "crane"]
-    path = write(tmp_path / "separators.txt", "a\u2028b\nc\x0bd".encode())  # line ends to str.splitlines, not to a file
+    # Line ends for str.splitlines, but not for a file.
+    path = write(tmp_path / "separators.txt", "a\u2028b\nc\x0bd".encode())
     assert read_names(path) == ["a\u2028b", "c\x0bd"]
 
 
@@ -41,12 +43,13 @@ def test_label_space_marks_every_class_of_an_unseen_name(tmp_path):
     assert space.names == ["crane", "owl", "crane", "kiwi"] and len(space) == 4
     assert space.synonyms == ["hoist", "barn owl", "bird", "fruit"]
     np.testing.assert_array_equal(space.unseen, [True, False, True, False])
+    np.testing.assert_array_equal(LabelSpace.read("a,b", "b").unseen, [False, True])
     plain = LabelSpace.read("a,b")
     assert plain.synonyms is None and plain.unseen.dtype == bool and not plain.unseen.any()
 
 
 def test_label_space_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="'red circel' is none of the 2 class names; the nearest is 'red circle'"):
+    with pytest.raises(ValueError, match="'red circel' is none of the 2 class names; .* is 'red circle'"):
         members(["red circle", "owl"], ["owl", "red circel"])
     with pytest.raises(ValueError, match="each of 3 names, in their order, found 2"):
         LabelSpace.read("a,b,c", synonyms="d,e")

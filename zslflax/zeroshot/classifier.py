@@ -10,18 +10,18 @@ GROUP = 64  # scores whose maximum is compared first: 32 and 64 were the fastest
 
 
 def class_embeddings(encode_text, names, templates, batch_size: int = 256) -> np.ndarray:
-    """One unit embedding per name: its prompts' unit embeddings, averaged and normalised again (CLIP's ensembling).
+    """One unit embedding per name: its prompts' unit embeddings, averaged and normalised again.
 
     Args:
-        encode_text: list[str] → [b, d]. Every call gets equally many prompts, at most `batch_size`, so that it
-            compiles once: the last batch is filled up by repeating its last prompt.
+        encode_text: list[str] → [b, d]. Every call gets equally many prompts, at most `batch_size`, so that
+            it compiles once: the last batch is filled up by repeating its last prompt.
         names: c class names; repeated ones are separate classes.
         templates: prompts with `{}` where the name goes, e.g. "a photo of a {}."; all have equal weight.
 
     Returns fp32 [c, d]. Beside it only one batch of prompts is ever in memory.
     """
     if not len(names) or not len(templates):
-        raise ValueError(f"expected names and templates, found {len(names)} names and {len(templates)} templates")
+        raise ValueError(f"expected some of both, found {len(names)} names and {len(templates)} templates")
     if unfilled := [template for template in templates if "{}" not in template]:
         raise ValueError(f"every template needs {{}} where the class name goes; these have none: {unfilled}")
     total = len(names) * len(templates)
@@ -46,10 +46,10 @@ def unit(x: np.ndarray) -> np.ndarray:
 def top_k(
     image_emb, class_emb, k: int, class_block: int = 32768, image_block: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k classes with the highest inner product for each image, exactly, best first; of equals the lower id first.
+    """Each image's k classes of highest inner product, exact, best first; of equals the lower id first.
 
-    Never more than `image_block` × `class_block` scores exist; a running top-k goes from one block of classes to the
-    next. Every block has the same shape, so one compilation serves them all.
+    Never more than `image_block` × `class_block` scores exist; a running top-k goes from one block of
+    classes to the next. Every block has the same shape, so one compilation serves them all.
 
     Args:
         image_emb: [n, d]; class_emb: [c, d]; both fp32.
@@ -74,7 +74,10 @@ def top_k(
 
 @functools.partial(jax.jit, static_argnames="image_block", donate_argnames="best")
 def merge_block(image_emb, class_emb, start, seen, best, image_block: int):
-    """The running top-k `best` ([n, k] scores and ids) after the classes start, start + 1, … of which those < seen are old."""
+    """`best`, the running top-k (scores and ids, [n, k]), after a block of classes.
+
+    The block's first class is `start`; its classes below `seen` have been seen already.
+    """
     n, k = best[0].shape
 
     def images(first):
@@ -97,16 +100,17 @@ def merge_block(image_emb, class_emb, start, seen, best, image_block: int):
 
 
 def top_k_of(scores, k: int):
-    """`lax.top_k` of wide rows, [b, c] → scores and ids [b, k], with the same order of equals, several times faster on a CPU.
+    """`lax.top_k`, [b, c] → scores and ids [b, k], with the same order of equals, but faster on wide rows.
 
-    The top k lie in those k groups of neighbours that have the highest maxima (of equals, the earlier groups): were
-    one elsewhere, each of these k groups would hold a score that comes before it.
+    The top k lie in those k groups of neighbours that have the highest maxima (of equals, the earlier
+    groups): were one elsewhere, each of these k groups would hold a score that comes before it.
     """
     if scores.shape[1] <= 2 * k * GROUP:
         return jax.lax.top_k(scores, k)
     scores = jnp.pad(scores, ((0, 0), (0, -scores.shape[1] % GROUP)), constant_values=-jnp.inf)
     groups = scores.reshape(scores.shape[0], -1, GROUP)
-    chosen = jnp.sort(jax.lax.top_k(jnp.max(groups, axis=-1), k)[1], axis=-1)  # ids ascend, so order of equals holds
+    chosen = jax.lax.top_k(jnp.max(groups, axis=-1), k)[1]
+    chosen = jnp.sort(chosen, axis=-1)  # so that the candidates' ids ascend, which keeps the order of equals
     candidates = jnp.take_along_axis(groups, chosen[:, :, None], axis=1).reshape(-1, k * GROUP)
     ids = (chosen[:, :, None] * GROUP + jnp.arange(GROUP, dtype=jnp.int32)).reshape(-1, k * GROUP)
     best, at = jax.lax.top_k(candidates, k)

@@ -1,4 +1,4 @@
-"""What the classes are called, and in which sentences: label spaces and prompt templates, from files or given in place."""
+"""What classes are called, and in which sentences: label spaces and prompt templates."""
 
 import collections
 import dataclasses
@@ -37,13 +37,14 @@ class LabelSpace:
 
     @classmethod
     def read(cls, names: str, unseen: str = "", synonyms: str = "") -> "LabelSpace":
-        """A label space from what `read_names` takes; `unseen` lists names, "" means none, as it does for synonyms."""
+        """A label space from what `read_names` takes; `unseen` is one or more of the names; "" means none."""
         read = read_names(names)
-        return cls(read, members(read, read_names(unseen) if unseen else []), read_names(synonyms) if synonyms else None)
+        chosen = [unseen] if unseen in read else read_names(unseen) if unseen else []
+        return cls(read, members(read, chosen), read_names(synonyms) if synonyms else None)
 
 
 def members(names, chosen) -> np.ndarray:
-    """Which of the names are chosen, every class that shares a chosen name included: c and any number of names → bool [c].
+    """Which of the c names are chosen, bool [c]: all classes that share a chosen name.
 
     A chosen name that isn't there is an error that says which one is nearest.
     """
@@ -51,18 +52,17 @@ def members(names, chosen) -> np.ndarray:
     for name in chosen:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise ValueError(
-                f"{name!r} is none of the {len(names)} class names" + (f"; the nearest is {near[0]!r}" if near else "")
-            )
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise ValueError(f"{name!r} is none of the {len(names)} class names{hint}")
     chosen = set(chosen)
     return np.array([name in chosen for name in names], bool)
 
 
 def read_names(spec: str) -> list[str]:
-    """Class names: a file with one name a line (UTF-8), or the names themselves, "cat,dog,…"; at least two of these.
+    """Class names: a file with one name a line (UTF-8), or the names themselves, "cat,dog,…", at least two.
 
-    The place of a name is its label, so nothing is dropped or merged; an empty name is an error, blank lines at a file's
-    end are not. Blanks around a name go.
+    The place of a name is its label, so nothing is dropped or merged; an empty name is an error, blank lines
+    at a file's end are not. Blanks around a name go.
     """
     if os.path.isfile(spec):
         return [name for _, name in numbered_lines(spec)]
@@ -75,7 +75,7 @@ def read_names(spec: str) -> list[str]:
 
 
 def read_templates(spec) -> list[str]:
-    """Prompt templates, each with `{}` where the name goes: a file with one a line, one template, or a sequence of them."""
+    """Prompts with `{}` where the name goes: a file with one a line, one template, or a sequence of them."""
     if isinstance(spec, str) and os.path.isfile(spec):
         numbered = numbered_lines(spec)
         place = f"{spec}, line"
@@ -86,12 +86,12 @@ def read_templates(spec) -> list[str]:
         raise ValueError("expected at least one prompt template, such as 'a photo of a {}.', found none")
     for number, template in numbered:
         if "{}" not in template:
-            raise ValueError(f"{place} {number}: {template!r} has no {{}} where the class name goes, and is no file")
+            raise ValueError(f"{place} {number}: {template!r} has no {{}} for the class name, and is no file")
     return [template for _, template in numbered]
 
 
 def numbered_lines(path: str) -> list[tuple[int, str]]:
-    """A file's lines without surrounding blanks, numbered from 1; an empty one before the last is an error."""
+    """A file's lines without surrounding blanks, numbered from 1; an empty one among them is an error."""
     with open(path, encoding="utf-8-sig") as file:
         lines = [line.strip() for line in file]
     while lines and not lines[-1]:
@@ -99,12 +99,14 @@ def numbered_lines(path: str) -> list[tuple[int, str]]:
     if not lines:
         raise ValueError(f"{path} is empty; expected one entry a line")
     if "" in lines:
-        raise ValueError(f"{path}, line {lines.index('') + 1} is empty; a line's number is its label: fill or remove it")
+        raise ValueError(
+            f"{path}, line {lines.index('') + 1} is empty: fill or remove it (lines are labels, in order)"
+        )
     return list(enumerate(lines, start=1))
 
 
 def repeated(names) -> dict[str, list[int]]:
-    """The names that several classes share, with these classes: a right answer in the twin's place counts as a miss."""
+    """The names that several classes share, with these classes: to name a twin counts as a miss."""
     classes = collections.defaultdict(list)
     for i, name in enumerate(names):
         classes[name].append(i)

@@ -1,4 +1,4 @@
-"""Measures of zero-shot recognition where an image may have several true labels, or none that has a name here.
+"""Measures of zero-shot recognition where an image may have several true labels, or none at all.
 
 An image without a true label is excluded and counted; it is never counted as wrong.
 """
@@ -24,7 +24,7 @@ def hit_at_k(ids, labels, ks=(1, 2, 5, 10)) -> dict[str, float]:
     if len(ids) != len(labels):
         raise ValueError(f"expected as many rows of ids as labels, found {len(ids)} and {len(labels)}")
     if max(ks) > ids.shape[1] or min(ks) < 1:
-        raise ValueError(f"hit@k for k in {tuple(ks)} needs 1 ≤ k ≤ {ids.shape[1]}, the number of ids per image")
+        raise ValueError(f"expected 1 ≤ k ≤ {ids.shape[1]}, the number of ids per image, found {tuple(ks)}")
     image, label = label_pairs(labels)
     labelled = np.unique(image)
     if not len(labelled):
@@ -44,25 +44,29 @@ def label_pairs(labels) -> tuple[np.ndarray, np.ndarray]:
 
 
 def average_precisions(image_emb, class_emb, labels, class_block: int = 1024) -> np.ndarray:
-    """Each class's average precision over the images that have a label; fp64 [c], NaN where a class has no image.
+    """Each class's average precision over the labelled images: fp64 [c], NaN where a class has no image.
 
         AP_c = mean over the images i of class c of  |{j of c: s_jc ≥ s_ic}| / |{j: s_jc ≥ s_ic}|
 
-    which is scikit-learn's Σ (R_m − R_m−1) P_m over the distinct scores, equal scores being one threshold. Scores exist
-    for `class_block` classes at a time, and only for classes that have an image.
+    which is scikit-learn's Σ (R_m − R_m−1) P_m over the distinct scores, equal scores being one threshold.
+    Scores exist for `class_block` classes at a time, and only for classes that have an image.
 
     Args:
         image_emb: fp32 [n, d]; class_emb: fp32 [c, d].
         labels: n tuples of class ids; images with an empty one are excluded, also as negatives.
     """
     if len(image_emb) != len(labels):
-        raise ValueError(f"expected as many image embeddings as labels, found {len(image_emb)} and {len(labels)}")
+        raise ValueError(
+            f"expected an embedding for each image, found {len(image_emb)} for {len(labels)} images' labels"
+        )
     image, label = label_pairs(labels)
     if not len(label):
         raise ValueError(f"none of {len(labels)} images has a true label: there is nothing to measure")
     if label.min() < 0 or label.max() >= len(class_emb):
-        raise ValueError(f"labels must be ids of the {len(class_emb)} classes, found {label.min()} … {label.max()}")
-    labelled, image = np.unique(image, return_inverse=True)  # from here on, images are numbered among the labelled
+        raise ValueError(
+            f"expected labels below {len(class_emb)}, the number of classes, found {label.min()} …
+        {label.max()}" )
+    labelled, image = np.unique(image, return_inverse=True)  # `image` now counts among the labelled
     image_emb = jnp.asarray(np.asarray(image_emb, np.float32)[labelled])
     order = np.argsort(label, kind="stable")
     classes, firsts = np.unique(label[order], return_index=True)
@@ -87,7 +91,7 @@ def score_block(class_emb, image_emb):
 
 
 def average_precision(positives: np.ndarray, scores: np.ndarray) -> float:
-    """Average precision from the positives' scores and from all scores (the positives' among them), both ascending."""
+    """Average precision from the positives' scores and all scores (these among them), both ascending."""
     true = len(positives) - np.searchsorted(positives, positives)  # how many positives score at least as much
     retrieved = len(scores) - np.searchsorted(scores, positives)
     return float(np.mean(true / retrieved))
@@ -121,11 +125,11 @@ def split_seen(labels, unseen) -> dict[str, np.ndarray]:
 
 
 def zero_shot_metrics(image_emb, class_emb, labels, unseen=None, ks=(1, 2, 5, 10)) -> dict[str, float]:
-    """Everything that is reported of one label space: flat hit@k and mean average precision, seen and unseen apart.
+    """What is reported of one label space: flat hit@k and mean average precision, seen and unseen apart.
 
-    Candidates are always all c classes. With `unseen` (bool [c]) there are also "seen/…" and "unseen/…" (`split_seen`;
-    "…/mAP" averages over the classes of that kind, on all images) and "harmonic/hit@k". Measures that need an image of
-    a kind of which there is none, or more classes than there are, are left out.
+    Candidates are always all c classes. With `unseen` (bool [c]) there are also "seen/…" and "unseen/…":
+    hits on the images of `split_seen`, "…/mAP" over the classes of that kind on all images; and
+    "harmonic/hit@k". Measures of a kind that has no image, and hit@k for k > c, are left out.
     """
     c = len(class_emb)
     ks = [k for k in ks if k <= c] or [c]
@@ -140,8 +144,9 @@ def zero_shot_metrics(image_emb, class_emb, labels, unseen=None, ks=(1, 2, 5, 10
     classes = {"seen": ~unseen, "unseen": unseen}
     for kind, images in split_seen(labels, unseen).items():
         if images.any():
-            hits = hit_at_k(ids[images], [of_image for of_image, chosen in zip(labels, images) if chosen], ks)
-            metrics |= {f"{kind}/hit@{k}": hits[f"hit@{k}"] for k in ks} | {f"{kind}/labelled": hits["labelled"]}
+            hits = hit_at_k(ids[images], [labels[i] for i in np.flatnonzero(images)], ks)
+            del hits["unlabelled"]
+            metrics |= {f"{kind}/{name}": value for name, value in hits.items()}
         if not np.all(np.isnan(precisions[classes[kind]])):
             metrics[f"{kind}/mAP"] = float(np.nanmean(precisions[classes[kind]]))
     for k in ks:

@@ -8,9 +8,9 @@ from zslflax.zeroshot.classifier import top_k
 def retrieval_recall(image_emb, text_emb, text_image, ks=(1, 5, 10)) -> dict[str, float]:
     """Recall@k of both directions: the share of queries with a true partner among their k nearest.
 
-    An image's partners are all its captions, and one among the first k is enough (Karpathy and Fei-Fei,
-    arXiv 1412.2306, and everybody since); a caption has one image. Images without a caption are candidates, but no
-    queries. Scores exist for one block at a time; of equal ones the lower index is nearer.
+    An image's partners are all its captions, and one among the first k is enough (Karpathy and Fei-Fei, arXiv
+    1412.2306); a caption has one image. Images without a caption are candidates, but no queries. Scores
+    exist for one block at a time; of equal ones the lower index is nearer.
 
     Args:
         image_emb: fp32 [n, d]; text_emb: fp32 [m, d].
@@ -22,9 +22,11 @@ def retrieval_recall(image_emb, text_emb, text_image, ks=(1, 5, 10)) -> dict[str
     n, m = len(image_emb), len(text_emb)
     text_image = np.asarray(text_image)
     if text_image.shape != (m,) or m == 0:
-        raise ValueError(f"expected the image of each of {m} captions (at least 1), found shape {text_image.shape}")
+        raise ValueError(f"expected the image of each of {m} captions (≥ 1), found shape {text_image.shape}")
     if text_image.min() < 0 or text_image.max() >= n:
-        raise ValueError(f"captions' images must be rows of the {n}, found {text_image.min()} … {text_image.max()}")
+        raise ValueError(
+            f"expected captions of {n} images, found rows {text_image.min()} … {text_image.max()}"
+        )
     captioned = np.unique(text_image)
     _, texts = top_k(np.asarray(image_emb)[captioned], text_emb, min(max(ks), m))
     _, images = top_k(text_emb, image_emb, min(max(ks), n))
