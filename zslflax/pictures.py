@@ -60,8 +60,8 @@ def prediction_grid(images, rows, true_names, columns: int = 3) -> Image.Image:
 
 
 def draw_bar(draw, box, name: str, score: float, length: float, is_true: bool, font) -> None:
-    """One name on its bar, which has `length` (0 … 1) of the box, with its score, and a tick if it is
-    true.""" left, top, right, bottom = box
+    """One name on its bar, which has `length` (0 … 1) of the box, with its score and, if true, a tick."""
+    left, top, right, bottom = box
     draw.rectangle((left, top, right - 1, bottom - 1), fill=TRACK)
     if (end := round(length * (right - left))) > 0:
         draw.rectangle((left, top, left + end - 1, bottom - 1), fill=TRUE_BAR if is_true else OTHER_BAR)

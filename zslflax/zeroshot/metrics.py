@@ -64,8 +64,9 @@ def average_precisions(image_emb, class_emb, labels, class_block: int = 1024) ->
         raise ValueError(f"none of {len(labels)} images has a true label: there is nothing to measure")
     if label.min() < 0 or label.max() >= len(class_emb):
         raise ValueError(
-            f"expected labels below {len(class_emb)}, the number of classes, found {label.min()} …
-        {label.max()}" )
+            f"expected labels below {len(class_emb)}, the number of classes, "
+            f"found {label.min()} … {label.max()}"
+        )
     labelled, image = np.unique(image, return_inverse=True)  # `image` now counts among the labelled
     image_emb = jnp.asarray(np.asarray(image_emb, np.float32)[labelled])
     order = np.argsort(label, kind="stable")
