@@ -8,8 +8,8 @@ import os
 import random
 import shutil
 import tarfile
-import tempfile
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,7 @@ TEMPLATES = ("{}", "the {}", "a picture of the {}", "a drawing with one {}")
 
 BOTH = ("a {0} {1}", "a {0} {1}", "one {0} {1}", "the {0} {1}", "a {1} that is {0}", "a {1} in {0}")
 COLOUR_ONLY = ("something {0}", "a {0} thing", "a {0} shape", "one {0} object")
-SHAPE_ONLY = ("a {1}", "one {1}", "the {1}", "some {1}")
+SHAPE_ONLY = ("a {1}", "a {1}", "one {1}", "the {1}")
 JOINS = (" and ", " next to ", " with ", " beside ", " near ", ", ", " close to ", " together with ")
 SENTENCES = (
     "{}",
@@ -113,7 +113,7 @@ SENTENCES = (
     "look at {}",
     "somebody drew {}",
     "my drawing: {}",
-    "{}, on a simple background",
+    "a little sketch of {}",
     "it shows {}.",
     "a sticker of {}",
     "{} (drawing)",
@@ -174,23 +174,24 @@ def ensure(root, *, train=20_000, test=2_000, size=32, noise=0.0, seed=0) -> Fol
     Raises:
         ValueError: a parameter out of its range.
     """
-    check(train, test, size, noise)
+    check(train, test, size, noise, seed)
     options = {"train": train, "test": test, "size": size, "noise": float(noise), "seed": seed}
     digest = hashlib.sha256(json.dumps([VERSION, options]).encode()).hexdigest()[:12]
     path = Path(root) / f"scenes-{digest}"
     if not (path / MARKER).exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent))
+        temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
+        temporary.mkdir()
         try:
-            write(temporary, options, threads=os.cpu_count() or 1)
+            write(temporary, options, threads=min(4, os.cpu_count() or 1))
             publish(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return Folder(pattern(path, "train", train), pattern(path, "test", test), path)
 
 
-def check(train: int, test: int, size: int, noise: float) -> None:
+def check(train: int, test: int, size: int, noise: float, seed: int) -> None:
     if train < 1 or test < 1:
         raise ValueError(f"scenes: train={train}, test={test} images, expected at least 1 of each")
     if size < 16:
@@ -199,6 +200,8 @@ def check(train: int, test: int, size: int, noise: float) -> None:
         raise ValueError(f"scenes: noise={noise}, expected a share of the captions, from 0 to 1")
     if noise and train < 2:
         raise ValueError("scenes: noise takes captions from other images, so train must be at least 2")
+    if seed < 0:
+        raise ValueError(f"scenes: seed={seed}, expected 0 or more")
 
 
 def remove_stale(path: Path) -> None:
@@ -211,19 +214,15 @@ def remove_stale(path: Path) -> None:
 
 def publish(temporary: Path, path: Path) -> None:
     """Gives a finished folder its name, unless another process was faster."""
-    temporary.chmod(0o777 & ~current_umask())  # mkdtemp's folders are private
-    try:
-        temporary.rename(path)
-    except OSError:  # it exists already
-        if not (path / MARKER).exists():
-            shutil.rmtree(path)  # not by this module: it was damaged by hand
+    for _ in range(3):
+        try:
             temporary.rename(path)
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            return
+        except OSError:  # it exists already
+            if (path / MARKER).exists():
+                return
+            shutil.rmtree(path, ignore_errors=True)  # no writer leaves it so: it was damaged by hand
+    raise OSError(f"cannot rename {temporary} to {path}, which has no {MARKER}: remove {path} and start again")
 
 
 def shard_count(total: int) -> int:
