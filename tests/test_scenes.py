@@ -61,7 +61,7 @@ def test(folder):
 
 
 def says_no_more_than(caption, objects):
-    """Whether every colour, shape and pair that a caption names belongs to the objects: a parser of its own."""
+    """Whether every colour, shape and pair that a caption names belongs to the objects."""
     shown = {tuple(name.split()) for name in objects}
     named = words(caption)
     pairs = re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b", caption)
@@ -272,7 +272,8 @@ def test_a_killed_writers_leftovers_are_ignored_and_later_removed(tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"train": 0}, {"test": 0}, {"size": 8}, {"noise": 1.5}, {"train": 1, "noise": 0.5}, {"seed": -1}]
+    "wrong",
+    [{"train": 0}, {"test": 0}, {"size": 8}, {"noise": 1.5}, {"train": 1, "noise": 0.5}, {"seed": -1}],
 )
 def test_parameters_out_of_range_are_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match="scenes: "):

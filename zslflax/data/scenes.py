@@ -1,4 +1,4 @@
-"""The built-in procedural source: coloured shapes with captions, written once as tar shards in img2dataset's layout."""
+"""The built-in procedural source: coloured shapes with captions, written once as tar shards."""
 
 import hashlib
 import io
@@ -88,10 +88,34 @@ NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 UNSEEN = tuple(sorted(7 * n % len(COLOURS) * len(SHAPES) + n % len(SHAPES) for n in range(len(NAMES) // 5)))
 SEEN = tuple(i for i in range(len(NAMES)) if i not in UNSEEN)
 
-# Words that no caption uses, for the same classes: only a text encoder that knows them from elsewhere can tell.
-OTHER_COLOURS = "crimson tangerine lemon emerald azure violet magenta chocolate ebony ivory".split()
+# Other words for the same classes, which no caption uses: only a text encoder that knows them from elsewhere
+# can tell. Chosen so that all-MiniLM-L6-v2 mostly does: it puts "crimson", "azure" and "emerald" nearest to
+# other colours.
+OTHER_COLOURS = [
+    "reddish",
+    "apricot",
+    "yellowish",
+    "greenish",
+    "bluish",
+    "violet",
+    "fuchsia",
+    "brownish",
+    "dark",
+    "whitish",
+]
 OTHER_SHAPES = (
-    "disc box pyramid starburst valentine crucifix hoop half-moon pointer ellipse blossom trout".split()
+    "circular disc",
+    "four-sided tile",
+    "three-sided pyramid",
+    "starburst",
+    "cardioid",
+    "crosses",
+    "bracelet",
+    "half-moon",
+    "arrowhead",
+    "ellipse",
+    "blossom",
+    "trout",
 )
 SYNONYMS = [f"{colour} {shape}" for colour in OTHER_COLOURS for shape in OTHER_SHAPES]
 TEMPLATES = ("{}", "the {}", "a picture of the {}", "a drawing with one {}")
@@ -157,11 +181,13 @@ class Scene:
 def ensure(root, *, train=20_000, test=2_000, size=32, noise=0.0, seed=0) -> Folder:
     """Writes the pictures and captions below `root`, unless they are there already.
 
-    The folder's name has a hash of the parameters. It appears, complete, by a rename, so several processes may
-    ask at once, and what a killed one leaves behind is never taken for complete. The same parameters always
-    give the same bytes, and the same pictures whatever the `noise`. A sample is KEY.jpg, KEY.txt (the caption)
-    and KEY.json (`caption`; `mismatched`, whether it is another image's; `true_caption`; `objects`, names); in
-    the test shards also KEY.cls, the class ids of all objects shown, which are indices of `NAMES`.
+    The folder's name has a hash of the parameters. It appears, complete, by a rename, so several processes
+    may ask at once, and what a killed one leaves behind is never taken for complete. The same parameters give
+    the same bytes, and the same pictures whatever the `noise`.
+
+    A sample is KEY.jpg, KEY.txt (the caption) and KEY.json, in img2dataset's layout: `caption`; `mismatched`,
+    whether it is another image's; `true_caption`; `objects`, the names of what is shown. Test shards also have
+    KEY.cls, the class ids of all objects shown, which are indices of `NAMES`.
 
     Args:
         root: folder, made where it is missing.
@@ -195,7 +221,7 @@ def check(train: int, test: int, size: int, noise: float, seed: int) -> None:
     if train < 1 or test < 1:
         raise ValueError(f"scenes: train={train}, test={test} images, expected at least 1 of each")
     if size < 16:
-        raise ValueError(f"scenes: size={size} pixels, expected at least 16: shapes cannot be told apart below")
+        raise ValueError(f"scenes: size={size} pixels, expected at least 16, to tell shapes apart")
     if not 0 <= noise <= 1:
         raise ValueError(f"scenes: noise={noise}, expected a share of the captions, from 0 to 1")
     if noise and train < 2:
@@ -222,7 +248,7 @@ def publish(temporary: Path, path: Path) -> None:
             if (path / MARKER).exists():
                 return
             shutil.rmtree(path, ignore_errors=True)  # no writer leaves it so: it was damaged by hand
-    raise OSError(f"cannot rename {temporary} to {path}, which has no {MARKER}: remove {path} and start again")
+    raise OSError(f"{path} has no {MARKER} and cannot be replaced: remove it and start again")
 
 
 def shard_count(total: int) -> int:
@@ -238,9 +264,9 @@ def write(folder: Path, options: dict, threads: int) -> None:
     others = mismatches(options["train"], options["noise"], options["seed"])
     jobs = [(split, shard) for split in SPLITS for shard in range(shard_count(options[split]))]
     total = options["train"] + options["test"]
-    with tqdm(total=total, desc=f"writing scenes to {folder.parent}", unit="image", mininterval=0.5) as progress:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda job: write_shard(folder, *job, options, others, progress), jobs))
+    progress = tqdm(total=total, desc=f"writing scenes to {folder.parent}", unit="image", mininterval=0.5)
+    with progress, ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda job: write_shard(folder, *job, options, others, progress), jobs))
     (folder / MARKER).write_text(json.dumps({"version": VERSION, **options}) + "\n")
 
 
@@ -343,7 +369,7 @@ def draw(objects: tuple[Placed, ...], size: int, rng: np.random.Generator) -> np
 
 def coverage(thing: Placed, size: int) -> np.ndarray:
     """The share of every pixel that the object covers, fp32 [size, size]."""
-    scale = 8 if size <= 64 else 4  # drawn larger, then averaged: cv2's own antialiasing has no sub-pixel shapes
+    scale = 8 if size <= 64 else 4  # drawn larger, then averaged over every pixel
     canvas = np.zeros((size * scale, size * scale), np.uint8)
     cos, sin = math.cos(thing.angle), math.sin(thing.angle)
     turn = thing.side * np.array([[cos, sin], [-sin, cos]])
