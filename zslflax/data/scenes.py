@@ -186,8 +186,8 @@ def ensure(root, *, train=20_000, test=2_000, size=32, noise=0.0, seed=0) -> Fol
     the same bytes, and the same pictures whatever the `noise`.
 
     A sample is KEY.jpg, KEY.txt (the caption) and KEY.json, in img2dataset's layout: `caption`; `mismatched`,
-    whether it is another image's; `true_caption`; `objects`, the names of what is shown. Test shards also have
-    KEY.cls, the class ids of all objects shown, which are indices of `NAMES`.
+    whether it is another image's; `true_caption`; `objects`, the names of what is shown. Test shards have
+    KEY.cls too, the class ids of all objects shown, which are indices of `NAMES`.
 
     Args:
         root: folder, made where it is missing.
