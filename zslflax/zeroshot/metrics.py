@@ -43,7 +43,7 @@ def label_pairs(labels) -> tuple[np.ndarray, np.ndarray]:
     return image, np.array([label for of_image in labels for label in of_image], np.int64)
 
 
-def average_precisions(image_emb, class_emb, labels, class_block: int = 1024) -> np.ndarray:
+def average_precisions(image_emb, class_emb, labels, class_block: int = 256) -> np.ndarray:
     """Each class's average precision over the labelled images: fp64 [c], NaN where a class has no image.
 
         AP_c = mean over the images i of class c of  |{j of c: s_jc ≥ s_ic}| / |{j: s_jc ≥ s_ic}|
@@ -98,7 +98,7 @@ def average_precision(positives: np.ndarray, scores: np.ndarray) -> float:
     return float(np.mean(true / retrieved))
 
 
-def mean_average_precision(image_emb, class_emb, labels, class_block: int = 1024) -> float:
+def mean_average_precision(image_emb, class_emb, labels, class_block: int = 256) -> float:
     """The mean of `average_precisions` over the classes that have an image."""
     return float(np.nanmean(average_precisions(image_emb, class_emb, labels, class_block)))
 
