@@ -1,0 +1,107 @@
+"""BERT and RoBERTa as sentence encoders: mean pooling over the tokens (DeCLUTR, Sentence-BERT, MiniLM)."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from zslflax.models.transformer import Attention, Mlp
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Sizes of a BERT.
+
+    Attributes:
+        first_position: index of the first token's position embedding: 0 for BERT; pad id + 1 for RoBERTa, whose
+            positions count from there.
+        positions: rows of the table of position embeddings.
+    """
+
+    vocab_size: int = 30_522
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    positions: int = 512
+    first_position: int = 0
+    types: int = 2
+    eps: float = 1e-12
+    dropout: float = 0.1
+
+    @property
+    def max_tokens(self) -> int:
+        return self.positions - self.first_position
+
+    @classmethod
+    def from_hf(cls, values: dict, dropout: float = 0.1) -> "BertConfig":
+        """From the contents of a Hugging Face config.json.
+
+        Raises:
+            ValueError: the architecture or one of its details is not one that `Bert` computes.
+        """
+        kind = values.get("model_type")
+        if kind not in ("bert", "roberta"):
+            raise ValueError(f"config.json has model_type {kind!r}; expected bert or roberta")
+        for field, wanted in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+            if values.get(field, wanted) != wanted:
+                raise ValueError(f"config.json has {field} {values[field]!r}; only {wanted!r} is implemented")
+        return cls(
+            vocab_size=values["vocab_size"],
+            width=values["hidden_size"],
+            layers=values["num_hidden_layers"],
+            heads=values["num_attention_heads"],
+            hidden=values["intermediate_size"],
+            positions=values["max_position_embeddings"],
+            first_position=values.get("pad_token_id", 1) + 1 if kind == "roberta" else 0,
+            types=values.get("type_vocab_size", 2),
+            eps=values.get("layer_norm_eps", 1e-12),
+            dropout=dropout,
+        )
+
+
+class Layer(nn.Module):
+    """One post-norm layer: LN(x + Attention(x)), then LN(x + Mlp(x)); [b, t, w] → [b, t, w]."""
+
+    config: BertConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+        c = self.config
+        drop = nn.Dropout(c.dropout, deterministic=not train)
+        x = x + drop(Attention(c.heads, self.dtype, name="attention")(x, mask))
+        x = nn.LayerNorm(epsilon=c.eps, dtype=self.dtype, name="norm1")(x)
+        x = x + drop(Mlp(c.hidden, self.dtype, name="mlp")(x))
+        return nn.LayerNorm(epsilon=c.eps, dtype=self.dtype, name="norm2")(x)
+
+
+class Bert(nn.Module):
+    """Tokens to one vector per text: the mean of the last layer over the text's tokens.
+
+    Dropout is on the embeddings and on each sublayer's output; attention weights have none.
+    """
+
+    config: BertConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, text: jax.Array, text_mask: jax.Array, train: bool = False) -> jax.Array:
+        """int32 [b, t], bool [b, t] → fp32 [b, width]. A text without any token gives zeros."""
+        c = self.config
+        if text.shape[1] > c.max_tokens:
+            raise ValueError(
+                f"texts of {text.shape[1]} tokens, but the encoder has {c.max_tokens} positions; lower model.text.max_tokens"
+            )
+        table = lambda rows, name: nn.Embed(rows, c.width, embedding_init=nn.initializers.normal(0.02), name=name)
+        positions = jnp.arange(text.shape[1], dtype=jnp.int32) + c.first_position
+        x = table(c.vocab_size, "word")(text) + table(c.positions, "position")(positions)[None]
+        x = x + table(c.types, "type")(jnp.zeros((), jnp.int32))
+        x = nn.LayerNorm(epsilon=c.eps, name="norm")(x).astype(self.dtype)
+        x = nn.Dropout(c.dropout, deterministic=not train)(x)
+        for i in range(c.layers):
+            x = Layer(c, self.dtype, name=f"layer_{i}")(x, text_mask, train)
+        weight = text_mask[:, :, None].astype(jnp.float32)
+        return jnp.sum(x.astype(jnp.float32) * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)

@@ -1,0 +1,36 @@
+"""What the image and the text transformer share: self-attention and the two-layer perceptron."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017), softmax in fp32: [b, t, w] → [b, t, w]."""
+
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """`mask`: bool [b, t], the positions that may be attended to."""
+        b, t, w = x.shape
+        qkv = nn.Dense(3 * w, dtype=self.dtype, name="qkv")(x)
+        q, k, v = jnp.split(qkv.reshape(b, t, 3 * self.heads, w // self.heads), 3, axis=2)  # (b, t, heads, w / heads)
+        mask = None if mask is None else mask[:, None, None, :]
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return nn.Dense(w, dtype=self.dtype, name="out")(y.reshape(b, t, w))
+
+
+class Mlp(nn.Module):
+    """Two dense layers with the exact GELU between them: [..., w] → [..., w]."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.gelu(nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x), approximate=False)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(y)
