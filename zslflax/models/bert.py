@@ -1,6 +1,7 @@
 """BERT and RoBERTa as sentence encoders: mean pooling over the tokens (DeCLUTR, Sentence-BERT, MiniLM)."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -9,14 +10,22 @@ import jax.numpy as jnp
 
 from zslflax.models.transformer import Attention, Mlp
 
+HF_SIZES = {  # BertConfig's names → config.json's
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "positions": "max_position_embeddings",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
     """Sizes of a BERT.
 
     Attributes:
-        first_position: index of the first token's position embedding: 0 for BERT; pad id + 1 for RoBERTa, whose
-            positions count from there.
+        first_position: row of the first token's position embedding: 0 for BERT, pad id + 1 for RoBERTa.
         positions: rows of the table of position embeddings.
     """
 
@@ -45,16 +54,20 @@ class BertConfig:
         kind = values.get("model_type")
         if kind not in ("bert", "roberta"):
             raise ValueError(f"config.json has model_type {kind!r}; expected bert or roberta")
-        for field, wanted in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        for field, wanted in (
+            ("hidden_act", "gelu"),
+            ("position_embedding_type", "absolute"),
+            ("is_decoder", False),
+        ):
             if values.get(field, wanted) != wanted:
                 raise ValueError(f"config.json has {field} {values[field]!r}; only {wanted!r} is implemented")
+        missing = [field for field in HF_SIZES.values() if field not in values]
+        if missing:
+            raise ValueError(
+                f"config.json lacks {', '.join(missing)}; take the one published with the weights"
+            )
         return cls(
-            vocab_size=values["vocab_size"],
-            width=values["hidden_size"],
-            layers=values["num_hidden_layers"],
-            heads=values["num_attention_heads"],
-            hidden=values["intermediate_size"],
-            positions=values["max_position_embeddings"],
+            **{ours: values[theirs] for ours, theirs in HF_SIZES.items()},
             first_position=values.get("pad_token_id", 1) + 1 if kind == "roberta" else 0,
             types=values.get("type_vocab_size", 2),
             eps=values.get("layer_norm_eps", 1e-12),
@@ -93,12 +106,13 @@ class Bert(nn.Module):
         c = self.config
         if text.shape[1] > c.max_tokens:
             raise ValueError(
-                f"texts of {text.shape[1]} tokens, but the encoder has {c.max_tokens} positions; lower model.text.max_tokens"
+                f"texts of {text.shape[1]} tokens, but the encoder has {c.max_tokens} positions; "
+                "lower model.text.max_tokens"
             )
-        table = lambda rows, name: nn.Embed(rows, c.width, embedding_init=nn.initializers.normal(0.02), name=name)
+        table = partial(nn.Embed, features=c.width, embedding_init=nn.initializers.normal(0.02))
         positions = jnp.arange(text.shape[1], dtype=jnp.int32) + c.first_position
-        x = table(c.vocab_size, "word")(text) + table(c.positions, "position")(positions)[None]
-        x = x + table(c.types, "type")(jnp.zeros((), jnp.int32))
+        x = table(c.vocab_size, name="word")(text) + table(c.positions, name="position")(positions)[None]
+        x = x + table(c.types, name="type")(jnp.zeros((), jnp.int32))
         x = nn.LayerNorm(epsilon=c.eps, name="norm")(x).astype(self.dtype)
         x = nn.Dropout(c.dropout, deterministic=not train)(x)
         for i in range(c.layers):

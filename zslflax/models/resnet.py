@@ -15,6 +15,9 @@ RESNETS = {  # blocks per stage, and whether they are bottlenecks
 }
 
 
+KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015b; as torchvision does
+
+
 class Block(nn.Module):
     """One residual block: [b, h, w, c] → [b, h / stride, w / stride, width × (4 if bottleneck else 1)]."""
 
@@ -26,7 +29,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
         near = ((1, 1), (1, 1))  # PyTorch's padding; "SAME" differs where the stride is 2
         stride = (self.stride, self.stride)
         out = self.width * 4 if self.bottleneck else self.width
@@ -49,8 +52,9 @@ class ResNet(nn.Module):
         stages: blocks in each stage.
         bottleneck: whether blocks are bottlenecks (50 layers and more).
         dtype: of the computation; parameters and batch statistics are fp32.
-        axis_name: the mapped axis over which batch statistics are synchronised in training; `None` for one device alone.
-        stem_width: channels after the first convolution; a stage has stem_width · 2^i (times 4 if bottleneck).
+        axis_name: the mapped axis over which batch statistics are synchronised in training; `None` where there
+            is none.
+        stem_width: channels after the first convolution; stage i has stem_width · 2^i (· 4 if bottleneck).
     """
 
     stages: tuple[int, ...]
@@ -61,7 +65,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """[b, h, w, 3] normalised pixels → [b, f]; `train` uses and updates batch statistics (momentum 0.9, eps 1e-5)."""
+        """[b, h, w, 3] normalised pixels → fp32 [b, f]; `train` uses the batch's statistics and updates the average."""
         norm = partial(
             nn.BatchNorm,
             use_running_average=not train,
@@ -70,9 +74,8 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             axis_name=self.axis_name if train else None,
         )
-        x = nn.Conv(
-            self.stem_width, (7, 7), (2, 2), ((3, 3), (3, 3)), use_bias=False, dtype=self.dtype, name="conv1"
-        )(x.astype(self.dtype))
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
+        x = conv(self.stem_width, (7, 7), (2, 2), ((3, 3), (3, 3)), name="conv1")(x.astype(self.dtype))
         x = nn.relu(norm(name="bn1")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for i, blocks in enumerate(self.stages):

@@ -28,14 +28,15 @@ class Side(nn.Module):
     def project(self, features: jax.Array) -> jax.Array:
         """[b, f] → unit vectors fp32 [b, d]."""
         x = self.projection(features.astype(jnp.float32))
-        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        # Not x / norm(x), whose gradient at 0 is NaN, also where a mask takes the row out of the loss.
+        return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-12))
 
 
 class TwoTower(nn.Module):
     """Images and texts to unit vectors in one space.
 
-    Parameters are {"image": {"tower", "projection"}, "text": {"tower", "projection"}}. Everything is available as
-    `model.apply(variables, …, method="encode_image")` and so on.
+    Parameters are {"image": {"tower", "projection"}, "text": {"tower", "projection"}}. Everything is
+    available as `model.apply(variables, …, method="encode_image")` and so on.
 
     Attributes:
         image, text: the two sides.
@@ -47,7 +48,9 @@ class TwoTower(nn.Module):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __call__(self, image: jax.Array, text: jax.Array, text_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, image: jax.Array, text: jax.Array, text_mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         return self.encode_image(image), self.encode_text(text, text_mask)
 
     def image_features(self, image: jax.Array, train: bool = False) -> jax.Array:
@@ -68,7 +71,7 @@ class TwoTower(nn.Module):
         return self.text.project(features)
 
     def encode_image(self, image: jax.Array, train: bool = False) -> jax.Array:
-        """uint8 [b, s, s, 3] → unit vectors fp32 [b, d]; without `train`, an image's does not depend on its batch."""
+        """uint8 [b, s, s, 3] → unit vectors fp32 [b, d]; without `train` each is a function of its image alone."""
         return self.project_image(self.image_features(image, train))
 
     def encode_text(self, text: jax.Array, text_mask: jax.Array, train: bool = False) -> jax.Array:
@@ -80,8 +83,8 @@ def build(config, *, dtype: Any = jnp.float32, axis_name: str | None = None) -> 
     """The model that a config's `model` section describes.
 
     Args:
-        config: `embed_dim`, `image.{name, mean, std}`, `text.{pretrained, dropout, max_tokens, scratch}`. Where
-            `text.pretrained` is given, the folder's config.json has the text tower's sizes.
+        config: `embed_dim`, `image.{name, mean, std}`, `text.{pretrained, dropout, max_tokens, scratch}`.
+            Where `text.pretrained` is given, that folder's config.json has the text tower's sizes.
         dtype: of the towers' computation.
         axis_name: the mapped axis over which batch statistics are synchronised.
 
@@ -90,7 +93,9 @@ def build(config, *, dtype: Any = jnp.float32, axis_name: str | None = None) -> 
     """
     bert = text_config(config.text)
     if config.text.max_tokens > bert.max_tokens:
-        raise ValueError(f"model.text.max_tokens is {config.text.max_tokens}; the encoder has {bert.max_tokens} positions")
+        raise ValueError(
+            f"model.text.max_tokens is {config.text.max_tokens}; the encoder has {bert.max_tokens} positions"
+        )
     project = lambda: nn.Dense(config.embed_dim)
     return TwoTower(
         image=Side(image_tower(config.image.name, dtype, axis_name), project()),
@@ -110,8 +115,10 @@ def image_tower(name: str, dtype: Any, axis_name: str | None) -> nn.Module:
 
 
 def text_config(config) -> BertConfig:
-    """The text tower's sizes: from the pretrained folder's config.json, or the config's own for one from scratch."""
+    """The text tower's sizes: those of the pretrained folder's config.json, or the config's own."""
     if config.pretrained:
-        return BertConfig.from_hf(json.loads((locate(config.pretrained) / "config.json").read_text()), config.dropout)
+        return BertConfig.from_hf(
+            json.loads((locate(config.pretrained) / "config.json").read_text()), config.dropout
+        )
     s = config.scratch
     return BertConfig(s.vocab_size, s.width, s.layers, s.heads, 4 * s.width, dropout=config.dropout)

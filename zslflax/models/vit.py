@@ -39,7 +39,8 @@ class ViT(nn.Module):
         patch: side of a patch in pixels; the image's sides must be multiples of it.
         width, depth, heads: of the transformer.
         dtype: of the computation; parameters are fp32.
-        eps: of the layer norms: 1e-6 in timm's models, 1e-12 in Hugging Face's.
+        eps: of the layer norms: 1e-6 as in the original and timm (Hugging Face's copies of these weights say
+            1e-12, which matters only where the variance is tiny).
     """
 
     patch: int
@@ -54,14 +55,18 @@ class ViT(nn.Module):
         """[b, h, w, 3] normalised pixels → [b, width]; training and inference compute the same."""
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise ValueError(
-                f"image of {x.shape[1]} × {x.shape[2]} pixels: expected multiples of the patch's {self.patch}; "
-                "change model.image.size"
+                f"image of {x.shape[1]} × {x.shape[2]} pixels: expected multiples of the patch's "
+                f"{self.patch}; change model.image.size"
             )
         patch = (self.patch, self.patch)
-        x = nn.Conv(self.width, patch, patch, "VALID", dtype=self.dtype, name="patch_embed")(x.astype(self.dtype))
+        x = nn.Conv(self.width, patch, patch, "VALID", dtype=self.dtype, name="patch_embed")(
+            x.astype(self.dtype)
+        )
         x = x.reshape(x.shape[0], -1, self.width)  # (b, patches, width), row by row
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)).astype(self.dtype), x], axis=1)
+        x = jnp.concatenate(
+            [jnp.broadcast_to(cls, (x.shape[0], 1, self.width)).astype(self.dtype), x], axis=1
+        )
         position = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
         x = x + position.astype(self.dtype)
         for i in range(self.depth):
