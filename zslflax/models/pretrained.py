@@ -38,8 +38,8 @@ def locate(name: str) -> Path:
 
     Args:
         name: an existing folder; `package:MODULE/FOLDER`, a folder in an installed package, which is not
-            imported; or an id on the Hugging Face Hub, whose safetensors, json and tokenizer files are downloaded
-            unless they are in its cache.
+            imported; or an id on the Hugging Face Hub, whose safetensors, json and tokenizer files are
+            downloaded unless they are in its cache.
 
     Raises:
         FileNotFoundError: no such folder or package, and the Hub does not have it or can't be reached.

@@ -52,8 +52,8 @@ class ResNet(nn.Module):
         stages: blocks in each stage.
         bottleneck: whether blocks are bottlenecks (50 layers and more).
         dtype: of the computation; parameters and batch statistics are fp32.
-        axis_name: the mapped axis over which batch statistics are synchronised in training; `None` where there
-            is none.
+        axis_name: the mapped axis over which batch statistics are synchronised in training; `None` where
+            there is none.
         stem_width: channels after the first convolution; stage i has stem_width · 2^i (· 4 if bottleneck).
     """
 
@@ -65,7 +65,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """[b, h, w, 3] normalised pixels → fp32 [b, f]; `train` uses the batch's statistics and updates the average."""
+        """[b, h, w, 3] normalised pixels → fp32 [b, f]; `train` normalises by the batch."""
         norm = partial(
             nn.BatchNorm,
             use_running_average=not train,

@@ -71,7 +71,7 @@ class TwoTower(nn.Module):
         return self.text.project(features)
 
     def encode_image(self, image: jax.Array, train: bool = False) -> jax.Array:
-        """uint8 [b, s, s, 3] → unit vectors fp32 [b, d]; without `train` each is a function of its image alone."""
+        """uint8 [b, s, s, 3] → unit vectors fp32 [b, d]; without `train`, each from its image alone."""
         return self.project_image(self.image_features(image, train))
 
     def encode_text(self, text: jax.Array, text_mask: jax.Array, train: bool = False) -> jax.Array:
