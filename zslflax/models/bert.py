@@ -112,7 +112,7 @@ class Bert(nn.Module):
         table = partial(nn.Embed, features=c.width, embedding_init=nn.initializers.normal(0.02))
         positions = jnp.arange(text.shape[1], dtype=jnp.int32) + c.first_position
         x = table(c.vocab_size, name="word")(text) + table(c.positions, name="position")(positions)[None]
-        x = x + table(c.types, name="type")(jnp.zeros((), jnp.int32))
+        x = x + table(c.types, name="type")(jnp.zeros((1, 1), jnp.int32))
         x = nn.LayerNorm(epsilon=c.eps, name="norm")(x).astype(self.dtype)
         x = nn.Dropout(c.dropout, deterministic=not train)(x)
         for i in range(c.layers):

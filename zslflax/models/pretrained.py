@@ -176,8 +176,11 @@ def fill(location: Path, variables: dict, layouts: tuple[Layout, ...], special: 
         filled[path] = value
     if wrong:
         raise ValueError(f"{location} has other shapes than the tower:\n  " + "\n  ".join(wrong))
-    unused = f"; no part of the tower: {', '.join(extra)}" if extra else ""
-    log.info("%s: read %d tensors%s", location, len(wanted), unused)
+    heads = [name for name in extra if not BUFFERS.fullmatch(name)]
+    log.info(
+        "%s: %d tensors read; no part of the tower: %s and %d constant buffers",
+        *(location, len(wanted), ", ".join(heads) or "no head", len(extra) - len(heads)),
+    )
     return {**variables, **unflatten_dict(filled)}
 
 
