@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ log = logging.getLogger("zslflax")
 # that the tower does not have.
 HEADS = re.compile(r"(fc|head|head_dist|pre_logits|classifier|pooler|cls|lm_head|qa_outputs)\..+")
 BUFFERS = re.compile(r"(.+\.)?(num_batches_tracked|position_ids|token_type_ids)")
+CONVERT = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    "weights = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+    "save_file({name: value.clone().contiguous() for name, value in weights.items()}, sys.argv[2])"
+)
 
 
 def locate(name: str) -> Path:
@@ -215,9 +221,8 @@ def detect(location: Path, names, layouts: tuple[Layout, ...]) -> tuple[Layout, 
 def is_unused(name: str, prefix: str) -> bool:
     """Whether a weight has no part in an encoder's output: a head on the encoder, or a buffer."""
     parts = prefix.split(".")
-    starts = [
-        ".".join(parts[:i]) + "." if i else "" for i in range(len(parts))
-    ]  # "", "model.", "model.bert."
+    # Of the prefix "model.bert.": "", "model.", "model.bert."
+    starts = [".".join(parts[:i]) + "." if i else "" for i in range(len(parts))]
     heads = any(name.startswith(start) and HEADS.fullmatch(name.removeprefix(start)) for start in starts)
     return heads or bool(BUFFERS.fullmatch(name))
 
@@ -247,10 +252,10 @@ def tensor_files(folder: Path) -> dict[str, tuple[Path, str]]:
     return files
 
 
-def no_weights(folder: Path, paths: list[Path]) -> str:
+def no_weights(folder: Path, several: list[Path]) -> str:
     """What to say of a folder without model.safetensors."""
-    if paths:
-        names = ", ".join(path.name for path in paths)
+    if several:
+        names = ", ".join(path.name for path in several)
         return (
             f"{folder} has several safetensors ({names}) and no index; name the one that is meant "
             "model.safetensors"
@@ -262,15 +267,10 @@ def no_weights(folder: Path, paths: list[Path]) -> str:
         files = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         start = (
             f"{folder} has no model.safetensors (found {files}). If the model is published in PyTorch's own "
+            "format only (the Hub's pytorch_model.bin), download that file there"
         )
-        start += "format only (the Hub's pytorch_model.bin), download that file there"
-    program = (
-        "import torch; from safetensors.torch import save_file; "
-        f"weights = torch.load({str(source)!r}, map_location='cpu', weights_only=True); "
-        "save_file({name: value.clone().contiguous() for name, value in weights.items()}, "
-        f"{str(folder / 'model.safetensors')!r})"
-    )
-    return f'{start}; convert it once, where PyTorch is installed:\n  python -c "{program}"'
+    paths = shlex.join([str(source), str(folder / "model.safetensors")])
+    return f'{start}; convert it once, where PyTorch is installed:\n  python -c "{CONVERT}" {paths}'
 
 
 def read(files: dict[str, tuple[Path, str]], names) -> dict[str, np.ndarray]:
