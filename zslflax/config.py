@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from zslflax.objectives import OBJECTIVES, SOFT_TARGETS
+from zslflax.zeroshot.labels import read_templates
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision, of pixels in [0, 1]
 
@@ -35,6 +36,7 @@ def default_config() -> ConfigDict:
     c.model.text.tokenizer = ""  # likewise; "" is the folder of the pretrained encoder
     c.model.text.max_tokens = 60  # longer captions are truncated; special tokens counted
     c.model.text.dropout = 0.1
+    c.model.text.keep_features = 0  # captions whose features are kept and not computed again, if the text tower is frozen
     # Sizes of a BERT without pretrained weights; the vocabulary must hold the tokenizer's.
     c.model.text.scratch = ConfigDict({"layers": 12, "width": 768, "heads": 12, "vocab_size": 30_522})
 
@@ -127,6 +129,12 @@ def set_objective(c: ConfigDict, name: str) -> None:
         c.objective.remove_diagonal = True
     if name == "sigmoid":
         c.objective.log_scale = 2.302585  # a scale of 10 (SigLIP, section 3.2)
+
+
+def resolve(c: ConfigDict) -> None:
+    """Puts a file's prompt templates in the place of its name, so that they travel with the run."""
+    templates = c.eval.templates
+    c.eval.templates = tuple(read_templates(templates[0] if len(templates) == 1 else templates))
 
 
 def fields(c: ConfigDict, prefix: str = "") -> list[str]:

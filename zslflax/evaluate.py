@@ -1,45 +1,219 @@
 """Zero-shot evaluation of a model on the config's test sets, by all devices of all processes."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from zslflax import parallel, pictures
-from zslflax.data import pairs, scenes
+from zslflax.data import images, pairs, scenes
 from zslflax.predict import Predictor
-from zslflax.zeroshot.classifier import top_k
-from zslflax.zeroshot.labels import LabelSpace, read_names
-from zslflax.zeroshot.metrics import harmonic_mean, hit_at_k, mean_average_precision
+from zslflax.zeroshot.classifier import class_embeddings, top_k
+from zslflax.zeroshot.labels import LabelSpace, members
+from zslflax.zeroshot.metrics import zero_shot_metrics
 from zslflax.zeroshot.retrieval import retrieval_recall
 
 log = logging.getLogger("zslflax")
-HITS, RECALLS = (1, 2, 5, 10), (1, 5, 10)
+SHOWN, ANSWERS = 12, 5  # images in the picture, and names beside each
 
 
-def evaluate(predictors: dict[str, Predictor], config, workdir: Path, step: int) -> dict[str, float]:
-    """Metrics of every test set, `eval/SET/METRIC`, and the picture of the first predictor's answers.
+class TestSet(NamedTuple):
+    """A test set that has been opened.
+
+    Attributes:
+        name: its key in `config.eval.sets`.
+        source: raw records, as `pairs.open_source` describes them.
+        labels: the classes of its labels, or None where it has captions only.
+    """
+
+    name: str
+    source: Sequence
+    labels: LabelSpace | None
+
+
+class Embedded(NamedTuple):
+    """A test set's readable samples on the host, in the order of the source.
+
+    Attributes:
+        index: int64 [n], which samples they are.
+        image: by predictor, fp32 [n, d].
+        labels, captions: n tuples, of class ids and of texts.
+    """
+
+    index: np.ndarray
+    image: dict[str, np.ndarray]
+    labels: list[tuple[int, ...]]
+    captions: list[tuple[str, ...]]
+
+
+def open_sets(config) -> list[TestSet]:
+    """Opens every test set whose `data` is given, so that what is wrong with one is known before training starts."""
+    return [
+        TestSet(name, pairs.open_source(test.data, config.data, "test"), label_space(test))
+        for name, test in config.eval.sets.items()
+        if test.data
+    ]
+
+
+def label_space(test) -> LabelSpace | None:
+    """The classes of one of the config's test sets; None where neither the config nor the source names any."""
+    if test.names:
+        return LabelSpace.read(test.names, test.unseen, test.synonyms)
+    if test.data == "scenes":
+        unseen = members(scenes.NAMES, [scenes.NAMES[i] for i in scenes.UNSEEN])
+        return LabelSpace(scenes.NAMES, unseen, scenes.SYNONYMS)
+    return None
+
+
+def evaluate(
+    predictors: dict[str, Predictor], test_sets: list[TestSet], config, workdir: Path
+) -> dict[str, float]:
+    """Metrics of every test set, and a picture of the first predictor's answers in `workdir`/predictions.
 
     Args:
-        predictors: by the suffix of the set's name in the metrics' names: {"": teacher, "_student": student}.
+        predictors: by the part of the metrics' names that tells them apart: {"": teacher, "student/": student}.
+        test_sets: from `open_sets`.
         config: the whole config.
-        workdir: predictions/STEP.png is written there.
-        step: names the picture.
+        workdir: predictions/STEP.png is written there, or STEP-SET.png where there are several sets.
+
+    Returns:
+        {"eval/SET/METRIC": …, "eval/SET/student/METRIC": …}, the same in every process.
     """
     metrics = {}
-    for name, test in config.eval.sets.items():
-        if not test.data:
-            continue
-        source = pairs.open_source(test.data, config.data, "test")
-        labels = label_space(test)
-        for suffix, predictor in predictors.items():
-            embedded = embed(predictor, source, config)
-            results, best = score(predictor, embedded, labels, config)
-            metrics |= {f"eval/{name}{suffix}/{metric}": value for metric, value in results.items()}
-            if suffix == "" and best is not None and parallel.is_main():
-                picture = draw(source, embedded, labels, best, config)
-                path = workdir / "predictions" / (f"{step}.png" if len(config.eval.sets) == 1 else f"{step}-{name}.png")
+    for test in test_sets:
+        embedded = embed(predictors, test, config)
+        for who, predictor in predictors.items():
+            results, answers = score(predictor, embedded.image[who], embedded, test, config)
+            metrics |= {f"eval/{test.name}/{who}{metric}": value for metric, value in results.items()}
+            if answers and who == next(iter(predictors)) and parallel.is_main():
+                name = f"{predictor.step}" + (f"-{test.name}" if len(test_sets) > 1 else "")
+                path = workdir / "predictions" / f"{name}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                picture.save(path)
+                draw(test, embedded, answers).save(path)
     return metrics
+
+
+def embed(predictors: dict[str, Predictor], test: TestSet, config) -> Embedded:
+    """Every readable sample's embeddings by every predictor; each process reads and embeds its share."""
+    size = config.model.image.size
+    batches = pairs.eval_batches(
+        test.source,
+        batch_size=config.eval.batch_size // jax.process_count(),
+        image_size=size,
+        resize=round(size * config.eval.resize),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.data.threads,
+    )
+    image, index, described, errors = {who: [] for who in predictors}, [], [], []
+    for batch in batches:
+        for who, predictor in predictors.items():
+            image[who].append(predictor.encode_image(batch["image"]))
+        index.append(np.where(batch["mask"], batch["index"], -1))
+        described += zip(batch["label"], batch["text"])
+        errors += batch["errors"]
+    for name, message in errors[:5]:
+        log.warning("%s: left out the unreadable sample %s: %s", test.name, name, message)
+
+    index = parallel.gather_hosts(np.concatenate(index))
+    image = {who: parallel.gather_hosts(np.concatenate(parts)) for who, parts in image.items()}
+    described = [sample for host in parallel.gather_json(described) for sample in host]
+    order = np.argsort(index, kind="stable")[np.count_nonzero(index < 0) :]
+    if not len(order):
+        raise ValueError(f"eval.sets.{test.name}: none of the {len(test.source)} samples can be read; {errors[0]}")
+    labels, captions = zip(*(map(tuple, described[i]) for i in order))
+    return Embedded(index[order], {who: x[order] for who, x in image.items()}, list(labels), list(captions))
+
+
+def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test: TestSet, config):
+    """One predictor's metrics on one test set, and its answers: for each shown image [(name, score, true), …]."""
+    encode_text = share_among_hosts(predictor.encode_text)
+    metrics, answers = {}, {}
+    captions = [caption for of_image in embedded.captions for caption in of_image]
+    if captions:
+        owner = np.repeat(np.arange(len(image_emb)), [len(of_image) for of_image in embedded.captions])
+        text_emb = encode_text(captions)
+        metrics |= {f"retrieval/{name}": v for name, v in retrieval_recall(image_emb, text_emb, owner).items()}
+        truth = [set(np.flatnonzero(owner == i)) for i in shown(len(image_emb))]
+        answers = best_names(image_emb, text_emb, captions, truth)
+    if test.labels is not None and any(embedded.labels):
+        space = test.labels
+        check_labels(test, embedded)
+        embed_names = lambda names: class_embeddings(encode_text, names, config.eval.templates, config.eval.batch_size)
+        class_emb = embed_names(space.names)
+        unseen = space.unseen if space.unseen.any() else None
+        metrics |= zero_shot_metrics(image_emb, class_emb, embedded.labels, unseen)
+        if space.synonyms is not None:
+            results = zero_shot_metrics(image_emb, embed_names(space.synonyms), embedded.labels, unseen)
+            metrics |= {f"synonyms/{name}": value for name, value in results.items()}
+        truth = [set(embedded.labels[i]) for i in shown(len(image_emb))]
+        answers = best_names(image_emb, class_emb, space.names, truth)
+    return metrics, answers
+
+
+def share_among_hosts(encode_text):
+    """The same function, each process encoding a part of the texts and all getting the whole."""
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        per_host = -(-len(texts) // jax.process_count())
+        own = list(texts[jax.process_index() * per_host :][:per_host])
+        padded = own + [""] * (per_host - len(own))
+        return parallel.gather_hosts(encode_text(padded))[: len(texts)]
+
+    return encode
+
+
+def check_labels(test: TestSet, embedded: Embedded) -> None:
+    """Refuses labels that are no index of the names."""
+    for index, labels in zip(embedded.index, embedded.labels):
+        if labels and not 0 <= min(labels) <= max(labels) < len(test.labels):
+            raise ValueError(
+                f"eval.sets.{test.name}: sample {test.source[int(index)]['name']} has the label {max(labels)}, but there "
+                f"are {len(test.labels)} names, 0 … {len(test.labels) - 1}; labels count from 0 in the order of the names"
+            )
+
+
+def shown(n: int) -> np.ndarray:
+    """Which of n images are in the picture: spread evenly, the same at every evaluation."""
+    return np.unique(np.linspace(0, n - 1, min(n, SHOWN)).astype(int))
+
+
+def best_names(image_emb, text_emb, names: Sequence[str], truth: list[set[int]]) -> list[list[tuple[str, float, bool]]]:
+    """For each shown image its best names: (name, score, whether it is true)."""
+    scores, ids = top_k(image_emb[shown(len(image_emb))], text_emb, min(ANSWERS, len(names)))
+    return [
+        [(names[i], float(s), int(i) in true) for s, i in zip(*row)]
+        for *row, true in zip(scores, ids, truth)
+    ]
+
+
+def draw(test: TestSet, embedded: Embedded, answers):
+    """The picture of the shown images, their answers and their true names or captions."""
+    rows, pixels, true_names = shown(len(embedded.index)), [], []
+    for i in rows:
+        picture = test.source[int(embedded.index[i])]["image"]
+        pixels.append(images.decode(picture) if isinstance(picture, bytes) else picture)
+        named = test.labels is not None and any(embedded.labels)
+        true_names.append([test.labels.names[c] for c in embedded.labels[i]] if named else list(embedded.captions[i]))
+    return pictures.prediction_grid(pixels, answers, true_names)
+
+
+def table(metrics: dict[str, float]) -> str:
+    """The hits and recalls among the metrics in per cent, a row for each set, part of it and predictor."""
+    groups = {}
+    for name, value in metrics.items():
+        group, _, metric = name.removeprefix("eval/").rpartition("/")
+        if "@" in metric or metric == "mAP":
+            measure, _, k = metric.partition("@")
+            row = f"{group} {measure}@k" if k else f"{group} hit@k"
+            groups.setdefault(row, {})[f"@{k}" if k else metric] = value
+    columns = ["@1", "@2", "@5", "@10", "mAP"]
+    width = max(map(len, groups), default=0)
+    lines = [" " * width + "".join(f"{column:>7}" for column in columns)]
+    for row, values in groups.items():
+        cells = (f"{100 * values[column]:7.1f}" if column in values else " " * 7 for column in columns)
+        lines.append(f"{row:<{width}}" + "".join(cells))
+    return "\n".join(lines)

@@ -37,6 +37,7 @@ def main(_):
     telemetry.start_logging()
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.name}").expanduser().absolute()
+    configs.resolve(config)
     configs.validate(config)
     parallel.start(config.compilation_cache)
     configs.check_devices(config, jax.device_count())

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import json
 import os
 from collections.abc import Iterator
 
@@ -44,9 +45,30 @@ def map_train_step(**fixed):
     return jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=0)
 
 
+def replicate(tree):
+    """Puts arrays whole on each of this host's devices."""
+    return jax.device_put(tree, NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec()))
+
+
 def map_embed(function):
     """Maps (variables, arrays with a leading axis of this host's devices) over those devices; nothing is exchanged."""
     return jax.pmap(function, in_axes=(None, 0), devices=jax.local_devices())
+
+
+def in_batches(function, variables, arrays, size: int) -> np.ndarray:
+    """Applies what `map_embed` returned to arrays [n, …] in batches of `size`, the last filled up: NumPy [n, …]."""
+    outputs, total = [], len(jax.tree.leaves(arrays)[0])
+    for start in range(0, total, size):
+        rows = min(size, total - start)
+        fill = lambda x: np.concatenate([x[start : start + rows], np.repeat(x[start : start + 1], size - rows, axis=0)])
+        embedded = np.asarray(function(variables, shard(jax.tree.map(fill, arrays))))
+        outputs.append(embedded.reshape(size, *embedded.shape[2:])[:rows])
+    return np.concatenate(outputs)
+
+
+def local_devices() -> int:
+    """The number of this host's devices."""
+    return jax.local_device_count()
 
 
 def shard(arrays):
@@ -98,6 +120,12 @@ def gather_hosts(tree):
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def sum_hosts(value: int) -> int:
-    """The sum of one number over the processes."""
-    return int(np.sum(gather_hosts(np.asarray([value]))))
+def gather_json(value) -> list:
+    """Every process's value, of any size but of what JSON can hold, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = gather_hosts(np.asarray([len(data)]))
+    padded = np.pad(data, (0, sizes.max() - len(data)))
+    rows = gather_hosts(padded).reshape(len(sizes), -1)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]

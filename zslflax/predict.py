@@ -1,5 +1,6 @@
 """Predictor: a trained model as notebooks and applications use it."""
 
+import copy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,14 @@ from zslflax import checkpoint, parallel
 from zslflax.config import compute_dtype, from_json
 from zslflax.data import images
 from zslflax.data.text import Tokenizer
+from zslflax.features import TextFeatures
 from zslflax.models import two_tower
 from zslflax.models.pretrained import locate
 from zslflax.state import merge
+from zslflax.step import AXIS
 from zslflax.zeroshot.classifier import class_embeddings, top_k
 
+KEPT_TEXTS = 1 << 15  # texts whose features a predictor remembers; 100 MB at a width of 768
 TEXT_FOLDER = "text_encoder"  # in the workdir: the tokenizer's files and the text encoder's config.json
 
 
@@ -30,12 +34,19 @@ class Predictor:
         step: the step of the checkpoint.
     """
 
-    def __init__(self, config, model, variables, tokenizer: Tokenizer, step: int = 0):
+    def __init__(self, config, model, variables, tokenizer: Tokenizer, step: int = 0, text_features=None):
         self.config, self.model, self.tokenizer, self.step = config, model, tokenizer, step
-        self.variables = variables
-        apply = lambda method: lambda variables, inputs: model.apply(variables, *inputs, method=method)
-        self._encode_image = parallel.map_embed(apply("encode_image"))
-        self._encode_text = parallel.map_embed(apply("encode_text"))
+        self.variables = parallel.replicate(variables)
+        self.text_features = text_features or TextFeatures(model, self.variables, KEPT_TEXTS)
+        map_method = lambda method: parallel.map_embed(lambda variables, x: model.apply(variables, x, method=method))
+        self._encode_image, self._project_text = map_method("encode_image"), map_method("project_text")
+
+    def with_variables(self, variables, step: int) -> "Predictor":
+        """The same model at another state, without compiling anything again."""
+        other = copy.copy(self)
+        other.variables, other.step = variables, step
+        other.text_features = self.text_features.with_variables(variables)
+        return other
 
     @classmethod
     def restore(cls, workdir: str | Path, *, step: int | None = None, use: str = "teacher") -> "Predictor":
@@ -73,20 +84,12 @@ class Predictor:
         else:
             one = isinstance(pictures, (str, Path, Image.Image, np.ndarray))
             prepared = np.stack([self._prepare(picture) for picture in ([pictures] if one else pictures)])
-        return self._in_batches(self._encode_image, (prepared,))
+        return self._in_batches(self._encode_image, prepared)
 
     def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """Unit embeddings of texts, fp32 [b, d]; texts beyond the maximum number of tokens are truncated."""
         tokens, mask = self.tokenizer([texts] if isinstance(texts, str) else list(texts))
-        # Texts of similar length go through together, padded to a multiple of 16 tokens instead of to the maximum.
-        lengths = mask.sum(axis=1)
-        order = np.argsort(lengths, kind="stable")
-        embeddings = np.empty((len(order), self.config.model.embed_dim), np.float32)
-        widths = np.minimum(-(-lengths[order] // 16) * 16, mask.shape[1])
-        for width in np.unique(widths):
-            rows = order[widths == width]
-            embeddings[rows] = self._in_batches(self._encode_text, (tokens[rows, :width], mask[rows, :width]))
-        return embeddings
+        return self._in_batches(self._project_text, self.text_features(tokens, mask))
 
     def classify(
         self, pictures, names: Sequence[str], *, templates: Sequence[str] | None = None, top_k: int = 5
@@ -115,21 +118,16 @@ class Predictor:
         size = self.config.model.image.size
         return images.resize_center_crop(picture, size, round(size * self.config.eval.resize))
 
-    def _in_batches(self, function, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
-        """Applies a mapped function to batches of a few fixed sizes, so that few shapes are compiled."""
-        total, devices = len(arrays[0]), jax.local_device_count()
+    def _in_batches(self, function, array: np.ndarray) -> np.ndarray:
+        """Applies a mapped function to batches of one of a few sizes, so that few shapes are compiled."""
+        if not len(array):
+            return np.empty((0, self.config.model.embed_dim), np.float32)
+        devices = jax.local_device_count()
         largest = max(devices, self.config.eval.batch_size // jax.process_count() // devices * devices)
-        outputs = [np.empty((0, self.config.model.embed_dim), np.float32)]
-        for start in range(0, total, largest):
-            part = [x[start : start + largest] for x in arrays]
-            rows = len(part[0])
-            size = devices
-            while size < rows:
-                size *= 2
-            padded = [np.concatenate([x, np.repeat(x[:1], min(size, largest) - rows, axis=0)]) for x in part]
-            embedded = function(self.variables, parallel.shard(tuple(padded)))
-            outputs.append(np.asarray(embedded).reshape(-1, embedded.shape[-1])[:rows])
-        return np.concatenate(outputs)
+        size = devices
+        while size < min(len(array), largest):
+            size *= 2
+        return parallel.in_batches(function, self.variables, array, min(size, largest))
 
 
 _top_k = top_k
@@ -149,7 +147,7 @@ def build_model(config, text_folder: Path | None = None) -> tuple[two_tower.TwoT
         tokenizer = Tokenizer.from_folder(text_folder, text.max_tokens)
         if text.pretrained:
             model_config.text.pretrained = str(text_folder)
-    return two_tower.build(model_config, dtype=compute_dtype(config)), tokenizer
+    return two_tower.build(model_config, dtype=compute_dtype(config), axis_name=AXIS), tokenizer
 
 
 def keep_text_encoder(config, tokenizer: Tokenizer, folder: Path) -> None:

@@ -53,7 +53,8 @@ def train_step(
     Args:
         state: the same on every device.
         teacher: variables of a frozen teacher ({} unless teacher.kind is "checkpoint").
-        batch: `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `mask` bool [b].
+        batch: `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `mask` bool [b]; of a frozen text
+            tower, its output `text_features` fp32 [b, f] may stand in for the text.
         model: the `TwoTower`; `teacher_model` that of a frozen teacher.
         tx: from `optimizer.build`.
         config: the whole config.
@@ -68,7 +69,12 @@ def train_step(
     trained = tuple(modality for modality in ("image", "text") if modality not in frozen)
 
     student = student_variables(state)
-    shared = {modality: features(model, student, batch, modality, train=False)[0] for modality in frozen}
+    shared = {
+        modality: batch[f"{modality}_features"]
+        if f"{modality}_features" in batch
+        else features(model, student, batch, modality, train=False)[0]
+        for modality in frozen
+    }
     taught = None
     if config.objective.name in SOFT_TARGETS:
         taught = teach(state, teacher, batch, shared, model=model, config=config, teacher_model=teacher_model)

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import absl.logging
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ def start_logging() -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
+    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax describes every save in twenty lines
 
 
 class _TqdmStream:
@@ -61,7 +63,7 @@ class Reporter:
         self.file.write(json.dumps({"step": step, **finite}) + "\n")
         for name, value in finite.items():
             if value is not None:
-                self.tensorboard.add_scalar(name, value, step)
+                self.tensorboard.add_scalar(name.replace("@", "_at_"), value, step)
 
     def progress(self, step: int, loss: float, pairs_per_second: float) -> None:
         """Moves the progress line; where standard error is no terminal, logs a line every ten seconds or so."""

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from zslflax import checkpoint, objectives, optimizer, parallel, predict
+from zslflax import evaluate as evaluation
 from zslflax import state as states
 from zslflax.config import compare, from_json, to_json
 from zslflax.data import pairs
-from zslflax.evaluate import evaluate as evaluate_sets
+from zslflax.features import TextFeatures
 from zslflax.models import pretrained
 from zslflax.predict import Predictor
 from zslflax.telemetry import Reporter, Stopwatch
@@ -32,6 +33,7 @@ def train(config, workdir: Path) -> None:
     model, tokenizer = predict.build_model(config)
     teacher_model, teacher = load_teacher(config, tokenizer)
     sources = [pairs.open_source(spec, config.data, "train") for spec in config.data.train]
+    test_sets = evaluation.open_sets(config)
     checkpoints = checkpoint.manager(workdir, config.eval.best)
     resuming = checkpoints.latest_step() is not None
     state, tx, frozen = create_state(config, model, pretrained_weights=not resuming)
@@ -44,7 +46,12 @@ def train(config, workdir: Path) -> None:
     describe(config, state, frozen, sources)
 
     update = parallel.map_train_step(model=model, tx=tx, config=config, frozen=frozen, teacher_model=teacher_model)
-    batches = parallel.to_devices(train_batches(config, sources, tokenizer, first))
+    text_features = kept_text_features(config, model, state, frozen)
+    predictor = Predictor(config, model, None, tokenizer, text_features=text_features)
+    batches = train_batches(config, sources, tokenizer, first)
+    if "text" in frozen and config.model.text.keep_features:
+        batches = with_text_features(batches, text_features)
+    batches = parallel.to_devices(batches)
     reporter = Reporter(workdir, first, config.steps, parallel.is_main())
     watch, bad, recent = Stopwatch(), BadSamples(config.data.max_bad), []
     for step in range(first + 1, config.steps + 1):
@@ -55,24 +62,23 @@ def train(config, workdir: Path) -> None:
         recent.append(metrics)
         evaluating = step == config.steps or step % config.eval.every == 0
         saving = evaluating or step % config.checkpoint.every == 0
-        results = {}
-        if saving or step == first + 1 or step % config.report_every == 0:
-            results = average(recent) | {f"train/{name}": value for name, value in (watch.lap() | bad.shares()).items()}
-            recent = []
-            reporter.progress(step, results["train/loss"], results["train/pairs_per_second"])
-            if results["train/bad_step"] >= 0:
-                stop_at_bad_step(checkpoints, state)
+        if not saving and step % config.report_every:
+            continue
+        results = average(recent) | {f"train/{name}": value for name, value in watch.lap().items()}
+        recent = []
+        reporter.progress(step, results["train/loss"], results["train/pairs_per_second"])
+        if results["train/bad_step"] >= 0:
+            stop_at_bad_step(checkpoints, state)
         if evaluating:
-            results |= evaluate_state(config, model, tokenizer, state, workdir)
+            results |= evaluate_state(predictor, test_sets, state, workdir)
             watch = Stopwatch()
-        if results:
-            reporter.write(step, results)
+        reporter.write(step, results)
         if saving:
-            checkpoint.save(checkpoints, state, results)
+            checkpoint.save(checkpoints, state, results if evaluating else None)
     checkpoints.wait_until_finished()
     checkpoints.close()
     reporter.close()
-    log.info("finished %d steps; everything is in %s", config.steps, workdir)
+    log.info("finished %d steps%s; everything is in %s", config.steps, bad.summary(), workdir)
 
 
 def evaluate(config, workdir: Path, step: int | None = None) -> dict[str, float]:
@@ -80,24 +86,24 @@ def evaluate(config, workdir: Path, step: int | None = None) -> dict[str, float]
 
     The model is what the workdir's own config.json says; the test sets are those of `config`.
     """
-    uses = {"": "teacher", "_student": "student"}
-    predictors = {suffix: Predictor.restore(workdir, step=step, use=use) for suffix, use in uses.items()}
+    uses = {"": "teacher", "student/": "student"} if config.teacher.kind == "ema" else {"": "student"}
+    predictors = {who: Predictor.restore(workdir, step=step, use=use) for who, use in uses.items()}
+    metrics = evaluation.evaluate(predictors, evaluation.open_sets(config), config, workdir)
     step = predictors[""].step
-    metrics = evaluate_sets(predictors, config, workdir, step)
-    log.info("checkpoint of step %d in %s", step, workdir)
+    log.info("step %d of %s\n%s", step, workdir, evaluation.table(metrics))
     if parallel.is_main():
         print(json.dumps({"step": step, **metrics}))
     return metrics
 
 
 def prepare_workdir(config, workdir: Path) -> None:
-    """Makes the workdir and writes config.json; refuses a workdir of another run, but for its length and what it reports.
+    """Makes the workdir and writes config.json; refuses one whose checkpoints are another config's, except in what reports.
 
     Raises:
         ValueError: names every field that differs, with both values.
     """
     path = workdir / "config.json"
-    if path.exists():
+    if path.exists() and checkpoint.available(workdir):
         kept = from_json(path.read_text())
         differences = [
             f"{field}: {old!r} there, {new!r} now"
@@ -184,6 +190,22 @@ def train_batches(config, sources, tokenizer, start_step: int):
     )
 
 
+def kept_text_features(config, model, state, frozen: tuple[str, ...]) -> TextFeatures:
+    """The features of captions, for as long as the text tower stays the same: for ever, or until the next evaluation."""
+    capacity = max(config.model.text.keep_features, predict.KEPT_TEXTS)
+    if "text" not in frozen:
+        return TextFeatures(model, None, capacity)
+    tower = jax.tree.map(jnp.copy, state.params["text"]["tower"])  # a copy, for the step takes the state's buffers over
+    variables = parallel.replicate({"params": {"text": {"tower": tower}}})
+    return TextFeatures(model, variables, capacity, frozen=True)
+
+
+def with_text_features(batches, text_features: TextFeatures):
+    """The same batches with the output of a frozen text tower."""
+    for batch in batches:
+        yield batch | {"text_features": text_features(batch["text"], batch["text_mask"])}
+
+
 def describe(config, state, frozen: tuple[str, ...], sources) -> None:
     """Logs what is going to be trained, on what."""
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree)) / 1e6
@@ -214,16 +236,16 @@ def average(metrics: list[dict]) -> dict[str, float]:
     return means | {"train/bad_step": int(host[-1]["bad_step"])}
 
 
-def evaluate_state(config, model, tokenizer, state, workdir: Path) -> dict[str, float]:
+def evaluate_state(predictor: Predictor, test_sets, state, workdir: Path) -> dict[str, float]:
     """Evaluates the teacher and the student as they are; without an EMA there is only the student."""
     step = int(state.step)
-    use = {"": states.student_variables(state)}
+    predictors = {"": predictor.with_variables(states.student_variables(state), step)}
     if state.teacher_params:
-        use = {"": states.teacher_variables(state), "_student": states.student_variables(state)}
-    predictors = {suffix: Predictor(config, model, variables, tokenizer, step) for suffix, variables in use.items()}
-    metrics = evaluate_sets(predictors, config, workdir, step)
-    for name, value in metrics.items():
-        log.info("step %d  %s %.4f", step, name, value)
+        teacher = predictor.with_variables(states.teacher_variables(state), step)
+        predictors = {"": teacher, "student/": predictors[""]}
+    metrics = evaluation.evaluate(predictors, test_sets, predictor.config, workdir)
+    if metrics:
+        log.info("step %d\n%s", step, evaluation.table(metrics))
     return metrics
 
 
@@ -264,5 +286,5 @@ class BadSamples:
                 f"the shards with the most of them:\n  {worst}"
             )
 
-    def shares(self) -> dict[str, float]:
-        return {"bad_samples": float(self.bad)}
+    def summary(self) -> str:
+        return f", {self.bad:,} of {self.seen:,} samples unreadable" if self.bad else ""
