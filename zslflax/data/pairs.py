@@ -12,7 +12,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from zslflax.data import scenes
+from zslflax.data import annotated, scenes
 from zslflax.data.samples import ORDER_STREAM, EvalPreparation, TrainPreparation
 from zslflax.data.tfds import TfdsSource
 from zslflax.data.webdataset import WebDataset
@@ -25,7 +25,9 @@ def open_source(spec: str, data_config, split: str):
     """Opens a source of raw records.
 
     Args:
-        spec: "scenes", the built-in procedural source; "tfds:NAME/SPLIT"; or else the pattern of tar shards.
+        spec: "scenes", the built-in procedural source; "tfds:NAME/SPLIT"; of labelled images without captions
+            "folder:FOLDER", "csv:FILE", "open_images:FOLDER,LABELS.csv" and "ml_images:FOLDER,LIST.txt", see
+            `zslflax.data.annotated`; or else the pattern of tar shards.
         data_config: the config's field `data`, for `tfds_dir` and `scenes`.
         split: "train" or "test", of "scenes"; others say it in their spec, and need captions for "train".
 
@@ -33,10 +35,11 @@ def open_source(spec: str, data_config, split: str):
         A source: `len(source)` records, where `source[i]` is a dict of `image` (encoded bytes, or uint8
         [height, width, 3]), `text` (a tuple of captions), `label` (a tuple of true classes) and `name`
         ("SHARD:KEY"), or raises `BadSample`, if possible with the sample's name as its attribute `name`.
+        Where it has an attribute `classes` that is not None, these are the ids that labels count.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'test'")
-    openers = {"scenes": open_scenes, "tfds": open_tfds}
+    openers = {"scenes": open_scenes, "tfds": open_tfds} | dict.fromkeys(annotated.READERS, open_annotated)
     prefix = spec.partition(":")[0]
     return openers.get(prefix, open_shards)(spec, data_config, split)
 
@@ -57,6 +60,14 @@ def open_tfds(spec: str, data_config, split: str):
             f"the source {spec!r} is not of the form tfds:NAME/SPLIT, such as tfds:coco_captions/train"
         )
     return TfdsSource(name, part, data_dir=data_config.tfds_dir or None, require_captions=split == "train")
+
+
+def open_annotated(spec: str, data_config, split: str):
+    """Labelled images in the format that the prefix names."""
+    reader, _, where = spec.partition(":")
+    if split == "train":
+        raise ValueError(f"the source {spec!r} has labels and no captions, which training needs")
+    return annotated.READERS[reader](where)
 
 
 def open_shards(spec: str, data_config, split: str):

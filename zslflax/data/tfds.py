@@ -17,11 +17,13 @@ class TfdsSource:
     `labels`, or else the only one there is, at the top or one level deeper. Class labels below 0 mean
     unlabelled and are left out.
 
+    Attributes:
+        classes: the names of the label's classes, which for ImageNet are WordNet's ids; None without a label.
+
     Args:
         name: "NAME", "NAME/CONFIG", each with ":VERSION" if not the newest is meant.
         split: "train", "test", or a slice, "train[:10%]".
         data_dir: the folder that holds the folder NAME; None: $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
-
         require_captions: whether features without captions are an error.
 
     Raises:
@@ -49,6 +51,7 @@ class TfdsSource:
         self.name = f"tfds:{name}/{split}"
         self.image = find_image(features, folder)
         self.caption, self.label = find_captions(features), find_labels(features)
+        self.classes = list(dict(walk(features))[self.label].names) if self.label else None
         if require_captions and not self.caption:
             raise ValueError(
                 f"{folder} has no captions among its features {', '.join(features)}; "

@@ -32,7 +32,7 @@ class Hierarchy:
                 self.neighbours.setdefault(other, set()).add(node)
 
     def nearer(self, label: int, k: int) -> dict[int, int]:
-        """How many classes are fewer hops from a class than each of its neighbours is: label → number below k.
+        """For the classes around one: label → how many classes are fewer hops away, as long as these are < k.
 
         These numbers are all that there is to Frome's hCorrectSet(k): the set grows by one hop at a time, by
         all classes at that distance, until it holds k. So it holds x if and only if fewer than k are nearer.
@@ -43,12 +43,12 @@ class Hierarchy:
         found: dict[int, int] = {}
         if not 0 <= label < len(self.ids):
             raise ValueError(f"expected labels below {len(self.ids)}, the number of classes, found {label}")
-        seen, frontier = {self.ids[label]}, [self.ids[label]]
+        seen, frontier = {self.ids[label]}, {self.ids[label]}
         while frontier and len(found) < k:
             number = len(found)
             found |= {self.label[node]: number for node in frontier if node in self.label}
-            frontier = list(dict.fromkeys(n for node in frontier for n in self.neighbours[node] if n not in seen))
-            seen.update(frontier)
+            frontier = {n for node in frontier for n in self.neighbours[node] if n not in seen}
+            seen |= frontier
         if len(found) < k:
             raise ValueError(
                 f"only {len(found)} classes are connected with {self.ids[label]!r}, too few for k = {k}"

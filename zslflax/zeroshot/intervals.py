@@ -46,7 +46,7 @@ def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def bounds(draws: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The percentile bootstrap's 95% intervals: {"NAME/low": …, "NAME/high": …}; nothing without resamples."""
+    """The percentile bootstrap's 95% intervals, "NAME/low" and "NAME/high"; nothing without resamples."""
     metrics = {}
     for name, values in draws.items():
         if len(values) and not np.isnan(values).all():

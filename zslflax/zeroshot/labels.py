@@ -1,11 +1,17 @@
 """What classes are called, and in which sentences: label spaces and prompt templates."""
 
 import collections
+import csv
 import dataclasses
 import difflib
 import os
+import re
 
 import numpy as np
+
+from zslflax.zeroshot.wordnet import WordNet
+
+CODE = re.compile(r"n\d{8}|/[a-z]/.+|\d+")  # ids that are no names: of WordNet, Open Images' MIDs, numbers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -16,11 +22,13 @@ class LabelSpace:
         names: c names. They are not keys: two classes may share one.
         unseen: bool [c], the classes whose figures are reported apart, because training never named them.
         synonyms: other names of the same c classes, in the same order, or None.
+        ids: c different ids, which are keys, or None where classes are known by their number alone.
     """
 
     names: list[str]
     unseen: np.ndarray
     synonyms: list[str] | None = None
+    ids: list[str] | None = None
 
     def __post_init__(self):
         c = len(self.names)
@@ -31,16 +39,144 @@ class LabelSpace:
                 f"expected a synonym for each of {c} names, in their order, found {len(self.synonyms)}; "
                 "repeat the name where there is no other"
             )
+        if self.ids is not None and not len(self.ids) == len(set(self.ids)) == c:
+            raise ValueError(
+                f"expected a different id for each of {c} names, in their order, found {len(self.ids)}, "
+                f"{len(set(self.ids))} of them different"
+            )
 
     def __len__(self) -> int:
         return len(self.names)
 
     @classmethod
-    def read(cls, names: str, unseen: str = "", synonyms: str = "") -> "LabelSpace":
-        """A label space from what `read_names` takes; `unseen` is one or more of the names; "" means none."""
-        read = read_names(names)
-        chosen = [unseen] if unseen in read else read_names(unseen) if unseen else []
-        return cls(read, members(read, chosen), read_names(synonyms) if synonyms else None)
+    def read(
+        cls,
+        names: str = "",
+        unseen: str = "",
+        synonyms: str = "",
+        *,
+        classes: str = "",
+        own: list[str] | None = None,
+        wordnet: WordNet | None = None,
+    ) -> "LabelSpace":
+        """A label space from what a config says and a source brings along.
+
+        Args:
+            names: what `read_names` takes, in the order of the classes; "": as the file of classes calls
+                them, or else WordNet, or else, unless they are codes, their ids are their names.
+            unseen: one or more of the names, or of the ids, likewise; "" means none.
+            synonyms: like `names`; "" means none.
+            classes: the ids, as `read_classes` takes them; "": `own`.
+            own: the ids of the classes that a source knows; None where its labels are numbers of names.
+            wordnet: names WordNet's ids.
+        """
+        ids, known = read_classes(classes) if classes else (None if own is None else list(own), {})
+        if names:
+            called = read_names(names)
+        elif ids is None:
+            raise ValueError("expected names or classes, because the source's labels are only numbers")
+        else:
+            called = name_ids(ids, known, wordnet)
+        if ids is not None and len(called) != len(ids):
+            raise ValueError(
+                f"expected a name for each of {len(ids)} classes ({', '.join(ids[:3])}, …), in their order, "
+                f"found {len(called)}; where the source lacks some of them, give all ids as a file of classes"
+            )
+        chosen = [unseen] if unseen in called else read_names(unseen) if unseen else []
+        keys = ids if ids is not None and set(chosen) <= set(ids) else called
+        return cls(called, members(keys, chosen), read_names(synonyms) if synonyms else None, ids)
+
+    def relabel(self, labels, classes: list[str] | None = None) -> tuple[list[tuple[int, ...]], int]:
+        """A source's labels as labels of this space: (n tuples, how many labels are none of its classes).
+
+        Args:
+            labels: n tuples of indices into `classes`, or where that is None, into `names`.
+            classes: the ids of the classes that the source knows. Those that are not in this space leave no
+                label, so that an image may be left without.
+
+        Raises:
+            ValueError: none of the source's classes is in this space; or a label is no index.
+        """
+        own = range(len(self)) if classes is None else classes
+        given = [label for of_image in labels for label in of_image]
+        if given and not 0 <= min(given) <= max(given) < len(own):
+            raise ValueError(f"expected labels below {len(own)}, found {min(given)} … {max(given)}")
+        if classes is None:
+            return [tuple(of_image) for of_image in labels], 0
+        places = {i: label for label, i in enumerate(self.ids or ())}
+        place = [places.get(i) for i in classes]
+        if len(place) and set(place) == {None}:
+            raise ValueError(
+                f"none of the source's {len(classes)} classes, such as {classes[0]!r}, is among those of the "
+                f"label space, such as {(self.ids or self.names)[0]!r}{'' if self.ids else ', which has no ids'}"
+            )
+        found = [tuple(place[l] for l in of_image if place[l] is not None) for of_image in labels]
+        return found, len(given) - sum(map(len, found))
+
+
+def read_classes(spec: str) -> tuple[list[str], dict[str, str]]:
+    """Ids, and the names of those that the files name: a file or several with commas, united by id.
+
+    A class is where its id comes first, and is called what its first name is. Lines of a file are, in UTF-8:
+
+        ID                      a plain list
+        ID <tab> NAME           ImageNet's words.txt
+        ID <tab> NUMBER <tab> NAME   Tencent ML-Images' dictionary_and_semantic_hierarchy.txt
+        ID,NAME                 in a .csv: Open Images' class-descriptions, with or without its header
+
+    Raises:
+        ValueError: names the file and line: an empty id or name, an id that comes twice in one file, a line
+            that has another number of fields than the first.
+    """
+    ids, names = {}, {}
+    for path in spec.split(","):
+        if not os.path.isfile(path):
+            raise ValueError(f"there is no file {path!r} of classes")
+        rows, lines = read_table(path), {}
+        for number, row in rows:
+            if len(row) != len(rows[0][1]):
+                raise ValueError(f"{path}, line {number} has {len(row)} fields, the first {len(rows[0][1])}")
+            i, name = row[0], row[-1]
+            if not i or not name:
+                raise ValueError(f"{path}, line {number}: the {'name' if i else 'id'} is empty: {row}")
+            if i in lines:
+                raise ValueError(f"{path}, line {number}: the id {i!r} is that of line {lines[i]} too")
+            lines[i] = ids[i] = number
+            if len(row) > 1:
+                names.setdefault(i, name)
+    return list(ids), names
+
+
+def read_table(path: str) -> list[tuple[int, list[str]]]:
+    """The fields of a file's lines, numbered from 1, without Open Images' header."""
+    if not path.endswith(".csv"):
+        rows = [(n, [field.strip() for field in line.split("\t")]) for n, line in numbered_lines(path)]
+        widest = 3
+    else:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if row]
+        rows, widest = rows[1:] if rows and rows[0][1][0] == "LabelName" else rows, 2
+        if rows and len(rows[0][1]) < 2:
+            raise ValueError(f"{path} has no column of names: expected ID,NAME, found {rows[0][1]}")
+    if not rows:
+        raise ValueError(f"{path} has no classes")
+    if len(rows[0][1]) > widest:
+        raise ValueError(f"{path} has {len(rows[0][1])} columns, expected at most {widest}: {rows[0][1]}")
+    return rows
+
+
+def name_ids(ids: list[str], known: dict[str, str], wordnet: WordNet | None) -> list[str]:
+    """What classes are called: what is known, or else WordNet, or else the id itself if it is no code."""
+    unnamed = [i for i in ids if i not in known]
+    if wordnet is not None:
+        known = known | dict(zip(unnamed, wordnet.names(unnamed)))
+    elif codes := [i for i in unnamed if CODE.fullmatch(i)]:
+        raise ValueError(
+            f"{len(codes)} of {len(ids)} classes have no name, the first is {codes[0]!r}: give names, a file "
+            "of classes with names, or for WordNet's ids the folder of its database"
+        )
+    return [known.get(i, i) for i in ids]
 
 
 def members(names, chosen) -> np.ndarray:

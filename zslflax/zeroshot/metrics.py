@@ -115,7 +115,7 @@ def check_range(image: np.ndarray, label: np.ndarray, classes: int) -> tuple[np.
 
 def check_disjoint(image, label, other_image, other, classes: int) -> None:
     if len(both := np.intersect1d(image * classes + label, other_image * classes + other)):
-        raise ValueError(f"class {both[0] % classes} is both true and a negative of image {both[0] // classes}")
+        raise ValueError(f"class {both[0] % classes} is a label and a negative of image {both[0] // classes}")
 
 
 def by_class(image: np.ndarray, label: np.ndarray) -> dict[int, np.ndarray]:
@@ -219,7 +219,7 @@ def zero_shot_metrics(
             collected |= new
     for k in ks:
         if {f"seen/hit@{k}", f"unseen/hit@{k}"} <= means.keys():
-            for figure in (means, draws):
-                figure[f"harmonic/hit@{k}"] = harmonic_mean(figure[f"seen/hit@{k}"], figure[f"unseen/hit@{k}"])
+            for of in (means, draws):
+                of[f"harmonic/hit@{k}"] = harmonic_mean(of[f"seen/hit@{k}"], of[f"unseen/hit@{k}"])
     counts = {f"{kind}labelled": int(chosen.sum()) for kind, chosen in images.items()}
     return means | bounds(draws) | counts | {"unlabelled": int((~labelled).sum())}

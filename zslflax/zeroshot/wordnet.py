@@ -11,7 +11,7 @@ HYPERNYMS = ("@", "@i")  # a kind of, and an instance of
 
 @dataclasses.dataclass(frozen=True)
 class WordNet:
-    """Nouns by id, which is "n" and the eight digits of the synset's place in the file, as ImageNet writes it.
+    """Nouns by id, which is "n" and the eight digits of the synset's place in the file, as in ImageNet.
 
     Attributes:
         lemmas: id → its words, in WordNet's order, with blanks instead of underscores.
