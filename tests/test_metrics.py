@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from zslflax.zeroshot.classifier import top_k
+from zslflax.zeroshot.hierarchy import Hierarchy, hierarchical_precision
 from zslflax.zeroshot.metrics import (
     average_precisions,
     harmonic_mean,
@@ -143,3 +144,78 @@ def test_what_cannot_be_measured_is_refused():
         mean_average_precision(eye, eye, [(0,), (2,)])
     with pytest.raises(ValueError, match="each of 2 classes"):
         zero_shot_metrics(eye, eye, [(0,), (1,)], unseen=[True], ks=(1,))
+
+
+@pytest.mark.parametrize("class_block", [2, 100])
+def test_average_precision_over_judged_images_is_scikit_learns(require, class_block):
+    sklearn = require("sklearn.metrics")
+    for seed in range(15):
+        image_emb, class_emb, labels, _ = random_case(seed)
+        rng = np.random.default_rng(1000 + seed)
+        negatives = [
+            tuple({int(c) for c in rng.integers(0, len(class_emb), 4)} - set(of_image)) for of_image in labels
+        ]
+        found = average_precisions(image_emb, class_emb, labels, class_block, negatives)
+        scores = image_emb @ class_emb.T
+        expected = np.full(len(class_emb), np.nan)
+        for c in range(len(class_emb)):
+            judged = [i for i in range(len(labels)) if c in labels[i] or c in negatives[i]]
+            true = [c in labels[i] for i in judged]
+            if any(true) and not all(true):
+                expected[c] = sklearn.average_precision_score(true, scores[judged, c])
+        assert np.isnan(expected).any() and not np.isnan(expected).all()
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_contradicting_judgements_are_refused():
+    eye = np.eye(2, dtype=np.float32)
+    with pytest.raises(ValueError, match="class 1 is a label and a negative of image 0"):
+        average_precisions(eye, eye, [(0, 1), (1,)], negatives=[(1,), ()])
+    with pytest.raises(ValueError, match="2 images' labels and 1 images' negatives"):
+        average_precisions(eye, eye, [(0,), (1,)], negatives=[(1,)])
+    with pytest.raises(ValueError, match="below 2, the number of classes, found 1 … 2"):
+        average_precisions(eye, eye, [(0,), (1,)], negatives=[(1,), (2,)])
+
+
+def test_hierarchical_precision_is_reported_seen_and_unseen_apart():
+    image_emb, class_emb, labels, unseen = random_case(3, n=60)
+    c = len(class_emb)
+    above = {str(i): (str((i - 1) // 2),) if i else () for i in range(c)}
+    hierarchy = Hierarchy(list(above), above)
+    found = zero_shot_metrics(image_emb, class_emb, labels, unseen, (1, 2, 5, 20), hierarchy=hierarchy)
+    _, ids = top_k(image_emb, class_emb, 5)
+    expected = hierarchical_precision(ids, labels, hierarchy, (1, 2, 5))
+    only_unseen = [bool(l) and all(unseen[label] for label in l) for l in labels]
+    for column, k in enumerate((1, 2, 5)):
+        assert found[f"hierarchical@{k}"] == pytest.approx(np.nanmean(expected[:, column]))
+        assert found[f"unseen/hierarchical@{k}"] == pytest.approx(np.mean(expected[only_unseen, column]))
+    assert found["hierarchical@1"] == pytest.approx(found["hit@1"]) and "hierarchical@20" not in found
+
+
+def test_intervals_of_all_figures():
+    image_emb, class_emb, labels, unseen = random_case(5, n=300)
+    plain = zero_shot_metrics(image_emb, class_emb, labels, unseen, (1, 2))
+    found = zero_shot_metrics(image_emb, class_emb, labels, unseen, (1, 2), resamples=3000)
+    assert {name: found[name] for name in plain} == plain
+    figures = {name for name in plain if "@" in name or name.endswith("mAP")}
+    assert set(found) == set(plain) | {f"{name}/{end}" for name in figures for end in ("low", "high")}
+    assert all(found[f"{name}/low"] < found[name] < found[f"{name}/high"] for name in figures)
+
+    # Harmonic means and average precisions by index, image by image and class by class.
+    rng = np.random.default_rng(0)
+    kinds = split_seen(labels, unseen)
+    best = top_k(image_emb, class_emb, 1)[1][:, 0]
+    hit = np.array([best_of in of_image for of_image, best_of in zip(labels, best)])
+    labelled = np.flatnonzero([len(of_image) > 0 for of_image in labels])
+    precisions = average_precisions(image_emb, class_emb, labels)
+    precisions = precisions[~np.isnan(precisions)]
+    harmonic, mean = [], []
+    for _ in range(3000):
+        drawn = rng.choice(labelled, len(labelled))
+        a, b = (hit[drawn][kinds[kind][drawn]].mean() for kind in ("seen", "unseen"))
+        harmonic.append(2 * a * b / (a + b))
+        mean.append(rng.choice(precisions, len(precisions)).mean())
+    for name, values in (("harmonic/hit@1", harmonic), ("mAP", mean)):
+        low, high = np.percentile(values, (2.5, 97.5))
+        assert found[f"{name}/low"] == pytest.approx(low, abs=0.12 * (high - low))
+        assert found[f"{name}/high"] == pytest.approx(high, abs=0.12 * (high - low))

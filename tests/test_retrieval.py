@@ -51,3 +51,16 @@ def test_captions_of_no_image_are_refused():
         retrieval_recall(one, one, [0])
     with pytest.raises(ValueError, match="captions of 2 images, found rows 0 … 2"):
         retrieval_recall(one, one, [0, 2])
+
+
+def test_intervals_are_over_images_with_all_their_captions():
+    rng = np.random.default_rng(0)
+    n, captions = 60, 5
+    image_emb = rng.standard_normal((n, 4)).astype(np.float32)
+    text_emb = np.repeat(image_emb + rng.standard_normal((n, 4)), captions, axis=0).astype(np.float32)
+    text_image = np.repeat(np.arange(n), captions)  # an image's captions are the same: hit or missed together
+    found = retrieval_recall(image_emb, text_emb, text_image, (1,), resamples=4000)
+    p = found["text_to_image@1"]
+    width = found["text_to_image@1/high"] - found["text_to_image@1/low"]
+    assert width == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / n), rel=0.1)  # n images, not 5 n captions
+    assert found["image_to_text@1/low"] < found["image_to_text@1"] < found["image_to_text@1/high"]
