@@ -14,6 +14,8 @@ from zslflax.config import default_config
 from zslflax.data import images, pairs
 from zslflax.data.annotated import READERS, LabelledImages
 from zslflax.data.images import BadSample
+from zslflax.zeroshot.labels import LabelSpace
+from zslflax.zeroshot.metrics import zero_shot_metrics
 
 DATA = default_config().data
 
@@ -131,7 +133,7 @@ def test_csv_with_faults(tmp_path, caplog):
         read("path,class\na.jpg,n1\n")
     with pytest.raises(ValueError, match="x.csv has no column path, labels; found: nothing"):
         read("")
-    with pytest.raises(ValueError, match="x.csv, line 3 has 1 fields, expected the header's 2"):
+    with pytest.raises(ValueError, match="x.csv, line 3 has 1 fields, the header 2"):
         read("path,labels\na.jpg,n1\nb.jpg\n")
     with pytest.raises(ValueError, match="x.csv, line 2: the path is empty"):
         read("path,labels\n,n1\n")
@@ -186,7 +188,9 @@ def test_open_images_with_faults(tmp_path):
     def read(*rows):
         return pairs.open_source(open_images(tmp_path, [*OPEN_IMAGES[:1], *rows]), DATA, "test")
 
-    with pytest.raises(ValueError, match="labels.csv, line 2: the confidence is '0.7', expected 1 or 0"):
+    with pytest.raises(
+        ValueError, match="labels.csv, line 2: the confidence is '0.7', expected a person's verdict, 1 or 0"
+    ):
         read(("0001eeaf4aed83f9", "machine", "/m/1", "0.7"))
     with pytest.raises(ValueError, match="labels.csv, line 2: the label is empty"):
         read(("0001eeaf4aed83f9", "verification", "", "1"))
@@ -242,3 +246,21 @@ def test_a_file_that_vanishes_is_a_bad_sample(tmp_path):
     with pytest.raises(BadSample, match="its file cannot be read: No such file") as caught:
         source[0]
     assert caught.value.name == str(tmp_path / "gone.jpg")
+
+
+def test_open_images_from_its_files_to_figures(tmp_path):
+    source = pairs.open_source(open_images(tmp_path), DATA, "test")
+    descriptions = "/m/zz,Never seen\n/m/04rky,Mammal\n/m/0cmf2,Airplane\n/m/015p6,Bird\n"
+    file = write(tmp_path / "class-descriptions.csv", descriptions)
+    space = LabelSpace.read(classes=str(file), own=source.classes)
+    labels, outside = space.relabel(source.labels, source.classes)
+    negatives, _ = space.relabel(source.negatives, source.classes)
+    assert [[space.names[c] for c in of_image] for of_image in labels] == [["Airplane"], ["Bird"], []]
+    assert negatives == [(3,), (), (1,)] and outside == 0
+    class_emb = np.eye(4, dtype=np.float32)
+    image_emb = np.array([[0, 0, 1, 2], [0, 0, 0, 1], [9, 9, 9, 9]], np.float32)
+    found = zero_shot_metrics(image_emb, class_emb, labels, negatives=negatives, ks=(1, 2))
+    assert found["hit@1"] == 0.5 and found["hit@2"] == 1.0
+    assert (found["labelled"], found["unlabelled"]) == (2, 1)
+    # Of birds alone, where the first image is none and scores 2, and the second is one and scores 1.
+    assert found["mAP"] == 0.5

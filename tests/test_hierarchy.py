@@ -8,7 +8,7 @@ from zslflax.zeroshot.hierarchy import Hierarchy, hierarchical_precision
 
 
 def random_graph(seed, nodes=40, classes=17):
-    """Hypernyms of a connected graph, in which nodes may have two, and the classes: every other node or so."""
+    """Hypernyms of a connected graph, in which nodes may have two, and the classes among the nodes."""
     rng = np.random.default_rng(seed)
     above = {0: ()} | {i: tuple({int(rng.integers(i)), int(rng.integers(i))}) for i in range(1, nodes)}
     ids = [f"n{i}" for i in rng.permutation(nodes)[:classes]]

@@ -29,7 +29,12 @@ def test_bounds_are_scipys():
         counts = np.asarray(counts, float)
         assert means[name] == pytest.approx(sums.sum() / counts.sum(), rel=1e-12)
         expected = stats.bootstrap(
-            (sums, counts), ratio, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile",
+            (sums, counts),
+            ratio,
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            method="percentile",
             rng=np.random.default_rng(2),
         )
         low, high = expected.confidence_interval

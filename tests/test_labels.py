@@ -100,13 +100,14 @@ def test_classes_in_their_datasets_files(tmp_path):
         {"n00002452": "thing", "n05220461": "body part"},
     )
     # Open Images' class descriptions, which older versions have without a header.
-    rows = '/m/011k07,Tortoise\n/m/0_k,"Pot, ""iron"""\n/m/2,Tortoise\n'.encode()
+    rows = b'/m/011k07,Tortoise\n/m/0_k,"Pot, ""iron"""\n/m/2,Tortoise\n'
     expected = (
         ["/m/011k07", "/m/0_k", "/m/2"],
         {"/m/011k07": "Tortoise", "/m/0_k": 'Pot, "iron"', "/m/2": "Tortoise"},
     )
     assert read_classes(write(tmp_path / "bare.csv", rows)) == expected
-    assert read_classes(write(tmp_path / "new.csv", b"\xef\xbb\xbfLabelName,DisplayName\r\n" + rows)) == expected
+    header = "\ufeffLabelName,DisplayName\r\n".encode()
+    assert read_classes(write(tmp_path / "new.csv", header + rows)) == expected
 
 
 def test_union_is_by_id_and_keeps_the_first_place_and_name(tmp_path):
@@ -160,11 +161,11 @@ def test_what_classes_are_called(tmp_path):
             LabelSpace.read(own=codes)
     with pytest.raises(ValueError, match="2 of 2 ids are not in this WordNet, the first is 'n1'"):
         LabelSpace.read(own=["n1", "n2"], wordnet=WORDNET)
-    with pytest.raises(ValueError, match=r"a name for each of 3 classes \(0, 1, 5, …\), in their order, found 2"):
+    with pytest.raises(ValueError, match=r"for each of 3 classes \(0, 1, 5, …\), in their order, found 2"):
         LabelSpace.read("x,y", own=["0", "1", "5"])
     with pytest.raises(ValueError, match="expected names or classes"):
         LabelSpace.read()
-    with pytest.raises(ValueError, match="expected a different id for each of 2 names, .* found 2, 1 of them"):
+    with pytest.raises(ValueError, match="a different id for each of 2 names, .* found 2, 1 of them"):
         LabelSpace(["a", "b"], np.zeros(2, bool), ids=["n1", "n1"])
 
 
@@ -174,9 +175,9 @@ def test_labels_of_a_source_become_labels_of_the_space():
     assert labels == [(2, 0), (), (), (0,)] and outside == 2
     assert space.relabel([(0, 2), ()]) == ([(0, 2), ()], 0)
     assert space.relabel([], ["owl"]) == ([], 0)
-    with pytest.raises(ValueError, match="none of the source's 2 classes, such as 'ox', .* such as 'cat'"):
+    with pytest.raises(ValueError, match="none of the source's 2 classes, such as 'ox', is .* such as 'cat'"):
         space.relabel([(0,)], ["ox", "kiwi"])
-    with pytest.raises(ValueError, match="such as 'cat', .* which has no ids"):
+    with pytest.raises(ValueError, match="such as 'cat', is in .* has no ids"):
         LabelSpace.read("cat,dog").relabel([(0,)], ["cat", "dog"])
     for label in (-1, 3):
         with pytest.raises(ValueError, match="labels below 3, found"):

@@ -79,6 +79,7 @@ def test_nested_captions_and_labels_as_in_coco_captions(tmp_path):
     write(tmp_path, coco, {"train": map(coco_example, range(5)), "test": map(coco_example, range(2))})
     source = TfdsSource("tiny", "train", tmp_path)
     assert len(source) == 5 and len(TfdsSource("tiny", "test", tmp_path)) == 2
+    assert source.classes == [str(c) for c in range(40)]
     records = by_caption(source)
     for i in range(5):
         record = records[tuple(f"é {i} {k}" for k in range(i))]
@@ -94,11 +95,13 @@ def test_nested_captions_and_labels_as_in_coco_captions(tmp_path):
 def test_flat_features_of_other_names(tmp_path):
     rows = [{"photo": io.BytesIO(jpeg(i)), "caption": f"c{i}", "label": i % 2, "coarse": 0} for i in range(4)]
     write(tmp_path, flat, {"train": rows})
-    records = by_caption(TfdsSource("tiny", "train[:50%]", tmp_path))
+    source = TfdsSource("tiny", "train[:50%]", tmp_path)
+    records = by_caption(source)
     assert len(records) == 2
     for (caption,), record in records.items():
         i = int(caption[1:])
         assert record["image"] == jpeg(i) and record["label"] == (i % 2,)
+    assert source.classes == ["a", "b"]
 
 
 def test_pixels_and_captions_reach_the_batches(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from zslflax.zeroshot.wordnet import WordNet
 
-LICENCE = "  1 This software and database is being provided to you, the LICENSEE\n  2 with bars | and 00000000 n\n"
+LICENCE = "  1 This software and database is being provided to you\n  2 with bars | and 00000000 n\n"
 SYNSETS = {  # words, and pointers to other synsets; "verb" is in another file
     "entity": (["entity"], [("~", "object"), ("~", "many")]),
     "object": (["object", "physical_object"], [("@", "entity"), ("+", "verb"), ("~", "river")]),
@@ -28,7 +28,7 @@ def write(folder, synsets=SYNSETS, first=LICENCE):
 def line(words, pointers, at, ids):
     fields = [at, "03", "n", f"{len(words):02x}", *(f"{word} 0" for word in words), f"{len(pointers):03d}"]
     fields += [f"{symbol} {ids[to]} {'v' if to == 'verb' else 'n'} 0000" for symbol, to in pointers]
-    return f"{' '.join(fields)} | a gloss | with a bar; \"@ 00001740 n 0000\"  \n"
+    return " ".join(fields) + ' | a gloss | with a bar; "@ 00001740 n 0000"  \n'
 
 
 def test_words_and_hypernyms_by_id(tmp_path):

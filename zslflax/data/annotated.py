@@ -65,7 +65,7 @@ class ClassTars:
 
 
 def read_folder(spec: str) -> LabelledImages | ClassTars:
-    """"FOLDER": images in subfolders, or in tars, named by their class's id, which gives the order."""
+    """Of FOLDER: images in its subfolders, or in its tars, which are named by class id and in that order."""
     folder = Path(spec).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: expected one with a subfolder or tar for each class")
@@ -88,7 +88,7 @@ def read_folder(spec: str) -> LabelledImages | ClassTars:
 
 
 def read_csv(spec: str) -> LabelledImages:
-    """"FILE.csv" with columns `path`, relative to the file's folder, and `labels`: ids, none, one or several.
+    """Of FILE.csv: columns `path`, relative to the file's folder, and `labels`, none or more class ids.
 
     Ids are separated by ";" if there is any in the column, or else by blanks. Rows of the same path are
     united. The classes are all ids that occur, in their order.
@@ -114,7 +114,7 @@ def read_csv(spec: str) -> LabelledImages:
 
 
 def read_open_images(spec: str) -> LabelledImages:
-    """"FOLDER,LABELS.csv": Open Images' human-verified labels of images FOLDER/…/IMAGEID.jpg.
+    """Of FOLDER,LABELS.csv: Open Images' human-verified labels of images FOLDER/…/IMAGEID.jpg.
 
     LABELS.csv is a *-annotations-human-imagelabels.csv with columns ImageID, LabelName (a MID) and
     Confidence: 1 is a label, 0 a negative. Where people disagree on a label of an image, it is neither.
@@ -128,8 +128,8 @@ def read_open_images(spec: str) -> LabelledImages:
     for line, (image, mid, confidence) in read_columns(file, ("ImageID", "LabelName", "Confidence")):
         if confidence not in ("0", "1", "0.0", "1.0"):
             raise ValueError(
-                f"{file}, line {line}: the confidence is {confidence!r}, expected 1 or 0, a person's verdict; "
-                "labels that a machine made are no truth to measure against"
+                f"{file}, line {line}: the confidence is {confidence!r}, expected a person's verdict, 1 or 0; "
+                "labels that a machine made are no truth to measure by"
             )
         if not image or not mid:
             raise ValueError(f"{file}, line {line}: the {'label' if image else 'image'} is empty")
@@ -152,7 +152,7 @@ def read_open_images(spec: str) -> LabelledImages:
 
 
 def read_ml_images(spec: str) -> LabelledImages:
-    """"FOLDER,LIST.txt": Tencent ML-Images' annotation list of images in FOLDER.
+    """Of FOLDER,LIST.txt: Tencent ML-Images' annotation list of images in FOLDER.
 
     A line is an image's file or URL, and CLASS:CONFIDENCE after blanks or tabs, where the class is the number
     of a line, from 0, of dictionary_and_semantic_hierarchy.txt, which is given as the classes. All classes of
@@ -228,7 +228,7 @@ def read_columns(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, list
                 yield reader.line_num, [row[i].strip() for i in at]
             elif row:
                 raise ValueError(
-                    f"{file}, line {reader.line_num} has {len(row)} fields, expected the header's {len(header)}"
+                    f"{file}, line {reader.line_num} has {len(row)} fields, the header {len(header)}"
                 )
 
 

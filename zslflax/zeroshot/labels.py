@@ -107,8 +107,8 @@ class LabelSpace:
         place = [places.get(i) for i in classes]
         if len(place) and set(place) == {None}:
             raise ValueError(
-                f"none of the source's {len(classes)} classes, such as {classes[0]!r}, is among those of the "
-                f"label space, such as {(self.ids or self.names)[0]!r}{'' if self.ids else ', which has no ids'}"
+                f"none of the source's {len(classes)} classes, such as {classes[0]!r}, is in the label space; "
+                + (f"its ids are such as {self.ids[0]!r}" if self.ids else "it has no ids, only names")
             )
         found = [tuple(place[l] for l in of_image if place[l] is not None) for of_image in labels]
         return found, len(given) - sum(map(len, found))

@@ -57,9 +57,7 @@ def label_pairs(labels) -> tuple[np.ndarray, np.ndarray]:
     return image, np.array([label for of_image in labels for label in of_image], np.int64)
 
 
-def average_precisions(
-    image_emb, class_emb, labels, class_block: int = 256, negatives=None
-) -> np.ndarray:
+def average_precisions(image_emb, class_emb, labels, class_block: int = 256, negatives=None) -> np.ndarray:
     """Each class's average precision over the labelled images: fp64 [c], NaN where a class has no image.
 
         AP_c = mean over the images i of class c of  |{j of c: s_jc ≥ s_ic}| / |{j: s_jc ≥ s_ic}|

@@ -45,7 +45,8 @@ def retrieval_recall(
         hits[captioned] = found_text[:, :k].any(axis=1)
         figures[f"image_to_text@{k}"] = hits, captions > 0
         figures[f"text_to_image@{k}"] = (
-            np.bincount(text_image, found_image[:, :k].any(axis=1), minlength=n), captions
+            np.bincount(text_image, found_image[:, :k].any(axis=1), minlength=n),
+            captions,
         )
     means, draws = bootstrap(figures, resamples, seed)
     return means | bounds(draws)
