@@ -1,7 +1,6 @@
 """What classes are called, and in which sentences: label spaces and prompt templates."""
 
 import collections
-import csv
 import dataclasses
 import difflib
 import os
@@ -9,6 +8,7 @@ import re
 
 import numpy as np
 
+from zslflax.zeroshot.class_files import read_classes
 from zslflax.zeroshot.wordnet import WordNet
 
 CODE = re.compile(r"n\d{8}|/[a-z]/.+|\d+")  # ids that are no names: of WordNet, Open Images' MIDs, numbers
@@ -112,58 +112,6 @@ class LabelSpace:
             )
         found = [tuple(place[l] for l in of_image if place[l] is not None) for of_image in labels]
         return found, len(given) - sum(map(len, found))
-
-
-def read_classes(spec: str) -> tuple[list[str], dict[str, str]]:
-    """Ids, and the names of those that the files name: a file or several with commas, united by id.
-
-    A class is where its id comes first, and is called what its first name is. Lines of a file are, in UTF-8:
-
-        ID                      a plain list
-        ID <tab> NAME           ImageNet's words.txt
-        ID <tab> NUMBER <tab> NAME   Tencent ML-Images' dictionary_and_semantic_hierarchy.txt
-        ID,NAME                 in a .csv: Open Images' class-descriptions, with or without its header
-
-    Raises:
-        ValueError: names the file and line: an empty id or name, an id that comes twice in one file, a line
-            that has another number of fields than the first.
-    """
-    ids, names = {}, {}
-    for path in spec.split(","):
-        if not os.path.isfile(path):
-            raise ValueError(f"there is no file {path!r} of classes")
-        rows, lines = read_table(path), {}
-        for number, row in rows:
-            if len(row) != len(rows[0][1]):
-                raise ValueError(f"{path}, line {number} has {len(row)} fields, the first {len(rows[0][1])}")
-            i, name = row[0], row[-1]
-            if not i or not name:
-                raise ValueError(f"{path}, line {number}: the {'name' if i else 'id'} is empty: {row}")
-            if i in lines:
-                raise ValueError(f"{path}, line {number}: the id {i!r} is that of line {lines[i]} too")
-            lines[i] = ids[i] = number
-            if len(row) > 1:
-                names.setdefault(i, name)
-    return list(ids), names
-
-
-def read_table(path: str) -> list[tuple[int, list[str]]]:
-    """The fields of a file's lines, numbered from 1, without Open Images' header."""
-    if not path.endswith(".csv"):
-        rows = [(n, [field.strip() for field in line.split("\t")]) for n, line in numbered_lines(path)]
-        widest = 3
-    else:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if row]
-        rows, widest = rows[1:] if rows and rows[0][1][0] == "LabelName" else rows, 2
-        if rows and len(rows[0][1]) < 2:
-            raise ValueError(f"{path} has no column of names: expected ID,NAME, found {rows[0][1]}")
-    if not rows:
-        raise ValueError(f"{path} has no classes")
-    if len(rows[0][1]) > widest:
-        raise ValueError(f"{path} has {len(rows[0][1])} columns, expected at most {widest}: {rows[0][1]}")
-    return rows
 
 
 def name_ids(ids: list[str], known: dict[str, str], wordnet: WordNet | None) -> list[str]:

@@ -1,11 +1,9 @@
 """WordNet's nouns out of its own database files: what an id is called, and what it is a kind of."""
 
 import dataclasses
-import re
 from pathlib import Path
 
 FILE = "data.noun"
-WORDNET_ID = re.compile(r"n\d{8}")
 HYPERNYMS = ("@", "@i")  # a kind of, and an instance of
 
 
