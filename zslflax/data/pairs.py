@@ -35,7 +35,9 @@ def open_source(spec: str, data_config, split: str):
         A source: `len(source)` records, where `source[i]` is a dict of `image` (encoded bytes, or uint8
         [height, width, 3]), `text` (a tuple of captions), `label` (a tuple of true classes) and `name`
         ("SHARD:KEY"), or raises `BadSample`, if possible with the sample's name as its attribute `name`.
-        Where it has an attribute `classes` that is not None, these are the ids that labels count.
+        It may have these attributes, or None in their place: `classes`, the ids that labels count;
+        `negatives`, n tuples of the classes that an image is known not to show; and `excluded`, how many of
+        its images or annotations it left out, by reason.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'test'")

@@ -18,7 +18,8 @@ class TfdsSource:
     unlabelled and are left out.
 
     Attributes:
-        classes: the names of the label's classes, which for ImageNet are WordNet's ids; None without a label.
+        classes: the names of the label's classes, which for ImageNet are WordNet's ids; None where it has only
+            numbers, or there is no label.
 
     Args:
         name: "NAME", "NAME/CONFIG", each with ":VERSION" if not the newest is meant.
@@ -51,7 +52,7 @@ class TfdsSource:
         self.name = f"tfds:{name}/{split}"
         self.image = find_image(features, folder)
         self.caption, self.label = find_captions(features), find_labels(features)
-        self.classes = list(dict(walk(features))[self.label].names) if self.label else None
+        self.classes = class_names(dict(walk(features))[self.label]) if self.label else None
         if require_captions and not self.caption:
             raise ValueError(
                 f"{folder} has no captions among its features {', '.join(features)}; "
@@ -130,6 +131,12 @@ def find_labels(features) -> tuple[str, ...]:
         if len(called or there) == 1:
             return (called or there)[0]
     return ()
+
+
+def class_names(label) -> list[str] | None:
+    """The names of a class label, None if it has only a number of classes, which are then called "0", "1", …"""
+    names = list(label.names)
+    return None if names == [str(i) for i in range(len(names))] else names
 
 
 def walk(features, prefix: tuple[str, ...] = ()):
