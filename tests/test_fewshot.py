@@ -117,3 +117,5 @@ def test_what_cannot_be_measured_is_refused():
         fewshot.nearest_neighbours(x, y, x, y, k=41)
     with pytest.raises(ValueError, match="1 classes have test images and no training image; the first is 7"):
         fewshot.linear_probe(x, y, x[:2], [0, 7])
+    with pytest.raises(ValueError, match="at least two training images"):
+        fewshot.linear_probe(x[:1], y[:1], x[:1], y[:1])

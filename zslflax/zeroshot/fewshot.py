@@ -186,6 +186,8 @@ def linear_probe(
     """
     train_emb, train_labels = check(train_emb, train_labels)
     test_emb, test_labels = check(test_emb, test_labels, among=train_labels)
+    if len(train_labels) < 2:
+        raise ValueError("expected at least two training images, of which one is held out, found 1")
     known, y = np.unique(train_labels, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(y))
     held, rest = np.split(order, [max(1, len(y) // 5)])

@@ -32,18 +32,17 @@ class Hierarchy:
                 self.neighbours.setdefault(other, set()).add(node)
 
     def nearer(self, label: int, k: int) -> dict[int, int]:
-        """For the classes around one: label → how many classes are fewer hops away, as long as these are < k.
+        """The classes around one, nearest first, each with how many classes are nearer than it is, below k.
 
-        These numbers are all that there is to Frome's hCorrectSet(k): the set grows by one hop at a time, by
-        all classes at that distance, until it holds k. So it holds x if and only if fewer than k are nearer.
+        This is Frome's hCorrectSet of all sizes at once: the set grows hop by hop, by all classes at that
+        distance, until it holds k, so that a class is in hCorrectSet(k) if and only if fewer than k are nearer.
 
         Raises:
             ValueError: fewer than k classes are connected with this one, or there is no such label.
         """
-        found: dict[int, int] = {}
         if not 0 <= label < len(self.ids):
             raise ValueError(f"expected labels below {len(self.ids)}, the number of classes, found {label}")
-        seen, frontier = {self.ids[label]}, {self.ids[label]}
+        found, seen, frontier = {}, {self.ids[label]}, {self.ids[label]}
         while frontier and len(found) < k:
             number = len(found)
             found |= {self.label[node]: number for node in frontier if node in self.label}

@@ -70,19 +70,20 @@ class LabelSpace:
             own: the ids of the classes that a source knows; None where its labels are numbers of names.
             wordnet: names WordNet's ids.
         """
-        ids, known = read_classes(classes) if classes else (None if own is None else list(own), {})
+        ids, named = read_classes(classes) if classes else (None if own is None else list(own), {})
         if names:
             called = read_names(names)
         elif ids is None:
             raise ValueError("expected names or classes, because the source's labels are only numbers")
         else:
-            called = name_ids(ids, known, wordnet)
+            called = name_ids(ids, named, wordnet)
         if ids is not None and len(called) != len(ids):
             raise ValueError(
                 f"expected a name for each of {len(ids)} classes ({', '.join(ids[:3])}, …), in their order, "
                 f"found {len(called)}; where the source lacks some of them, give all ids as a file of classes"
             )
-        chosen = [unseen] if unseen in called else read_names(unseen) if unseen else []
+        known = {*called, *(ids or ())}
+        chosen = [unseen] if unseen in known else read_names(unseen) if unseen else []
         keys = ids if ids is not None and set(chosen) <= set(ids) else called
         return cls(called, members(keys, chosen), read_names(synonyms) if synonyms else None, ids)
 
