@@ -23,6 +23,11 @@ def test_bounds_are_scipys():
         "captions": (rng.integers(0, 3, n), rng.integers(2, 6, n)),
     }
     means, draws = bootstrap(figures, RESAMPLES, seed=1)
+    means["hits alone"], draws["hits alone"] = (
+        of["hits"]
+        for of in bootstrap({"hits": figures["hits"]}, RESAMPLES, seed=1)  # only two different rows
+    )
+    figures["hits alone"] = figures["hits"]
     found = bounds(draws)
     for name, (sums, counts) in figures.items():
         sums = np.where(counts, sums, 0).astype(float)
