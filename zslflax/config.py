@@ -98,6 +98,7 @@ def default_config() -> ConfigDict:
     c.eval.batch_size = 512  # images, over all devices
     c.eval.resize = 1.15  # shorter side to this many times the image size, then a centre crop
     c.eval.templates = ("a photo of a {}.",)  # prompts of which a class embedding is the average; or a file of them
+    c.eval.resamples = 1_000  # of the bootstrap that gives --mode=evaluate its 95% intervals; 0 for none
     c.eval.best = ""  # the metric whose best checkpoint is kept, such as "eval/test/hit@1"; "": the newest alone
     c.eval.sets = ConfigDict()
     c.eval.sets.test = eval_set()
@@ -107,18 +108,41 @@ def default_config() -> ConfigDict:
     return c.lock()
 
 
-def eval_set(data: str = "", names: str = "", unseen: str = "", synonyms: str = "") -> ConfigDict:
+def eval_set(
+    data: str = "",
+    names: str = "",
+    unseen: str = "",
+    synonyms: str = "",
+    classes: str = "",
+    wordnet: str = "",
+) -> ConfigDict:
     """One test set, evaluated where `data` is given.
 
     Images with labels are classified among `names`; images with captions are also retrieved by them.
 
     Args:
-        data: a source, as `data.train` takes them; labels are indices into the names.
-        names: a file with one class name a line, or "cat,dog,…"; "" where the source brings its own (scenes).
-        unseen: the classes whose figures are reported apart, as names.
+        data: a source, as `data.train` takes them, or labelled images: "folder:FOLDER", "csv:FILE",
+            "open_images:FOLDER,LABELS.csv", "ml_images:FOLDER,LIST.txt" (`zslflax.data.annotated`). Labels are
+            ids where the source knows ids, or else indices into the names.
+        names: a file with one class name a line, or "cat,dog,…"; "" where the source, `classes` or `wordnet`
+            brings them.
+        unseen: the classes whose figures are reported apart, as names or ids.
         synonyms: other names of the same classes, line by line, evaluated as well.
+        classes: ids of all classes to choose among: a file or several with commas, united by id, such as Open
+            Images' class-descriptions.csv (`read_classes`); "": those that the source knows.
+        wordnet: the folder of WordNet's database, which names WordNet's ids and gives the hierarchy for
+            hierarchical precision, such as /usr/share/wordnet; "" for neither.
     """
-    return ConfigDict({"data": data, "names": names, "unseen": unseen, "synonyms": synonyms})
+    return ConfigDict(
+        {
+            "data": data,
+            "names": names,
+            "unseen": unseen,
+            "synonyms": synonyms,
+            "classes": classes,
+            "wordnet": wordnet,
+        }
+    )
 
 
 def set_objective(c: ConfigDict, name: str) -> None:
@@ -235,7 +259,8 @@ def from_json(text: str) -> ConfigDict:
     values = tuples(json.loads(text))
     c = default_config()
     with c.unlocked():
-        c.eval.sets = ConfigDict(values["eval"].pop("sets"))
+        sets = values["eval"].pop("sets")
+        c.eval.sets = ConfigDict({name: eval_set(**test) for name, test in sets.items()})
         c.update(values)
     return c
 

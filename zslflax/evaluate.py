@@ -12,9 +12,11 @@ from zslflax import parallel, pictures
 from zslflax.data import images, pairs, scenes
 from zslflax.predict import Predictor
 from zslflax.zeroshot.classifier import class_embeddings, top_k
+from zslflax.zeroshot.hierarchy import Hierarchy
 from zslflax.zeroshot.labels import LabelSpace, members
 from zslflax.zeroshot.metrics import zero_shot_metrics
 from zslflax.zeroshot.retrieval import retrieval_recall
+from zslflax.zeroshot.wordnet import WordNet
 
 log = logging.getLogger("zslflax")
 SHOWN, ANSWERS = 12, 5  # images in the picture, and names beside each
@@ -27,11 +29,13 @@ class TestSet(NamedTuple):
         name: its key in `config.eval.sets`.
         source: raw records, as `pairs.open_source` describes them.
         labels: the classes of its labels, or None where it has captions only.
+        hierarchy: of these classes, or None where the config gives no WordNet.
     """
 
     name: str
     source: Sequence
     labels: LabelSpace | None
+    hierarchy: Hierarchy | None = None
 
 
 class Embedded(NamedTuple):
@@ -40,28 +44,40 @@ class Embedded(NamedTuple):
     Attributes:
         index: int64 [n], which samples they are.
         image: by predictor, fp32 [n, d].
-        labels, captions: n tuples, of class ids and of texts.
+        labels, captions: n tuples, of labels in the test set's label space and of texts.
+        negatives: n tuples of the labels that an image is known not to have, or None.
+        excluded: how many images or labels were left out, by reason.
     """
 
     index: np.ndarray
     image: dict[str, np.ndarray]
     labels: list[tuple[int, ...]]
     captions: list[tuple[str, ...]]
+    negatives: list[tuple[int, ...]] | None
+    excluded: dict[str, int]
 
 
 def open_sets(config) -> list[TestSet]:
     """Opens every test set whose `data` is given, so that what is wrong with one is known before training starts."""
-    return [
-        TestSet(name, pairs.open_source(test.data, config.data, "test"), label_space(test))
-        for name, test in config.eval.sets.items()
-        if test.data
-    ]
+    return [open_set(name, test, config) for name, test in config.eval.sets.items() if test.data]
 
 
-def label_space(test) -> LabelSpace | None:
+def open_set(name: str, test, config) -> TestSet:
+    source = pairs.open_source(test.data, config.data, "test")
+    wordnet = WordNet.read(test.wordnet) if test.wordnet else None
+    labels = label_space(test, getattr(source, "classes", None), wordnet)
+    if wordnet is not None and (labels is None or labels.ids is None):
+        raise ValueError(f"eval.sets.{name}: wordnet is given, but classes have no ids; give a file of classes")
+    hierarchy = None if wordnet is None else Hierarchy(labels.ids, wordnet.hypernyms)
+    return TestSet(name, source, labels, hierarchy)
+
+
+def label_space(test, own: list[str] | None, wordnet: WordNet | None) -> LabelSpace | None:
     """The classes of one of the config's test sets; None where neither the config nor the source names any."""
-    if test.names:
-        return LabelSpace.read(test.names, test.unseen, test.synonyms)
+    if test.names or test.classes or own is not None:
+        return LabelSpace.read(
+            test.names, test.unseen, test.synonyms, classes=test.classes, own=own, wordnet=wordnet
+        )
     if test.data == "scenes":
         unseen = members(scenes.NAMES, [scenes.NAMES[i] for i in scenes.UNSEEN])
         return LabelSpace(scenes.NAMES, unseen, scenes.SYNONYMS)
@@ -69,7 +85,7 @@ def label_space(test) -> LabelSpace | None:
 
 
 def evaluate(
-    predictors: dict[str, Predictor], test_sets: list[TestSet], config, workdir: Path
+    predictors: dict[str, Predictor], test_sets: list[TestSet], config, workdir: Path, resamples: int = 0
 ) -> dict[str, float]:
     """Metrics of every test set, and a picture of the first predictor's answers in `workdir`/predictions.
 
@@ -78,6 +94,7 @@ def evaluate(
         test_sets: from `open_sets`.
         config: the whole config.
         workdir: predictions/STEP.png is written there, or STEP-SET.png where there are several sets.
+        resamples: of the bootstrap for 95% intervals; 0 for none.
 
     Returns:
         {"eval/SET/METRIC": …, "eval/SET/student/METRIC": …}, the same in every process.
@@ -86,7 +103,7 @@ def evaluate(
     for test in test_sets:
         embedded = embed(predictors, test, config)
         for who, predictor in predictors.items():
-            results, answers = score(predictor, embedded.image[who], embedded, test, config)
+            results, answers = score(predictor, embedded.image[who], embedded, test, config, resamples)
             metrics |= {f"eval/{test.name}/{who}{metric}": value for metric, value in results.items()}
             if answers and who == next(iter(predictors)) and parallel.is_main():
                 name = f"{predictor.step}" + (f"-{test.name}" if len(test_sets) > 1 else "")
@@ -124,11 +141,18 @@ def embed(predictors: dict[str, Predictor], test: TestSet, config) -> Embedded:
     order = np.argsort(index, kind="stable")[np.count_nonzero(index < 0) :]
     if not len(order):
         raise ValueError(f"eval.sets.{test.name}: none of the {len(test.source)} samples can be read; {errors[0]}")
-    labels, captions = zip(*(map(tuple, described[i]) for i in order))
-    return Embedded(index[order], {who: x[order] for who, x in image.items()}, list(labels), list(captions))
+    index, image = index[order], {who: x[order] for who, x in image.items()}
+    labels, captions = map(list, zip(*(map(tuple, described[i]) for i in order)))
+    classes, negatives = (getattr(test.source, name, None) for name in ("classes", "negatives"))
+    excluded = dict(getattr(test.source, "excluded", {}))
+    if test.labels is not None and classes is not None:
+        labels, excluded["labels_outside"] = test.labels.relabel(labels, classes)
+        if negatives is not None:
+            negatives, _ = test.labels.relabel([negatives[i] for i in index], classes)
+    return Embedded(index, image, labels, captions, negatives, excluded)
 
 
-def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test: TestSet, config):
+def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test: TestSet, config, resamples: int):
     """One predictor's metrics on one test set, and its answers: for each shown image [(name, score, true), …]."""
     encode_text = share_among_hosts(predictor.encode_text)
     metrics, answers = {}, {}
@@ -136,7 +160,8 @@ def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test:
     if captions:
         owner = np.repeat(np.arange(len(image_emb)), [len(of_image) for of_image in embedded.captions])
         text_emb = encode_text(captions)
-        metrics |= {f"retrieval/{name}": v for name, v in retrieval_recall(image_emb, text_emb, owner).items()}
+        recalls = retrieval_recall(image_emb, text_emb, owner, resamples=resamples)
+        metrics |= {f"retrieval/{name}": value for name, value in recalls.items()}
         truth = [set(np.flatnonzero(owner == i)) for i in shown(len(image_emb))]
         answers = best_names(image_emb, text_emb, captions, truth)
     if test.labels is not None and any(embedded.labels):
@@ -145,9 +170,18 @@ def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test:
         embed_names = lambda names: class_embeddings(encode_text, names, config.eval.templates, config.eval.batch_size)
         class_emb = embed_names(space.names)
         unseen = space.unseen if space.unseen.any() else None
-        metrics |= zero_shot_metrics(image_emb, class_emb, embedded.labels, unseen)
+        measure = lambda class_emb: zero_shot_metrics(
+            image_emb,
+            class_emb,
+            embedded.labels,
+            unseen,
+            hierarchy=test.hierarchy,
+            negatives=embedded.negatives,
+            resamples=resamples,
+        )
+        metrics |= measure(class_emb) | embedded.excluded
         if space.synonyms is not None:
-            results = zero_shot_metrics(image_emb, embed_names(space.synonyms), embedded.labels, unseen)
+            results = measure(embed_names(space.synonyms))
             metrics |= {f"synonyms/{name}": value for name, value in results.items()}
         truth = [set(embedded.labels[i]) for i in shown(len(image_emb))]
         answers = best_names(image_emb, class_emb, space.names, truth)
@@ -210,7 +244,7 @@ def table(metrics: dict[str, float]) -> str:
             measure, _, k = metric.partition("@")
             row = f"{group} {measure}@k" if k else f"{group} hit@k"
             groups.setdefault(row, {})[f"@{k}" if k else metric] = value
-    columns = ["@1", "@2", "@5", "@10", "mAP"]
+    columns = ["@1", "@2", "@5", "@10", "@20", "mAP"]
     width = max(map(len, groups), default=0)
     lines = [" " * width + "".join(f"{column:>7}" for column in columns)]
     for row, values in groups.items():

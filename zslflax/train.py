@@ -88,7 +88,7 @@ def evaluate(config, workdir: Path, step: int | None = None) -> dict[str, float]
     """
     uses = {"": "teacher", "student/": "student"} if config.teacher.kind == "ema" else {"": "student"}
     predictors = {who: Predictor.restore(workdir, step=step, use=use) for who, use in uses.items()}
-    metrics = evaluation.evaluate(predictors, evaluation.open_sets(config), config, workdir)
+    metrics = evaluation.evaluate(predictors, evaluation.open_sets(config), config, workdir, config.eval.resamples)
     step = predictors[""].step
     log.info("step %d of %s\n%s", step, workdir, evaluation.table(metrics))
     if parallel.is_main():
