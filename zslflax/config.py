@@ -57,6 +57,7 @@ def default_config() -> ConfigDict:
     c.objective.sinkhorn_regulariser = 0.15  # λ (OTTER, section 4)
     c.objective.sinkhorn_iterations = 5  # (OTTER, section 4)
     c.objective.bias = -10.0  # sigmoid: initial bias (SigLIP, section 3.2)
+    c.objective.block = 2048  # a device that would hold more than block × block similarities streams them so; 0: never
 
     c.teacher = ConfigDict()
     c.teacher.kind = "ema"  # ema: the average of the student | checkpoint: another run's model | none

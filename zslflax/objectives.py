@@ -5,7 +5,8 @@ Notation: a global batch has `n` pairs, of which this device holds `b` consecuti
 
     loss = ½ [ L(v → t) + L(t → v) ],     L = mean over rows of  −Σ_j target_ij · log softmax_j(scale · q_i · k_j)
 
-Each objective only says what the targets are. Everything is fp32 and at full matrix precision.
+Each objective only says what the targets are. Everything is fp32 and at full matrix precision. What is written here on
+whole matrices, streamed.py computes in blocks, without holding any; `pair_losses` chooses.
 """
 
 from typing import NamedTuple
@@ -13,8 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zslflax import transport
-from zslflax.transport import MASKED
+from zslflax import streamed, transport
+from zslflax.transport import MASKED, similarity
 
 OBJECTIVES = ("info_nce", "label_smoothing", "self_distillation", "otter", "sigmoid")
 LOG_SCALE_RANGE = (0.0, 4.605170186)  # log 1 … log 100; the step keeps the learnt log-scales inside
@@ -35,11 +36,6 @@ def init_params(objective) -> dict[str, jax.Array]:
     if objective.name == "sigmoid":
         init["bias"] = objective.bias
     return {name: jnp.asarray(value, jnp.float32) for name, value in init.items()}
-
-
-def similarity(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Inner products: [b, d] × [n, d] → fp32 [b, n]."""
-    return jnp.einsum("bd,nd->bn", queries, keys, precision=jax.lax.Precision.HIGHEST)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, columns: jax.Array) -> jax.Array:
@@ -126,20 +122,16 @@ def hits(logits: jax.Array, pairing: jax.Array, columns: jax.Array) -> jax.Array
     return (best == jnp.argmax(pairing, axis=-1)).astype(jnp.float32)
 
 
-def softmax_rows(objective, params, s, soft, pairing, columns, step) -> dict[str, jax.Array]:
+def softmax_rows(objective, params, s, soft, pairing, columns) -> dict[str, jax.Array]:
     """One direction of a cross-entropy objective; `s` are the student's similarities, `soft` the soft labels or None."""
     logits = jnp.exp(params["hard_log_scale"]) * s
     smoothing = objective.smoothing if objective.name == "label_smoothing" else 0.0
     hard = cross_entropy(logits, smoothed_targets(pairing, columns, smoothing), columns)
-    rows = {"loss": hard, "batch_accuracy": hits(logits, pairing, columns)}
+    rows = {"hard_loss": hard, "batch_accuracy": hits(logits, pairing, columns)}
     if soft is None:
         return rows
-    distilled = cross_entropy(jnp.exp(params["soft_log_scale"]) * s, soft, columns)
-    weight = soft_weight(objective, step)
     return rows | {
-        "loss": (1.0 - weight) * hard + weight * distilled,
-        "hard_loss": hard,
-        "soft_loss": distilled,
+        "soft_loss": cross_entropy(jnp.exp(params["soft_log_scale"]) * s, soft, columns),
         "soft_entropy": jnp.sum(jax.scipy.special.entr(soft), axis=-1),  # the floor of soft_loss, in nats
         "soft_on_pair": jnp.sum(soft * pairing, axis=-1),  # how far the teacher believes the given pairing
     }
@@ -150,9 +142,37 @@ def sigmoid_rows(params, s, pairing, columns) -> dict[str, jax.Array]:
     logits = jnp.exp(params["hard_log_scale"]) * s + params["bias"]
     losses = -jax.nn.log_sigmoid(jnp.where(pairing > 0, logits, -logits))
     return {
-        "loss": jnp.sum(jnp.where(columns, losses, 0.0), axis=-1),
+        "hard_loss": jnp.sum(jnp.where(columns, losses, 0.0), axis=-1),
         "batch_accuracy": hits(logits, pairing, columns),
     }
+
+
+def whole_rows(objective, params, student: Embeddings, teacher, valid, axis_name) -> dict[str, jax.Array]:
+    """What explains each of this device's rows, both directions averaged, from whole matrices [b, n]."""
+
+    def gather(x):
+        return jax.lax.all_gather(x, axis_name, tiled=True)
+
+    b = valid.shape[0]
+    columns = gather(valid)  # (n,)
+    own = jax.lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
+    pairing = jax.nn.one_hot(own, columns.shape[0], dtype=jnp.float32)  # (b, n)
+    image_to_text = similarity(student.image, gather(student.text))
+    if objective.name == "sigmoid":  # symmetric: one direction is both
+        return sigmoid_rows(params, image_to_text, pairing, columns)
+    text_to_image = similarity(student.text, gather(student.image))
+    softs = (None, None) if teacher is None else soft_targets(objective, teacher, gather, pairing, columns)
+    directions = [
+        softmax_rows(objective, params, s, soft, pairing, columns)
+        for s, soft in zip((image_to_text, text_to_image), softs)
+    ]
+    return jax.tree.map(lambda x, y: 0.5 * (x + y), *directions)
+
+
+def is_streamed(objective, b: int, n: int) -> bool:
+    """Whether the largest matrix of the plain form, [b, n] or Sinkhorn's [n, n], has more than block² entries."""
+    rows = n if objective.name == "otter" else b
+    return 0 < objective.block**2 < rows * n
 
 
 def pair_losses(objective, params, student: Embeddings, teacher, valid, *, step, axis_name) -> dict[str, jax.Array]:
@@ -175,20 +195,11 @@ def pair_losses(objective, params, student: Embeddings, teacher, valid, *, step,
         `loss` and what explains it, each fp32 [b].
     """
 
-    def gather(x):
-        return jax.lax.all_gather(x, axis_name, tiled=True)
-
     b = valid.shape[0]
-    columns = gather(valid)  # (n,)
-    own = jax.lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
-    pairing = jax.nn.one_hot(own, columns.shape[0], dtype=jnp.float32)  # (b, n)
-    image_to_text = similarity(student.image, gather(student.text))
-    if objective.name == "sigmoid":  # symmetric: one direction is both
-        return sigmoid_rows(params, image_to_text, pairing, columns)
-    text_to_image = similarity(student.text, gather(student.image))
-    softs = (None, None) if teacher is None else soft_targets(objective, teacher, gather, pairing, columns)
-    directions = [
-        softmax_rows(objective, params, s, soft, pairing, columns, step)
-        for s, soft in zip((image_to_text, text_to_image), softs)
-    ]
-    return jax.tree.map(lambda x, y: 0.5 * (x + y), *directions)
+    n = b * jax.lax.axis_size(axis_name)
+    form = streamed.pair_rows if is_streamed(objective, b, n) else whole_rows
+    rows = form(objective, params, student, teacher, valid, axis_name)
+    if teacher is None:
+        return {"loss": rows["hard_loss"], "batch_accuracy": rows["batch_accuracy"]}
+    weight = soft_weight(objective, step)
+    return rows | {"loss": (1.0 - weight) * rows["hard_loss"] + weight * rows["soft_loss"]}

@@ -1,0 +1,140 @@
+"""Memory and time of one loss with its gradient against the batch: whole matrices (plain) and blocks (streamed).
+
+    python benchmarks/loss_memory.py                                          # every objective, 1k … 16k
+    python benchmarks/loss_memory.py --objectives self_distillation --forms streamed --sizes 32768
+
+One device holds the global batch; each measurement has a process of its own and prints one JSON line:
+
+    peak_mb      largest memory in use during the first call above what was in use before it (the inputs), gradients
+                 included: resident memory of the process on a CPU (Linux), the allocator's on a GPU
+    xla_temp_mb  what XLA's own plan of the compiled step reserves for intermediate values
+    seconds      median of the calls after the first (of the only one where it took longer than `--patience`)
+
+A step that XLA plans to need more than the memory that is free does not run: its line has the plan alone.
+"""
+
+import argparse
+import functools
+import json
+import platform
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zslflax import objectives
+from zslflax.config import default_config, set_objective
+from zslflax.objectives import OBJECTIVES, SOFT_TARGETS, Embeddings
+
+MB = 1e6
+STEP = jnp.int32(0)
+
+
+def loss_and_gradients(objective, params, student, teacher, valid):
+    """The mean loss, and its gradients by the parameters and the student's embeddings."""
+
+    def loss(params, student):
+        rows = objectives.pair_losses(objective, params, student, teacher, valid, step=STEP, axis_name="data")
+        means = jax.tree.map(jnp.mean, rows)
+        return means["loss"], means
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, student)
+
+
+def random_pairs(rng, n: int, width: int) -> Embeddings:
+    """Unit embeddings [1, n, width] whose pairs fit a little better than chance."""
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    image = rng.standard_normal((1, n, width), np.float32)
+    return Embeddings(unit(image), unit(0.2 * image + rng.standard_normal(image.shape, np.float32)))
+
+
+def memory_in_use(device) -> tuple[float, float]:
+    """(now, largest since `forget_peak`), in MB; on a GPU the largest since the process began."""
+    if stats := device.memory_stats():
+        return stats["bytes_in_use"] / MB, stats["peak_bytes_in_use"] / MB
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return tuple(int(fields[name].split()[0]) * 1024 / MB for name in ("VmRSS", "VmHWM"))
+
+
+def forget_peak(device) -> None:
+    if not device.memory_stats():
+        with open("/proc/self/clear_refs", "w") as control:
+            control.write("5")  # proc(5): resets VmHWM to VmRSS
+
+
+def free_memory(device) -> float:
+    """In MB."""
+    if stats := device.memory_stats():
+        return (stats["bytes_limit"] - stats["bytes_in_use"]) / MB
+    with open("/proc/meminfo") as meminfo:
+        fields = dict(line.split(":") for line in meminfo)
+    return int(fields["MemAvailable"].split()[0]) * 1024 / MB
+
+
+def measure(name: str, form: str, n: int, width: int, block: int, patience: float) -> dict:
+    """One line of results; see the module."""
+    config = default_config()
+    set_objective(config, name)
+    config.objective.block = {"plain": 0, "streamed": block}[form]
+    params = objectives.init_params(config.objective)
+    rng = np.random.default_rng(0)
+    student, teacher = random_pairs(rng, n, width), random_pairs(rng, n, width)
+    inputs = params, student, teacher if name in SOFT_TARGETS else None, np.ones((1, n), bool)
+    device = jax.devices()[0]
+    step = jax.pmap(
+        functools.partial(loss_and_gradients, config.objective), "data", in_axes=(None, 0, 0, 0), devices=[device]
+    )
+    compiled = step.lower(*inputs).compile()
+    plan = compiled.memory_analysis().temp_size_in_bytes / MB
+    line = {"benchmark": "loss_memory", "objective": name, "form": form, "batch": n, "width": width}
+    line |= {"block": block if form == "streamed" else None, "xla_temp_mb": round(plan)}
+    line |= {"device": device.device_kind, "processor": platform.processor() or platform.machine()}
+    line |= {"jax": jax.__version__, "python": platform.python_version()}
+    if plan > free_memory(device):
+        return line | {"peak_mb": None, "seconds": None, "loss": None}
+    inputs = jax.block_until_ready(jax.device_put(inputs))
+    forget_peak(device)
+    before, _ = memory_in_use(device)
+    seconds = []
+    while not seconds or (sum(seconds) < patience and len(seconds) < 6):
+        start = time.perf_counter()
+        outputs = jax.block_until_ready(step(*inputs))
+        seconds.append(time.perf_counter() - start)
+        if len(seconds) == 1:
+            _, peak = memory_in_use(device)
+    loss = float(outputs[0][0][0])
+    median = float(np.median(seconds[1:] or seconds))
+    return line | {"peak_mb": round(peak - before), "seconds": float(f"{median:.3g}"), "loss": round(loss, 5)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES)
+    parser.add_argument("--forms", nargs="+", default=("plain", "streamed"), choices=("plain", "streamed"))
+    parser.add_argument("--sizes", nargs="+", type=int, default=(1024, 2048, 4096, 8192, 16384), help="pairs")
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--block", type=int, default=default_config().objective.block)
+    parser.add_argument("--patience", type=float, default=20.0, help="seconds for the calls of one measurement")
+    parser.add_argument("--one", action="store_true", help="measure here the one combination that is given")
+    args = parser.parse_args()
+    for n in args.sizes:
+        for name in args.objectives:
+            for form in args.forms:
+                if args.one:
+                    line = measure(name, form, n, args.width, args.block, args.patience)
+                    print(json.dumps(line), flush=True)
+                    continue
+                one = {"objectives": name, "forms": form, "sizes": n, "width": args.width, "block": args.block}
+                options = [f"--{key}={value}" for key, value in (one | {"patience": args.patience}).items()]
+                subprocess.run([sys.executable, __file__, "--one", *options], check=True)
+
+
+if __name__ == "__main__":
+    main()
