@@ -2,6 +2,7 @@
 
     python benchmarks/loss_memory.py                                          # every objective, 1k … 16k
     python benchmarks/loss_memory.py --objectives self_distillation --forms streamed --sizes 32768
+    python benchmarks/loss_memory.py --sizes 65536 --plan-only                # how much memory XLA plans, on any machine
 
 One device holds the global batch; each measurement has a process of its own and prints one JSON line:
 
@@ -10,12 +11,13 @@ One device holds the global batch; each measurement has a process of its own and
     xla_temp_mb  what XLA's own plan of the compiled step reserves for intermediate values
     seconds      median of the calls after the first (of the only one where it took longer than `--patience`)
 
-A step that XLA plans to need more than the memory that is free does not run: its line has the plan alone.
+A step that XLA plans to need more than 0.8 of the free memory does not run: its line has the plan alone.
 """
 
 import argparse
 import functools
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -78,10 +80,11 @@ def free_memory(device) -> float:
     return int(fields["MemAvailable"].split()[0]) * 1024 / MB
 
 
-def measure(name: str, form: str, n: int, width: int, block: int, patience: float) -> dict:
+def measure(name: str, form: str, n: int, width: int, block: int, patience: float, plan_only: bool) -> dict:
     """One line of results; see the module."""
     config = default_config()
     set_objective(config, name)
+    block = min(block, n // 2)  # a batch of one block would not be streamed
     config.objective.block = {"plain": 0, "streamed": block}[form]
     params = objectives.init_params(config.objective)
     rng = np.random.default_rng(0)
@@ -95,9 +98,9 @@ def measure(name: str, form: str, n: int, width: int, block: int, patience: floa
     plan = compiled.memory_analysis().temp_size_in_bytes / MB
     line = {"benchmark": "loss_memory", "objective": name, "form": form, "batch": n, "width": width}
     line |= {"block": block if form == "streamed" else None, "xla_temp_mb": round(plan)}
-    line |= {"device": device.device_kind, "processor": platform.processor() or platform.machine()}
+    line |= {"device": device.device_kind, "processor": platform.machine(), "cores": os.cpu_count()}
     line |= {"jax": jax.__version__, "python": platform.python_version()}
-    if plan > free_memory(device):
+    if plan_only or plan > 0.8 * free_memory(device):
         return line | {"peak_mb": None, "seconds": None, "loss": None}
     inputs = jax.block_until_ready(jax.device_put(inputs))
     forget_peak(device)
@@ -105,7 +108,7 @@ def measure(name: str, form: str, n: int, width: int, block: int, patience: floa
     seconds = []
     while not seconds or (sum(seconds) < patience and len(seconds) < 6):
         start = time.perf_counter()
-        outputs = jax.block_until_ready(step(*inputs))
+        outputs = jax.block_until_ready(compiled(*inputs))
         seconds.append(time.perf_counter() - start)
         if len(seconds) == 1:
             _, peak = memory_in_use(device)
@@ -122,17 +125,19 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--block", type=int, default=default_config().objective.block)
     parser.add_argument("--patience", type=float, default=20.0, help="seconds for the calls of one measurement")
+    parser.add_argument("--plan-only", action="store_true", help="compile, but do not run")
     parser.add_argument("--one", action="store_true", help="measure here the one combination that is given")
     args = parser.parse_args()
     for n in args.sizes:
         for name in args.objectives:
             for form in args.forms:
                 if args.one:
-                    line = measure(name, form, n, args.width, args.block, args.patience)
+                    line = measure(name, form, n, args.width, args.block, args.patience, args.plan_only)
                     print(json.dumps(line), flush=True)
                     continue
                 one = {"objectives": name, "forms": form, "sizes": n, "width": args.width, "block": args.block}
                 options = [f"--{key}={value}" for key, value in (one | {"patience": args.patience}).items()]
+                options += ["--plan-only"] * args.plan_only
                 subprocess.run([sys.executable, __file__, "--one", *options], check=True)
 
 

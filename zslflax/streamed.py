@@ -5,11 +5,12 @@ much column j is more similar to row i than the row's own pair is,
 
     −Σ_j p_ij · log softmax_j(scale · s_ij)  =  log Σ_j exp(scale · d_ij)  −  scale · Σ_j p_ij · d_ij,
 
-where the differences keep a small loss as exact as log softmax would (s_ij itself may exceed it a thousandfold). And the statistics of a set of columns follow from those of its parts: a block's, a device's and the batch's are all made
-by `fold`, from those of single columns. One sweep over the blocks of v_i · t_j (rows: this device's images, columns: all
-texts) gives the rows' statistics, which are those of v → t, and the columns', which are those of t → v: the matrix of one
-direction is the transpose of the other's, for the student and for the teacher. The columns' are then folded over the
-devices. The gradient is a second sweep, which computes the blocks again.
+where the differences keep a small loss as exact as log softmax would. The statistics of a set of columns follow from
+those of its parts: a block's, a device's and the batch's are all made by `fold`, from those of single columns. One sweep
+over the blocks of v_i · t_j (rows: this device's images, columns: all texts) gives the rows' statistics, which are those of
+v → t, and the columns', which are those of t → v: the matrix of one direction is the transpose of the other's, for the
+student and for the teacher. The columns' are then folded over the devices. The gradient is a second sweep, which computes
+the blocks again.
 """
 
 import functools
@@ -153,6 +154,7 @@ def linearised(x: dict, y: dict, cotangent: dict) -> jax.Array:
 
 
 def backward(fixed: Fixed, kept, cotangents):
+    """Gradients by the parameters, the rows and the columns, of which each device has its images' share."""
     params, rows, columns, y = kept
     # Row i of t → v is a column here, on every device: its owner's cotangent is needed by all.
     both = [cotangents[0]]
@@ -169,7 +171,7 @@ def backward(fixed: Fixed, kept, cotangents):
         gradients = jax.grad(total, argnums=(0, 1, 2))(moving(row), moving(column), params)
         return jax.tree.map(jnp.add, (row_sums, column_sums, totals), gradients)
 
-    wholes = [{"whole": whole} for whole in zip(y, both)] + [{}]
+    wholes = [{"whole": y_and_cotangent} for y_and_cotangent in zip(y, both)] + [{}]
     zeros = jax.tree.map(jnp.zeros_like, (moving(rows), moving(columns), params))
     of_rows, of_columns, of_params = sweep(visit, fixed.block, rows | wholes[0], columns | wholes[1], *zeros)
     return of_params, dict.fromkeys(rows) | of_rows, dict.fromkeys(columns) | of_columns
@@ -191,9 +193,10 @@ def teach(fixed: Fixed, objective, teacher, rows: dict, columns: dict) -> tuple[
     otter = objective.name == "otter"
     x /= objective.sinkhorn_regulariser if otter else objective.teacher_temperature
     y = jax.lax.all_gather(y, fixed.axis_name, tiled=True)
-    f, g = jnp.zeros(x.shape[:1]), jnp.zeros(y.shape[:1])
+    f, g = jnp.zeros(x.shape[:1], jnp.float32), jnp.zeros(y.shape[:1], jnp.float32)
     if otter:
-        # Nothing of the student goes in: where a gradient passes, jax would keep the blocks of all the sweeps' first.
+        # Nothing of the student goes along: of a loop that a gradient enters, jax computes beforehand what does not change
+        # from one iteration to the next, and those are all blocks of u.
         sides = [
             {"teacher": z, "valid": side["valid"], "index": side["index"]} for z, side in ((x, rows), (y, columns))
         ]
