@@ -1,13 +1,13 @@
-"""Memory and time of one loss with its gradient against the batch: whole matrices (plain) and blocks (streamed).
+"""Memory and time of a loss with its gradients against the batch, from whole matrices and in blocks.
 
-    python benchmarks/loss_memory.py                                          # every objective, 1k … 16k
+    python benchmarks/loss_memory.py                               # every objective, 1k … 16k
     python benchmarks/loss_memory.py --objectives self_distillation --forms streamed --sizes 32768
-    python benchmarks/loss_memory.py --sizes 65536 --plan-only                # how much memory XLA plans, on any machine
+    python benchmarks/loss_memory.py --sizes 65536 --plan-only     # the memory that XLA plans, on any machine
 
 One device holds the global batch; each measurement has a process of its own and prints one JSON line:
 
-    peak_mb      largest memory in use during the first call above what was in use before it (the inputs), gradients
-                 included: resident memory of the process on a CPU (Linux), the allocator's on a GPU
+    peak_mb      largest memory in use during the first call above what was in use before it (the inputs),
+                 gradients included: resident memory of the process on a CPU (Linux), the allocator's on a GPU
     xla_temp_mb  what XLA's own plan of the compiled step reserves for intermediate values
     seconds      median of the calls after the first (of the only one where it took longer than `--patience`)
 
@@ -92,7 +92,10 @@ def measure(name: str, form: str, n: int, width: int, block: int, patience: floa
     inputs = params, student, teacher if name in SOFT_TARGETS else None, np.ones((1, n), bool)
     device = jax.devices()[0]
     step = jax.pmap(
-        functools.partial(loss_and_gradients, config.objective), "data", in_axes=(None, 0, 0, 0), devices=[device]
+        functools.partial(loss_and_gradients, config.objective),
+        "data",
+        in_axes=(None, 0, 0, 0),
+        devices=[device],
     )
     compiled = step.lower(*inputs).compile()
     plan = compiled.memory_analysis().temp_size_in_bytes / MB
@@ -118,13 +121,17 @@ def measure(name: str, form: str, n: int, width: int, block: int, patience: floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES)
     parser.add_argument("--forms", nargs="+", default=("plain", "streamed"), choices=("plain", "streamed"))
     parser.add_argument("--sizes", nargs="+", type=int, default=(1024, 2048, 4096, 8192, 16384), help="pairs")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--block", type=int, default=default_config().objective.block)
-    parser.add_argument("--patience", type=float, default=20.0, help="seconds for the calls of one measurement")
+    parser.add_argument(
+        "--patience", type=float, default=20.0, help="seconds for the calls of one measurement"
+    )
     parser.add_argument("--plan-only", action="store_true", help="compile, but do not run")
     parser.add_argument("--one", action="store_true", help="measure here the one combination that is given")
     args = parser.parse_args()
@@ -135,7 +142,13 @@ def main() -> None:
                     line = measure(name, form, n, args.width, args.block, args.patience, args.plan_only)
                     print(json.dumps(line), flush=True)
                     continue
-                one = {"objectives": name, "forms": form, "sizes": n, "width": args.width, "block": args.block}
+                one = {
+                    "objectives": name,
+                    "forms": form,
+                    "sizes": n,
+                    "width": args.width,
+                    "block": args.block,
+                }
                 options = [f"--{key}={value}" for key, value in (one | {"patience": args.patience}).items()]
                 options += ["--plan-only"] * args.plan_only
                 subprocess.run([sys.executable, __file__, "--one", *options], check=True)

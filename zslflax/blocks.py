@@ -1,4 +1,4 @@
-"""Visiting a matrix block by block, so that it never exists whole; and reductions over parts, here and across devices."""
+"""Visiting a matrix block by block, so that it never exists whole; reductions, here and over devices."""
 
 import functools
 from typing import NamedTuple
@@ -19,11 +19,12 @@ ALONG_FIRST = Reductions(*(functools.partial(f, axis=0) for f in (jnp.max, jnp.m
 
 
 def over_devices(axis_name: str) -> Reductions:
-    return Reductions(*(functools.partial(f, axis_name=axis_name) for f in (jax.lax.pmax, jax.lax.pmin, jax.lax.psum)))
+    collectives = (jax.lax.pmax, jax.lax.pmin, jax.lax.psum)
+    return Reductions(*(functools.partial(f, axis_name=axis_name) for f in collectives))
 
 
 def split(tree, block: int):
-    """[b, …] → [blocks, at most `block`, …]: blocks of one length, the last padded with zeros (not `valid`)."""
+    """[b, …] → [blocks, at most `block`, …]: blocks of one length, the last padded with zeros."""
 
     def blocks(x):
         count = -(-x.shape[0] // block)
@@ -35,7 +36,7 @@ def split(tree, block: int):
 
 
 def sweep(visit, block: int, rows: dict, columns: dict, row_sums, column_sums, totals=()):
-    """Visits every block of the matrix, row by row: what accumulates for each row, for each column and in all.
+    """Visits every block of a matrix: what accumulates for each row, for each column and in all.
 
     Args:
         visit: (rows, columns, row_sums, column_sums, totals), each of one block → the last three, updated.
@@ -60,7 +61,9 @@ def sweep(visit, block: int, rows: dict, columns: dict, row_sums, column_sums, t
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], tree)
 
     b, n = rows["valid"].shape[0], columns["valid"].shape[0]
-    rows, columns, row_sums, column_sums = (split(tree, block) for tree in (rows, columns, row_sums, column_sums))
+    rows, columns, row_sums, column_sums = (
+        split(tree, block) for tree in (rows, columns, row_sums, column_sums)
+    )
     (column_sums, totals), row_sums = jax.lax.scan(over_rows, (column_sums, totals), (rows, row_sums))
     return join(row_sums, b), join(column_sums, n), totals
 

@@ -1,16 +1,16 @@
-"""The objectives in blocks of rows and columns: what objectives.py computes, exactly, in memory of O(batch × width).
+"""The objectives in blocks of rows and columns: what objectives.py computes, exactly, without its matrices.
 
-A cross-entropy needs no matrix, only a few statistics of each row. With soft labels p_ij and d_ij = s_ij − s_ii, by how
+A cross-entropy needs only a few statistics of each row. With soft labels p_ij and d_ij = s_ij − s_ii, by how
 much column j is more similar to row i than the row's own pair is,
 
     −Σ_j p_ij · log softmax_j(scale · s_ij)  =  log Σ_j exp(scale · d_ij)  −  scale · Σ_j p_ij · d_ij,
 
-where the differences keep a small loss as exact as log softmax would. The statistics of a set of columns follow from
-those of its parts: a block's, a device's and the batch's are all made by `fold`, from those of single columns. One sweep
-over the blocks of v_i · t_j (rows: this device's images, columns: all texts) gives the rows' statistics, which are those of
-v → t, and the columns', which are those of t → v: the matrix of one direction is the transpose of the other's, for the
-student and for the teacher. The columns' are then folded over the devices. The gradient is a second sweep, which computes
-the blocks again.
+where the differences keep a small loss as exact as log softmax would. The statistics of a set of columns
+follow from those of its parts: a block's, a device's and the batch's are all made by `fold`, from those of
+single columns. One sweep over the blocks of v_i · t_j (rows: this device's images, columns: all texts) gives the
+rows' statistics, those of v → t, and the columns', those of t → v: the matrix of one direction is the transpose
+of the other's, for the student and for the teacher. The columns' are then folded over the devices. The gradient
+is a second sweep, which computes the blocks again. Memory: O((b + n) d + block²).
 """
 
 import functools
@@ -45,7 +45,7 @@ def fold(x: dict[str, jax.Array], over: Reductions) -> dict[str, jax.Array]:
     | best, index | max_j s_ij and the first j that has it |
     | sigmoid | Σ_j −log σ(z_ij (scale · s_ij + bias)) |
     | hard, soft | log Σ_j exp(scale · d_ij), of either scale |
-    | taught | log Σ_j exp(u_ij) over the allowed columns; u are the teacher's logits, p = exp(u − taught) its soft labels |
+    | taught | log Σ_j exp(u_ij) over the allowed columns, u the teacher's logits; p = exp(u − taught) |
     | mean, on_pair, entropy | Σ_j p_ij d_ij, p_ii and −Σ_j p_ij log p_ij |
     """
     best = over.largest(x["best"])
@@ -61,7 +61,7 @@ def fold(x: dict[str, jax.Array], over: Reductions) -> dict[str, jax.Array]:
 
 
 def single(fixed: Fixed, params, s, u, queries: dict, keys: dict) -> dict[str, jax.Array]:
-    """The statistics over each single column: of s and u, fp32 [keys, queries], of one block and direction."""
+    """The statistics over each single column, in one direction of a block; s, u are fp32 [keys, queries]."""
     valid, own = keys["valid"][:, None], keys["index"][:, None] == queries["index"]
     difference = jnp.where(own, 0.0, s - queries["pair"])
     x = {"best": jnp.where(valid, s, MASKED), "index": keys["index"][:, None]}
@@ -90,14 +90,15 @@ def directions(fixed: Fixed, params, s, rows: dict, columns: dict) -> list[dict[
 def statistics(fixed: Fixed, params, rows: dict, columns: dict) -> list[dict[str, jax.Array]]:
     """The statistics of this device's pairs over the whole global batch, in each direction.
 
-    Differentiable in the parameters and in the entries `student` and `pair`, through `hard`, `soft`, `mean` and `sigmoid`;
-    nothing flows through the other statistics, nor to the teacher.
+    Differentiable in the parameters and in the entries `student` and `pair`, through `hard`, `soft`, `mean`
+    and `sigmoid`; nothing flows through the other statistics, nor to the teacher.
 
     Args:
         params: the objective's.
-        rows: `student` (images), `pair` (s_ii), `valid`, `index`, and with soft labels `teacher` and `potential`; [b, …].
-        columns: likewise of all texts; [n, …]. The teacher's logits are u_ij = x_i · y_j + the column's potential, and in
-            the other direction the row's.
+        rows: `student` (images), `pair` (s_ii), `valid`, `index`, and with soft labels `teacher` and
+            `potential`; [b, …].
+        columns: likewise of all texts; [n, …]. The teacher's logits are u_ij = x_i · y_j + the column's
+            potential, and in the other direction the row's.
 
     Returns:
         A dict for each direction, of arrays [b].
@@ -122,7 +123,8 @@ def forward(fixed: Fixed, params, rows: dict, columns: dict):
         return {name: jnp.full(side["index"].shape, EMPTY[name]) for name in fixed.names}
 
     b = rows["index"].shape[0]
-    y, z, _ = sweep(visit, fixed.block, rows, columns, empty(rows), empty(columns) if fixed.directions == 2 else {})
+    none = [empty(rows), empty(columns) if fixed.directions == 2 else {}]
+    y, z, _ = sweep(visit, fixed.block, rows, columns, *none)
     if fixed.directions == 1:
         return [y], (params, rows, columns, [y])
     z = fold(z, over_devices(fixed.axis_name))
@@ -136,10 +138,10 @@ def moving(side: dict) -> dict:
 
 
 def linearised(x: dict, y: dict, cotangent: dict) -> jax.Array:
-    """Σ cotangent · ∂y/∂x · x for y = fold(x): its gradient is that of a fold whose result is known already."""
+    """Σ cotangent · ∂y/∂x · x for y = fold(x): its gradient is that of a fold whose result is known."""
 
     def share(name):
-        # A part is never larger than the whole, except in the padding of a last block, whose whole is unknown.
+        # No part is larger than the whole, except in the padding of a last block, whose whole is unknown.
         return jax.lax.stop_gradient(jnp.exp(jnp.minimum(x[name] - y[name], 0.0)))
 
     total = 0.0
@@ -181,9 +183,9 @@ statistics.defvjp(forward, backward)
 
 
 def teach(fixed: Fixed, objective, teacher, rows: dict, columns: dict) -> tuple[dict, dict]:
-    """Adds the teacher to both sides: u_ij = x_i · y_j is `objectives.teacher_similarities` over its temperature.
+    """Adds the teacher to both sides: u_ij = x_i · y_j, `objectives.teacher_similarities` over τ or λ.
 
-    v_i·t_j + w_vv v_i·v_j + w_tt t_i·t_j = (v_i + w_tt t_i)·t_j + w_vv v_i·v_j: one inner product of at most 2 d.
+    v_i·t_j + w_vv v_i·v_j + w_tt t_i·t_j = (v_i + w_tt t_i)·t_j + w_vv v_i·v_j: one inner product.
     """
     teacher = jax.lax.stop_gradient(teacher)
     x, y = teacher.image + objective.text_text * teacher.text, teacher.text
@@ -195,10 +197,10 @@ def teach(fixed: Fixed, objective, teacher, rows: dict, columns: dict) -> tuple[
     y = jax.lax.all_gather(y, fixed.axis_name, tiled=True)
     f, g = jnp.zeros(x.shape[:1], jnp.float32), jnp.zeros(y.shape[:1], jnp.float32)
     if otter:
-        # Nothing of the student goes along: of a loop that a gradient enters, jax computes beforehand what does not change
-        # from one iteration to the next, and those are all blocks of u.
+        # Nothing of the student goes along: of a loop that a gradient enters, jax computes beforehand what
+        # does not change from one iteration to the next, and those are all blocks of u.
         sides = [
-            {"teacher": z, "valid": side["valid"], "index": side["index"]} for z, side in ((x, rows), (y, columns))
+            {"teacher": z} | {k: side[k] for k in ("valid", "index")} for z, side in ((x, rows), (y, columns))
         ]
         f, g = streamed_potentials(
             *sides,
@@ -211,18 +213,18 @@ def teach(fixed: Fixed, objective, teacher, rows: dict, columns: dict) -> tuple[
 
 
 def smoothed(objective, hard, scale, pair, queries, keys, valid, axis_name) -> jax.Array:
-    """The cross-entropy with `objectives.smoothed_targets` y: (Σ_j y_ij) · hard_i − scale · Σ_j y_ij d_ij, fp32 [b]."""
+    """The cross-entropy with `objectives.smoothed_targets` y: (Σ_j y_ij) · hard_i − scale · Σ_j y_ij d_ij."""
     weights = valid.astype(jnp.float32)
     others = jax.lax.psum(jnp.sum(weights), axis_name) - weights
-    key_sum = jax.lax.psum(jnp.einsum("b,bd->d", weights, keys, precision=jax.lax.Precision.HIGHEST), axis_name)
-    of_all = jnp.einsum("bd,d->b", queries, key_sum, precision=jax.lax.Precision.HIGHEST)
+    key_sum = jax.lax.psum(jnp.sum(weights[:, None] * keys, axis=0), axis_name)
+    of_all = jnp.sum(queries * key_sum, axis=-1)
     differences = of_all - weights * pair - others * pair  # Σ of d_ij over the valid others
     share = objective.smoothing / jnp.maximum(others, 1.0)
     return (1.0 - objective.smoothing + share * others) * hard - scale * share * differences
 
 
 def pair_rows(objective, params, student, teacher, valid, axis_name) -> dict[str, jax.Array]:
-    """`objectives.whole_rows` in blocks of `objective.block` rows and columns; the same arguments and values."""
+    """`objectives.whole_rows` in blocks of `objective.block` rows and columns: the same values."""
 
     def gather(x):
         return jax.lax.all_gather(x, axis_name, tiled=True)
@@ -248,12 +250,9 @@ def pair_rows(objective, params, student, teacher, valid, axis_name) -> dict[str
     results = []
     for y, queries, keys in zip(statistics(fixed, params, rows, columns), student, reversed(student)):
         row = {"batch_accuracy": (y["index"] == own).astype(jnp.float32)}
-        if sigmoid:
-            row["hard_loss"] = y["sigmoid"]
-        elif objective.name == "label_smoothing":
+        row["hard_loss"] = y["sigmoid"] if sigmoid else y["hard"]
+        if objective.name == "label_smoothing":
             row["hard_loss"] = smoothed(objective, y["hard"], scale, pair, queries, keys, valid, axis_name)
-        else:
-            row["hard_loss"] = y["hard"]
         if softs:
             soft_loss = y["soft"] - jnp.exp(params["soft_log_scale"]) * y["mean"]
             explained = {"soft_loss": soft_loss, "soft_entropy": y["entropy"], "soft_on_pair": y["on_pair"]}

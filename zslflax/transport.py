@@ -41,12 +41,13 @@ def column_potential(similarity: jax.Array, valid: jax.Array, regulariser: float
 def streamed_potentials(
     rows: dict, columns: dict, iterations: int, *, remove_diagonal: bool, block: int, axis_name: str
 ) -> tuple[jax.Array, jax.Array]:
-    """`column_potential` of a matrix and of its transpose, u_ij = S_ij / λ recomputed block by block from embeddings.
+    """`column_potential` of a matrix and of its transpose; u_ij = S_ij / λ is recomputed in blocks.
 
-    Rows first gives the plan of v → t and its column potential g; columns first that of t → v and its row potential f.
-    Each scaling of one is computed beside a scaling of the other, from the same block: 2 × iterations sweeps of
+    Rows first gives the plan of v → t and its column potential g; columns first that of t → v and its row
+    potential f. Each scaling of one is computed beside a scaling of the other, from the same block, in 2 ×
+    iterations sweeps of, both from the values before,
 
-        g ← log mass − log Σ_i exp(u_ij + f_i),     f ← log mass − log Σ_j exp(u_ij + g_j),     both from the old values.
+        g ← log mass − log Σ_i exp(u_ij + f_i)     and     f ← log mass − log Σ_j exp(u_ij + g_j).
 
     Args:
         rows: `teacher` fp32 [b, d], `valid` bool [b] and `index` int32 [b] of this device's images.
