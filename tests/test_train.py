@@ -101,7 +101,7 @@ def test_what_a_run_writes_and_what_is_restored_from_it(tiny, workdir):
     assert checkpoint.available(workdir) == [3, 6]
     last = lines(workdir)[-1]
     for who in ("", "student/"):
-        for metric in ("hit@1", "hit@10", "mAP", "unseen/hit@1", "synonyms/hit@1", "retrieval/image_to_text@5"):
+        for metric in ("hit@1", "hit@10", "mAP", "seen/hit@1", "synonyms/hit@1", "retrieval/image_to_text@5"):
             assert 0.0 <= last[f"eval/test/{who}{metric}"] <= 1.0
     with Image.open(workdir / "predictions" / "6.png") as picture:
         assert picture.size[0] > 600 and len(picture.getcolors(1 << 20)) > 100

@@ -210,6 +210,7 @@ def validate(c: ConfigDict) -> None:
     expect(0.0 <= o.smoothing < 1.0, f"objective.smoothing is {o.smoothing}, expected 0 ≤ ε < 1")
     expect(o.teacher_temperature > 0, f"objective.teacher_temperature is {o.teacher_temperature}, expected > 0")
     expect(o.sinkhorn_regulariser > 0, f"objective.sinkhorn_regulariser is {o.sinkhorn_regulariser}, expected > 0")
+    expect(o.block >= 0, f"objective.block is {o.block}, expected 0 (never in blocks) or rows and columns at a time")
     expect(0.0 <= c.teacher.decay < 1.0, f"teacher.decay is {c.teacher.decay}, expected 0 ≤ decay < 1")
     expect(
         not (o.name in SOFT_TARGETS and c.teacher.kind == "none"),
