@@ -155,7 +155,7 @@ def test_too_many_unreadable_samples_stop_the_run(tiny, damaged, tmp_path, monke
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_state_before_it(tiny, tmp_path):
-    tiny.optimizer.name, tiny.optimizer.learning_rate = "sgd", 1e38
+    tiny.optimizer.name, tiny.optimizer.learning_rate = "sgd", 1e12
     tiny.eval.sets.test.data = ""
     with pytest.raises(FloatingPointError, match=r"step \d+ is not finite; the state before it is saved as step"):
         training.train(tiny, tmp_path)

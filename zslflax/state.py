@@ -20,8 +20,8 @@ class TrainState(flax.struct.PyTreeNode):
         teacher_params: moving average of `params`, without "objective" and without towers that are frozen for ever, which
             it shares with the student; {} unless teacher.kind is "ema".
         teacher_batch_stats: moving average of `batch_stats`.
-        bad_step: int32 scalar, the first step whose loss or gradient was not finite, -1 if none. From then on the
-            state stays as it was before that step.
+        bad_step: int32 scalar, the first step whose loss, gradient or update was not finite, -1 if none. From then on
+            the state stays as it was before that step.
     """
 
     step: jax.Array

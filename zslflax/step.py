@@ -109,7 +109,7 @@ def train_step(
         following = following.replace(teacher_params=teacher_params, teacher_batch_stats=teacher_batch_stats)
 
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
     unbroken = state.replace(bad_step=jnp.where(finite | (state.bad_step >= 0), state.bad_step, state.step))
     state = jax.tree.map(lambda new, old: jnp.where(finite & (state.bad_step < 0), new, old), following, unbroken)
     scales = state.params["objective"].items()

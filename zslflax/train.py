@@ -259,7 +259,7 @@ def stop_at_bad_step(checkpoints, state) -> None:
     checkpoints.wait_until_finished()
     step = int(state.bad_step)
     raise FloatingPointError(
-        f"the loss or the gradient of step {step + 1} is not finite; the state before it is saved as step {step}. "
+        f"the loss, the gradient or the update of step {step + 1} is not finite; the state before it is saved as step {step}. "
         "Lower optimizer.learning_rate, set optimizer.clip_norm, or use compute_dtype float32"
     )
 
