@@ -23,13 +23,13 @@ def parse(arguments: list[str]) -> list[str]:
     """absl's parser, with an error that names the nearest field where an override's field does not exist."""
     try:
         return flags.FLAGS(arguments)
-    except AttributeError:
+    except (AttributeError, KeyError):
         flags.FLAGS.unparse_flags()
-        base = [argument for argument in arguments if not argument.lstrip("-").startswith("config.")]
-        flags.FLAGS(base)
+        sys.argv = [argument for argument in arguments if not argument.lstrip("-").startswith("config.")]
+        flags.FLAGS(sys.argv)  # without the overrides, which ml_collections looks up in sys.argv
         configs.check_overrides(CONFIG.value, arguments)
         raise
-    except flags.Error as error:
+    except (flags.Error, OSError) as error:
         sys.exit(f"zslflax: {error}")
 
 
@@ -51,7 +51,7 @@ def run() -> None:
     """Runs the program; what a person can mend ends it with a message instead of a traceback."""
     try:
         app.run(main, flags_parser=parse)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("ZSLFLAX_TRACEBACK"):
             raise
         sys.exit(f"zslflax: {error}\n(ZSLFLAX_TRACEBACK=1 shows where it was raised)")

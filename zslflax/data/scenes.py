@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -19,6 +20,7 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
+log = logging.getLogger("zslflax")
 cv2.setNumThreads(0)  # the shards are written in threads
 
 COLOURS = {  # RGB
@@ -264,7 +266,8 @@ def write(folder: Path, options: dict, threads: int) -> None:
     others = mismatches(options["train"], options["noise"], options["seed"])
     jobs = [(split, shard) for split in SPLITS for shard in range(shard_count(options[split]))]
     total = options["train"] + options["test"]
-    progress = tqdm(total=total, desc=f"writing scenes to {folder.parent}", unit="image", mininterval=0.5)
+    log.info("writing %s scenes to %s, once", f"{total:,}", folder.parent)
+    progress = tqdm(total=total, desc="writing scenes", unit="image", disable=None, leave=False)
     with progress, ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda job: write_shard(folder, *job, options, others, progress), jobs))
     (folder / MARKER).write_text(json.dumps({"version": VERSION, **options}) + "\n")

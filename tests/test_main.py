@@ -1,0 +1,118 @@
+"""The command: its flags, and what it says when one is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from zslflax import config as configs
+from zslflax import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parses arguments as the command does and returns its config."""
+
+    def parse(*arguments, config="demo.py"):
+        forget()
+        monkeypatch.setattr(sys, "argv", ["main", f"--config={CONFIGS / config}", *arguments])
+        main.parse(sys.argv)
+        return main.CONFIG.value
+
+    yield parse
+    forget()
+
+
+def forget():
+    """Undoes the parsing, and the flags that ml_collections defined for the overrides."""
+    flags.FLAGS.unparse_flags()
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, name)
+
+
+def test_overrides(parse):
+    c = parse("--config.batch_size=32", "--config.data.train=a/{000..331}.tar", "--config.eval.sets.test.names=cat,dog")
+    assert c.batch_size == 32 and c.data.train == ("a/{000..331}.tar",) and c.eval.sets.test.names == "cat,dog"
+    assert parse("--config.data.train=('a.tar','b.tar')").data.train == ("a.tar", "b.tar")
+
+
+@pytest.mark.parametrize("objective", ["", "info_nce", "label_smoothing", "self_distillation", "otter", "sigmoid"])
+def test_the_argument_selects_the_objective(parse, objective):
+    c = parse(config=f"r50_declutr.py:{objective}" if objective else "r50_declutr.py")
+    assert c.objective.name == (objective or "self_distillation")
+    assert c.name == "r50_declutr" + (f"_{objective}" if objective else "")
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.batch_sizes=3", r"--config.batch_sizes: there is no such field; nearest: .*batch_size"),
+        ("--config.data.trian=x", r"--config.data.trian: there is no such field; nearest: data.train"),
+        ("--config.eval.sets.tset.data=x", r"eval.sets.tset.data: there is no such field; nearest: eval.sets.test.data"),
+    ],
+)
+def test_a_mistyped_field_is_named_with_the_nearest(parse, argument, message):
+    with pytest.raises(ValueError, match=message):
+        parse(argument)
+
+
+def test_a_wrong_type_is_named(parse):
+    with pytest.raises(SystemExit, match="--config.batch_size=many"):
+        parse("--config.batch_size=many")
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("objective.alpha", 1.5, "objective.alpha is 1.5"),
+        ("objective.name", "info_nse", "objective.name is 'info_nse'.*nearest: info_nce"),
+        ("objective.block", -1, "objective.block is -1"),
+        ("teacher.kind", "none", "self_distillation learns from a teacher"),
+        ("teacher.kind", "checkpoint", "a workdir goes with kind checkpoint"),
+        ("steps", 0, "steps is 0"),
+        ("eval.every", -3, "eval.every is -3"),
+        ("data.weights", (1.0, 2.0), "data.weights has 2 values for the 1 sources"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(parse, field, value, message):
+    c = parse()
+    *path, leaf = field.split(".")
+    node = c
+    for part in path:
+        node = node[part]
+    node[leaf] = value
+    with pytest.raises(ValueError, match=message):
+        configs.validate(c)
+
+
+def test_a_batch_that_the_devices_cannot_share(parse):
+    with pytest.raises(ValueError, match="batch_size is 256, which 3 devices cannot share evenly; nearest that works: 255"):
+        configs.check_devices(parse(), 3)
+
+
+def test_a_file_of_templates_travels_with_the_config(parse, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a photo of a {}.\na drawing of a {}.\n")
+    c = parse(f"--config.eval.templates={tmp_path / 'prompts.txt'}")
+    configs.resolve(c)
+    assert c.eval.templates == ("a photo of a {}.", "a drawing of a {}.")
+
+
+def test_json_and_back(parse):
+    c = parse("--config.data.train=('a','b')", config="vit_b16_declutr.py")
+    assert configs.compare(c, configs.from_json(configs.to_json(c))) == []
+
+
+def test_a_person_sees_a_message_and_a_programmer_the_traceback(tmp_path):
+    arguments = [sys.executable, "-m", "zslflax.main", f"--config={CONFIGS / 'demo.py'}", f"--workdir={tmp_path}", "--mode=evaluate"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    person = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
+    assert person.returncode == 1 and "has no config.json" in person.stderr and "Traceback" not in person.stderr
+    programmer = subprocess.run(
+        arguments, env={**environment, "ZSLFLAX_TRACEBACK": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert programmer.returncode == 1 and "Traceback" in programmer.stderr
