@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import absl.logging
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 log = logging.getLogger("zslflax")
@@ -49,7 +48,7 @@ class Reporter:
         self.path = workdir / "metrics.jsonl"
         _drop_after(self.path, step)
         self.file = open(self.path, "a", buffering=1)
-        self.tensorboard = SummaryWriter(str(workdir), purge_step=step + 1)
+        self.tensorboard = tensorboard_writer(workdir, step)
         self.bar = tqdm(
             initial=step, total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0.1
         )
@@ -96,6 +95,22 @@ def _drop_after(path: Path, step: int) -> None:
     partial = path.with_suffix(".tmp")
     partial.write_text("".join(kept))
     partial.replace(path)
+
+
+def tensorboard_writer(workdir: Path, step: int):
+    """A writer of TensorBoard events, which hides those of later steps.
+
+    tensorboardX imports PyTorch where it is installed, to know its tensors: seconds and memory for nothing here.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(workdir), purge_step=step + 1)
 
 
 class Stopwatch:
