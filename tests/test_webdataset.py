@@ -20,7 +20,7 @@ import pytest
 import tokenizers
 from PIL import Image
 
-from zslflax.data import images, pairs, tar_index
+from zslflax.data import images, pairs, storage, tar_format, tar_index
 from zslflax.data.images import BadSample
 from zslflax.data.text import Tokenizer
 from zslflax.data.webdataset import WebDataset, expand, expand_braces
@@ -135,7 +135,7 @@ def test_members_are_where_tarfile_finds_them(tmp_path, format):
     with tarfile.open(path) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
     with open(path, "rb") as file:
-        found = [(n.decode(), offset, size) for n, offset, size in tar_index.members(file, path)]
+        found = [(n.decode(), offset, size) for n, offset, size in tar_format.members(file, path)]
     assert found == expected and len(found) == len(names)
 
 
@@ -144,16 +144,16 @@ def test_old_headers_and_binary_sizes(tmp_path):
     path = tmp_path / "old.tar"
     write(path, samples(range(3)), tarfile.USTAR_FORMAT)
     data = bytearray(path.read_bytes())
-    data[257:265] = bytes(8)  # no magic and no version
-    data[148:156] = b"%06o\0 " % tar_index.checksum(bytes(data[:512]))
-    path.write_bytes(data)
-    assert [record["text"] for record in WebDataset(str(path))] == [(f"caption {i}",) for i in range(3)]
-    data[257:265] = tarfile.GNU_MAGIC
-    data[345:357] = b"14371573000\0"
-    path.write_bytes(data)
-    assert [r["name"].rpartition(":")[2] for r in WebDataset(str(path))] == ["00000", "00001", "00002"]
-    assert tar_index.number(tarfile.itn(9 << 33, 12, tarfile.GNU_FORMAT)) == 9 << 33
-    assert tar_index.number(tarfile.itn(7 << 30, 12, tarfile.GNU_FORMAT)) == 7 << 30
+    for changes in ({257: bytes(8)}, {257: tarfile.GNU_MAGIC, 345: b"14371573000\0"}):
+        for at, field in changes.items():
+            data[at : at + len(field)] = field
+        data[148:156] = b"%06o\0 " % tar_format.checksums(bytes(data[:512]))[0]
+        path.write_bytes(data)
+        records = list(WebDataset(str(path)))
+        assert [record["text"] for record in records] == [(f"caption {i}",) for i in range(3)]
+        assert [r["name"].rpartition(":")[2] for r in records] == ["00000", "00001", "00002"]
+    assert tar_format.number(tarfile.itn(9 << 33, 12, tarfile.GNU_FORMAT)) == 9 << 33
+    assert tar_format.number(tarfile.itn(7 << 30, 12, tarfile.GNU_FORMAT)) == 7 << 30
 
 
 def test_shards_of_the_tar_command(tmp_path):
@@ -340,8 +340,8 @@ def test_threads_and_processes_read_alike(tmp_path):
 
 
 def test_the_number_of_open_files_is_bounded(tmp_path, monkeypatch):
-    bounded = tar_index.functools.lru_cache(maxsize=3)(tar_index.open_file.__wrapped__)
-    monkeypatch.setattr("zslflax.data.webdataset.open_file", bounded)
+    bounded = storage.functools.lru_cache(maxsize=3)(storage.open_file.__wrapped__)
+    monkeypatch.setattr(storage, "open_file", bounded)
     for shard in range(10):
         write(tmp_path / f"{shard}.tar", pair(shard))
     source = WebDataset(f"{tmp_path}/{{0..9}}.tar")
@@ -368,7 +368,7 @@ def test_patterns_globs_and_lists(tmp_path):
     for name in ("a-00.tar", "a-01.tar", "b/c.tar"):
         write(tmp_path / name, pair(1))
     WebDataset(f"{tmp_path}/a-*")  # makes indices, which the glob then fits as well
-    names = lambda patterns: [path.relative_to(tmp_path).as_posix() for path in expand(patterns)]
+    names = lambda patterns: [path.removeprefix(f"{tmp_path}/") for path in expand(patterns)]
     assert names(f"{tmp_path}/a-*") == ["a-00.tar", "a-01.tar"]
     assert names(f"{tmp_path}/**/*.tar") == ["a-00.tar", "a-01.tar", "b/c.tar"]
     listed = [f"{tmp_path}/b/?.tar", f"{tmp_path}/a-{{01,00}}.tar"]
@@ -377,7 +377,7 @@ def test_patterns_globs_and_lists(tmp_path):
 
 def test_the_home_folder(home):
     path = write(home / "a.tar", pair(1))
-    assert [str(p) for p in expand("~/a.tar")] == [path]
+    assert expand("~/a.tar") == [path]
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -388,8 +388,8 @@ def test_what_is_missing_is_named(tmp_path):
         WebDataset(f"{tmp_path}/nowhere/{{0..8}}.tar")
     with pytest.raises(FileNotFoundError, match="no shard fits the pattern .*x-"):
         WebDataset(f"{tmp_path}/x-*.tar")
-    with pytest.raises(ValueError, match="is no path: shards are read in place"):
-        WebDataset("s3://bucket/{0..3}.tar")
+    with pytest.raises(ValueError, match="is a command: shards are read in place"):
+        WebDataset("pipe:cat {0..3}.tar")
     with pytest.raises(ValueError, match="no shards are given"):
         WebDataset([])
 

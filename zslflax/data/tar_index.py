@@ -2,26 +2,26 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import logging
 import os
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
+from zslflax.data import storage
+from zslflax.data.storage import Stamp
+from zslflax.data.tar_format import members
+
 log = logging.getLogger("zslflax")
 
 SUFFIX = ".index.npz"
-FORMAT = 1  # of index files; others are built anew
-BLOCK = 512
+LEFT_OUT = 20  # of so many shards, one may be unreadable without ending the run
 NAME = re.compile(rb"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's: the key ends at the first dot
-COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class TarIndex:
         extensions: str [e], what follows that dot, in lower case.
         sample: int32 [m], which of the keys.
         extension: int32 [m], which of the extensions.
-        offset, size: int64 [m], bytes.
-        stamp: int64 [3], the format of the index, the tar file's size and time of modification.
+        offset, size: int64 [m], bytes; the offset of what is stored sparse is `tar_format.UNREADABLE`.
+        stamp: int64 [3], of the tar file, as `zslflax.data.storage` has it.
     """
 
     keys: np.ndarray
@@ -46,35 +46,69 @@ class TarIndex:
     stamp: np.ndarray
 
 
-def load_indices(paths: Sequence[Path]) -> list[TarIndex]:
-    """The indices of tar files, several at a time; a progress bar on a terminal where it takes a while."""
+def load_indices(paths: Sequence[str]) -> dict[str, TarIndex]:
+    """The indices of tar files, several at a time; a progress bar on a terminal where it takes a while.
+
+    One shard in `LEFT_OUT` may be damaged, compressed or no tar file: it is logged, and left out as a whole.
+
+    Raises:
+        FileNotFoundError: names what is missing.
+        ValueError: more of them than that; the reason for each of the first.
+    """
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        indices = pool.map(load_index, paths)
-        return list(tqdm(indices, "indexing shards", len(paths), delay=2, disable=None, leave=False))
+        indices = pool.map(load_or_explain, paths)
+        indices = list(tqdm(indices, "indexing shards", len(paths), delay=2, disable=None, leave=False))
+    raise_missing([path for path, index in zip(paths, indices) if index is None], len(paths))
+    reasons = [index for index in indices if isinstance(index, str)]
+    if len(reasons) > len(paths) // LEFT_OUT:
+        shown = "\n".join(reasons[:5]) + ("\n…" if len(reasons) > 5 else "")
+        raise ValueError(shown if len(reasons) == 1 else f"{len(reasons)} of {len(paths)} shards: {shown}")
+    for reason in reasons:
+        log.error("left out, with all its samples: %s", reason)
+    return {path: index for path, index in zip(paths, indices) if isinstance(index, TarIndex)}
 
 
-def load_index(path: Path) -> TarIndex:
+def load_or_explain(path: str) -> TarIndex | str | None:
+    """An index, or why there is none; None where there is no such file."""
+    try:
+        return load_index(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        return str(error)
+
+
+def raise_missing(missing: Sequence[str], total: int) -> None:
+    """Raises FileNotFoundError if anything is missing, with its names."""
+    if not missing:
+        return
+    names = "".join(f"\n  {storage.shown(path)}" for path in missing[:5]) + ("\n  …" if len(missing) > 5 else "")
+    folders = {Path(path).parent for path in missing if not storage.is_remote(path)}
+    folders = {folder for folder in folders if not folder.is_dir()}
+    why = f"\nthere is no folder {min(folders)}" if folders else ""
+    raise FileNotFoundError(f"{len(missing)} of {total} shards are missing:{names}{why}")
+
+
+def load_index(path: str) -> TarIndex:
     """The index that is kept of a tar file, or a new one where there is none or the file has changed."""
-    stamp = stamp_of(os.stat(path))
-    places = path.with_name(path.name + SUFFIX), cache_place(path)
+    stamp = storage.read_stamp(path)
+    places = index_places(path)
     for place in places:
         index = read_index(place)
         if index is not None and index.stamp.tolist() == list(stamp):
             return index
-    index = build_index(path, stamp)
+    index = storage.retried(path, lambda: build_index(path, stamp))
     if not any(write_index(index, place) for place in places):
-        log.warning("the index of %s can be kept neither beside it nor in %s", path, places[1].parent)
+        log.warning("the index of %s cannot be kept in %s", storage.shown(path), " or ".join(map(str, places)))
     return index
 
 
-def stamp_of(status: os.stat_result) -> tuple[int, int, int]:
-    return FORMAT, status.st_size, status.st_mtime_ns
-
-
-def cache_place(path: Path) -> Path:
-    """Where the index goes if the tar file's folder is read-only."""
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
-    return Path.home() / ".cache" / "zslflax" / "index" / f"{name}.npz"
+def index_places(path: str) -> list[Path]:
+    """Where an index may be: beside a local tar file; for a remote one or a read-only folder, in the cache."""
+    remote = storage.is_remote(path)
+    name = hashlib.sha256((path if remote else str(Path(path).resolve())).encode()).hexdigest()[:32]
+    cached = Path.home() / ".cache" / "zslflax" / "index" / f"{name}.npz"
+    return [cached] if remote else [Path(path + SUFFIX), cached]
 
 
 def read_index(place: Path) -> TarIndex | None:
@@ -106,11 +140,11 @@ def write_index(index: TarIndex, place: Path) -> bool:
     return True
 
 
-def build_index(path: Path, stamp: tuple[int, int, int]) -> TarIndex:
+def build_index(path: str, stamp: Stamp) -> TarIndex:
     """Groups a tar file's members by key; a key that comes again with an extension it has is a new sample."""
     keys, extensions, newest, taken, rows = [], {}, {}, set(), []
-    with open(path, "rb", buffering=1 << 16) as file:
-        for name, offset, size in members(file, path):
+    with storage.open_stream(path, stamp) as file:
+        for name, offset, size in members(file, storage.shown(path)):
             match = NAME.fullmatch(name)
             if not match:
                 continue
@@ -132,114 +166,3 @@ def build_index(path: Path, stamp: tuple[int, int, int]) -> TarIndex:
         size=table[3],
         stamp=np.array(stamp, np.int64),
     )
-
-
-def members(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int, int]]:
-    """Yields (name, offset, size) of a tar file's regular files: ustar, pax and GNU.
-
-    A tenth of what `tarfile` needs, which makes minutes for millions of members.
-
-    Raises:
-        ValueError: compressed, no tar file, or damaged in the middle. A file that ends early is only logged.
-    """
-    at, name, size = 0, None, None
-    while True:
-        file.seek(at)
-        header = file.read(BLOCK)
-        if len(header) < BLOCK:
-            log.warning("the shard %s is truncated: the mark of its end is missing", path)
-            return
-        if header[0] == 0 and not any(header):
-            return
-        kind, stored, body = header[156:157], stored_size(header), at + BLOCK
-        if stored is None:
-            raise ValueError(not_a_tar(path, header, at))
-        if kind in b"xL":  # for the next member, a pax header or GNU's long name
-            extra = file.read(stored)
-            if kind == b"L":
-                name = extra.rstrip(b"\0")
-            elif len(extra) == stored and (b"path=" in extra or b"size=" in extra):
-                records = pax_records(extra)
-                name = records.get(b"path", name)
-                size = int(records[b"size"]) if b"size" in records else size
-        elif kind in b"07\0":
-            stored = stored if size is None else size
-            yield name or plain_name(header), body, stored
-            name = size = None
-        elif kind in b"123456":  # links, devices, folders: without contents, whatever the header says
-            stored, name, size = 0, None, None
-        at = body + -(-stored // BLOCK) * BLOCK
-
-
-def number(field: bytes) -> int:
-    """A number in octal digits, or in GNU's binary form."""
-    if field[0] & 0x80:
-        return int.from_bytes(field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
-
-
-def plain_name(header: bytes) -> bytes:
-    name = header[:100].rstrip(b"\0")
-    prefix = header[345:500].rstrip(b"\0") if header[257:263] == b"ustar\0" else b""  # GNU has times there
-    return prefix + b"/" + name if prefix else name
-
-
-def pax_records(body: bytes) -> dict[bytes, bytes]:
-    """Parses "LENGTH KEY=VALUE\\n…", where the length counts the whole record."""
-    records, at = {}, 0
-    while at < len(body) and body[at : at + 1] != b"\0":
-        blank = body.index(b" ", at)
-        end = at + int(body[at:blank])
-        key, _, value = body[blank + 1 : end - 1].partition(b"=")
-        records[key], at = value, end
-    return records
-
-
-def stored_size(header: bytes) -> int | None:
-    """The size of a member's contents; None if this is no header: not ustar's, nor, by its sum, an older."""
-    try:
-        if header[257:262] == b"ustar" or number(header[148:156]) == checksum(header):
-            return number(header[124:136])
-    except ValueError:
-        pass
-    return None
-
-
-def checksum(header: bytes) -> int:
-    return sum(header) - sum(header[148:156]) + 8 * ord(" ")
-
-
-def not_a_tar(path: Path, header: bytes, at: int) -> str:
-    if at:
-        return f"the shard {path} is damaged at byte {at}: expected the header of a member; fetch it again"
-    for start, compression in COMPRESSIONS.items():
-        if header.startswith(start):
-            return f"the shard {path} is compressed ({compression}), but shards are read in place: unpack it"
-    return f"{path} is no tar file: it starts with {header[:16]!r}"
-
-
-class OpenFile:
-    """A file that several threads read at once, by position; closed when nobody refers to it any more."""
-
-    def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def read(self, offset: int, size: int) -> bytes:
-        return os.pread(self.descriptor, size, offset)
-
-    def __del__(self):
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-@functools.lru_cache(maxsize=256)  # open at once, in each process
-def open_file(path: str, stamp: tuple[int, int, int]) -> OpenFile:
-    """Opens a tar file for reading.
-
-    Raises:
-        ValueError: it is not the file that was indexed.
-    """
-    file = OpenFile(path)
-    if stamp_of(os.fstat(file.descriptor)) != stamp:
-        raise ValueError(f"the shard {path} has been changed while it was in use; start again")
-    return file

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from zslflax.data import storage
 from zslflax.data.images import BadSample
-from zslflax.data.tar_index import SUFFIX, TarIndex, load_indices, open_file
+from zslflax.data.tar_format import UNREADABLE
+from zslflax.data.tar_index import SUFFIX, TarIndex, load_indices, raise_missing
 
 IMAGE, TEXT, JSON, LABEL = range(4)  # columns of the tables of members
 PROBED = 100  # samples whose JSON is looked at for captions
+LARGEST = 1 << 28  # bytes of a member: more than an image of `images.MAX_PIXELS` has
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -27,7 +30,8 @@ class WebDataset:
     commas, or else in the field `label` or `labels` of KEY.json. Threads may share it, and it can be pickled.
 
     Args:
-        shards: a pattern or several, of local files: braces ("train/{00000..00331}.tar", "{a,b}.tar"), globs.
+        shards: a pattern or several: braces ("train/{00000..00331}.tar", "{a,b}.tar"), globs. Addresses
+            (gs://, s3://, https://) are read by range requests, a sample in one; over HTTP there are no globs.
         image_keys: extensions of images; the first that a sample has counts.
         text_key: extension of captions.
         label_key: extension of labels.
@@ -35,7 +39,8 @@ class WebDataset:
 
     Raises:
         FileNotFoundError: names the shards that are missing, or the pattern that fits no file.
-        ValueError: a shard that is no tar file; no images, or no captions: says what was found instead.
+        ValueError: shards that are no tar files, unless only one in twenty is, which is logged; no images, or
+            no captions: says what was found instead.
     """
 
     def __init__(
@@ -47,22 +52,21 @@ class WebDataset:
         label_key: str = "cls",
         require_captions: bool = False,
     ):
-        paths = expand(shards)
-        indices = load_indices(paths)
+        by_path = load_indices(expand(shards))
+        self.paths, indices = list(by_path), list(by_path.values())
         wanted = tuple(image_keys), (text_key,), ("json",), (label_key,)
         self.keys, offsets, sizes = zip(*(tabulate(index, wanted) for index in indices), strict=True)
-        self.paths = [str(path) for path in paths]
         self.stamps = [tuple(index.stamp.tolist()) for index in indices]
         self.starts = np.cumsum([0, *map(len, self.keys)])  # the number of each shard's first sample
         self.offsets, self.sizes = np.concatenate(offsets), np.concatenate(sizes)  # int64 [n, 4]; -1: none
         if not len(self):
             raise ValueError(
-                f"none of the {len(paths)} shards ({self.paths[0]}, …) has an image: expected members "
+                f"none of the {len(self.paths)} shards ({storage.shown(self.paths[0])}, …) has an image: expected members "
                 f"KEY.EXTENSION with one of {', '.join(image_keys)}; found: {found(indices)}"
             )
         if require_captions and not self.has_captions():
             raise ValueError(
-                f"the {len(paths)} shards ({self.paths[0]}, …) have no captions: expected KEY.{text_key}, or "
+                f"the {len(self.paths)} shards ({storage.shown(self.paths[0])}, …) have no captions: expected KEY.{text_key}, or "
                 f"KEY.json with a field caption; found: {found(indices)}{self.fields_of_json()}"
             )
 
@@ -71,23 +75,33 @@ class WebDataset:
 
     def __getitem__(self, index: int) -> dict:
         shard = int(np.searchsorted(self.starts, index, "right")) - 1
-        name = f"{self.paths[shard]}:{self.keys[shard][index - self.starts[shard]].decode(errors='replace')}"
         try:
             image, text, described, label = self.read(shard, index)
             text, label = describe(text, described, label)
         except BadSample as error:
-            error.name = name
+            error.name = self.name(shard, index)
             raise
-        return {"image": image, "text": text, "label": label, "name": name}
+        return {"image": image, "text": text, "label": label, "name": self.name(shard, index)}
+
+    def name(self, shard: int, index: int) -> str:
+        key = self.keys[shard][index - self.starts[shard]]
+        return f"{storage.shown(self.paths[shard])}:{key.decode(errors='replace')}"
 
     def read(self, shard: int, index: int) -> list[bytes | None]:
         """The contents of a sample's members: image, text, JSON, label; None for what it lacks."""
-        file = open_file(self.paths[shard], self.stamps[shard])
-        contents = []
-        for offset, size in zip(self.offsets[index].tolist(), self.sizes[index].tolist(), strict=True):
-            contents.append(file.read(offset, size) if size >= 0 else None)
-            if size > len(contents[-1] or b""):
+        offsets, sizes = self.offsets[index].tolist(), self.sizes[index].tolist()
+        there = [column for column, size in enumerate(sizes) if size >= 0]
+        spans = [(offsets[column], sizes[column]) for column in there]
+        for offset, size in spans:
+            if offset == UNREADABLE:
+                raise BadSample("one of its files is stored sparse, which cannot be read in place")
+            if size > LARGEST:
+                raise BadSample(f"one of its files has {size:,} bytes, more than the {LARGEST:,} allowed")
+        contents = [None] * len(sizes)
+        for column, data in zip(there, storage.read(self.paths[shard], self.stamps[shard], spans), strict=True):
+            if len(data) < sizes[column]:
                 raise BadSample("the shard ends before the end of this sample")
+            contents[column] = data
         return contents
 
     def has_captions(self) -> bool:
@@ -110,34 +124,47 @@ class WebDataset:
                 pass
 
 
-def expand(patterns: str | Sequence[str]) -> list[Path]:
-    """The files that patterns with braces and globs stand for, in order.
+def expand(patterns: str | Sequence[str]) -> list[str]:
+    """The files that patterns with braces and globs stand for, in order; remote ones may be missing.
 
     Raises:
         FileNotFoundError: names what is missing.
-        ValueError: no pattern at all, or an address instead of a path.
+        ValueError: no pattern at all, a command, or a glob where files cannot be listed.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise ValueError("no shards are given: expected a pattern such as train/{00000..00331}.tar")
     paths = []
     for pattern in patterns:
-        if "://" in pattern or pattern.startswith("pipe:"):
-            raise ValueError(f"{pattern} is no path: shards are read in place, so mount or copy them")
-        for name in expand_braces(str(Path(pattern).expanduser())):
-            names = [name]
-            if any(c in name for c in "*?["):
-                names = sorted(n for n in glob.glob(name, recursive=True) if not n.endswith(SUFFIX))
-                if not names:
-                    raise FileNotFoundError(f"no shard fits the pattern {name}")
-            paths += map(Path, names)
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        shown = "".join(f"\n  {path}" for path in missing[:5]) + ("\n  …" if len(missing) > 5 else "")
-        folders = {path.parent for path in missing if not path.parent.is_dir()}
-        why = f"\nthere is no folder {min(folders)}" if folders else ""
-        raise FileNotFoundError(f"{len(missing)} of {len(paths)} shards are missing:{shown}{why}")
+        if pattern.startswith("pipe:"):
+            raise ValueError(f"{pattern} is a command: shards are read in place, by path or address")
+        remote = storage.is_remote(pattern)
+        for name in expand_braces(pattern if remote else str(Path(pattern).expanduser())):
+            paths += expand_remote_glob(name) if remote else expand_glob(name)
+    raise_missing([path for path in paths if not (storage.is_remote(path) or Path(path).is_file())], len(paths))
     return paths
+
+
+def expand_glob(name: str) -> list[str]:
+    if not any(c in name for c in "*?["):
+        return [str(Path(name))]
+    names = sorted(str(Path(n)) for n in glob.glob(name, recursive=True) if not n.endswith(SUFFIX))
+    if not names:
+        raise FileNotFoundError(f"no shard fits the pattern {name}")
+    return names
+
+
+def expand_remote_glob(name: str) -> list[str]:
+    web = name.startswith(("http://", "https://"))  # where ? begins a query
+    if not any(c in name for c in ("*[" if web else "*?[")):
+        return [name]
+    if web:
+        raise ValueError(f"{name} has a glob, but files cannot be listed over HTTP: use braces, {{00000..00331}}")
+    system, path = storage.file_system(name)
+    names = sorted(n for n in storage.retried(name, lambda: system.glob(path)) if not n.endswith(SUFFIX))
+    if not names:
+        raise FileNotFoundError(f"no shard fits the pattern {name}")
+    return [system.unstrip_protocol(n) for n in names]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -206,7 +233,7 @@ def describe(text: bytes | None, described: bytes | None, label: bytes | None) -
 def parse(data: bytes) -> dict:
     try:
         fields = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of a thousand brackets
         raise BadSample(f"its JSON is damaged: {error}") from error
     if not isinstance(fields, dict):
         raise BadSample(f"its JSON is a {type(fields).__name__}, expected an object")

