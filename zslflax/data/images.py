@@ -1,18 +1,27 @@
 """Images: from encoded bytes to uint8 RGB, and the crops of training and evaluation, antialiased."""
 
+import contextlib
+import functools
 import io
 import math
+import threading
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-MAX_PIXELS = 1 << 26  # 8192 × 8192: 200 MB once decoded, in every thread
+MAX_PIXELS = 1 << 26  # 8192 × 8192: 200 MB once decoded
+MAX_SCANS = 100  # of a progressive JPEG, where each costs the time of a whole image; the usual ones have 10
+LARGE = 1 << 28  # bytes: images that need more to be decoded wait for each other, whatever the number of threads
+FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF".split()  # Pillow knows others, some of which run programs
 MAX_ELONGATION = 8  # of the longer side to the shorter, beyond which evaluation looks at the middle only
 CROP_ATTEMPTS = 10  # torchvision's
 
 cv2.setNumThreads(0)  # the pipeline has threads of its own
+
+
+_large = threading.Lock()
 
 
 class BadSample(ValueError):
@@ -29,12 +38,15 @@ def decode(data: bytes) -> np.ndarray:
         uint8 [height, width, 3].
 
     Raises:
-        BadSample: no image, truncated, or more than `MAX_PIXELS`, which the header tells before decoding.
+        BadSample: no image of `FORMATS`, truncated, or more than `MAX_PIXELS` or `MAX_SCANS`, which is found
+            out before decoding.
     """
     if data[:2] == b"\xff\xd8":
+        if data.count(b"\xff\xda") > MAX_SCANS:  # a marker, which never is in the compressed data
+            raise BadSample(f"the image has more than {MAX_SCANS} scans")
         try:
-            check_size(*simplejpeg.decode_jpeg_header(data)[:2])
-            return simplejpeg.decode_jpeg(data)
+            with admitted(*simplejpeg.decode_jpeg_header(data)[:2], cost=6):
+                return simplejpeg.decode_jpeg(data)
         except BadSample:
             raise
         except ValueError:
@@ -45,9 +57,9 @@ def decode(data: bytes) -> np.ndarray:
 def decode_any(data: bytes) -> np.ndarray:
     """Decodes with Pillow."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            check_size(image.height, image.width)
-            return np.array(to_rgb(image))
+        with Image.open(io.BytesIO(data), formats=formats()) as image:
+            with admitted(image.height, image.width, cost=20):
+                return np.array(to_rgb(image))
     except BadSample:
         raise
     except UnidentifiedImageError:
@@ -68,9 +80,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def check_size(height: int, width: int) -> None:
+def admitted(height: int, width: int, cost: int) -> contextlib.AbstractContextManager:
+    """Where an image that takes `cost` bytes per pixel may be decoded: large ones come one at a time.
+
+    Raises:
+        BadSample: there are no pixels or too many.
+    """
+    if not height * width:
+        raise BadSample("the image has no pixels")
     if height * width > MAX_PIXELS:
         raise BadSample(f"the image has {width} × {height} pixels, more than the {MAX_PIXELS:,} allowed")
+    return _large if height * width * cost > LARGE else contextlib.nullcontext()
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """`FORMATS` as far as this Pillow has them."""
+    Image.init()
+    return tuple(format for format in FORMATS if format in Image.OPEN)
 
 
 def resample(image: np.ndarray, height: int, width: int) -> np.ndarray:

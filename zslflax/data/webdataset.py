@@ -17,7 +17,7 @@ from zslflax.data.tar_index import SUFFIX, TarIndex, load_indices, raise_missing
 
 IMAGE, TEXT, JSON, LABEL = range(4)  # columns of the tables of members
 PROBED = 100  # samples whose JSON is looked at for captions
-LARGEST = 1 << 28  # bytes of a member: more than an image of `images.MAX_PIXELS` has
+LARGEST = 1 << 28, 1 << 20, 1 << 20, 1 << 20  # bytes of a member, by column; `images.MAX_PIXELS` take fewer
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -92,11 +92,11 @@ class WebDataset:
         offsets, sizes = self.offsets[index].tolist(), self.sizes[index].tolist()
         there = [column for column, size in enumerate(sizes) if size >= 0]
         spans = [(offsets[column], sizes[column]) for column in there]
-        for offset, size in spans:
+        for column, (offset, size) in zip(there, spans, strict=True):
             if offset == UNREADABLE:
                 raise BadSample("one of its files is stored sparse, which cannot be read in place")
-            if size > LARGEST:
-                raise BadSample(f"one of its files has {size:,} bytes, more than the {LARGEST:,} allowed")
+            if size > LARGEST[column]:
+                raise BadSample(f"one of its files has {size:,} bytes, more than the {LARGEST[column]:,} allowed")
         contents = [None] * len(sizes)
         for column, data in zip(there, storage.read(self.paths[shard], self.stamps[shard], spans), strict=True):
             if len(data) < sizes[column]:
