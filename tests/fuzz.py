@@ -226,9 +226,8 @@ def run(seconds: float, folder: Path) -> None:
         faulthandler.dump_traceback_later(HANG, exit=True)
         counts[name] = counts.get(name, 0) + 1
 
-    checks = properties(folder, keep)
     while time.process_time() < seconds:
-        for name, check in checks.items():
+        for name, check in properties(folder, keep).items():
             settings = hypothesis.settings(max_examples=1000, **SETTINGS)
             counts.setdefault(name, 0)
             hypothesis.seed(seed := seed + 1)(settings(check))()
