@@ -2,18 +2,18 @@
 
     python benchmarks/pipeline.py --rounds=5
 
-Every contender reads the same shards, 500×375 JPEGs of quality 90 with captions, and makes 224×224 random-resized-crops
-(20 … 100% of the area), in a process of its own; the rounds go through all contenders in turn, so that what else the
-machine does meets them alike. Each prints one JSON line; the last one has the medians and the ratios.
+Every contender reads the same shards, 500×375 JPEGs of quality 90 with captions, and makes 224×224 crops of
+20 to 100% of the area, in a process of its own; the rounds go through all contenders in turn, so that what else
+the machine does meets them alike. Each prints one JSON line; the last one has the medians and the ratios.
 
-    codec              zslflax.data.images alone, from memory, one thread per core; no flip, captions or batches
+    codec              zslflax.data.images alone, from memory, a thread per core; no flip, captions or batches
     zslflax            zslflax.data.pairs.train_batches, with a tokenizer
     webdataset         the webdataset library with the same codec and tokenizer; a process per core
-    pillow             webdataset with OpenCLIP's chain: Pillow, bicubic, to float32, normalised; a process per core
+    pillow             webdataset with OpenCLIP's chain: Pillow, bicubic, to normalised float32; likewise
     pillow_uint8       the same as lean as Pillow goes: bilinear, left as uint8
 
-The pictures are noise with the spectra of photographs (amplitude f to the power -1.1 … -1.5, mostly shared by the
-colours) and some grain; at quality 90 they take 50-90 kB, as photographs of that size do.
+The pictures are noise with the spectra of photographs (amplitude f to the power -1.1 … -1.5, mostly shared by
+the colours) and some grain; at quality 90 they take 50-110 kB, as photographs of that size do.
 """
 
 import argparse
@@ -46,7 +46,9 @@ SHARDS, PER_SHARD = 4, 256
 BATCH = 128
 CORES = len(os.sched_getaffinity(0))
 WARM_UP = 4 * BATCH  # images before the clock starts
-WORDS = "a the of in with small large old red blue green dog street house tree water boat people sky photo".split()
+WORDS = (
+    "a the of in with small large red blue green dog street house tree water boat people sky photo".split()
+)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenCLIP's
 MAX_TOKENS = 60
 
@@ -82,7 +84,7 @@ def write_shards(folder: Path) -> str:
                     info.size = len(contents)
                     tar.addfile(info, io.BytesIO(contents))
     low, middle, high = np.percentile(sizes, (5, 50, 95)) / 1000
-    print(f"# {len(sizes)} images of {low:.0f}, {middle:.0f}, {high:.0f} kB (percentiles 5, 50, 95)", flush=True)
+    print(f"# {len(sizes)} images; percentiles 5, 50, 95: {low:.0f}, {middle:.0f}, {high:.0f} kB", flush=True)
     return f"{folder}/{{00000..{SHARDS - 1:05}}}.tar"
 
 
@@ -137,7 +139,7 @@ class CodecTransform:
 
 
 class PillowTransform:
-    """RandomResizedCrop, horizontal flip, ToTensor and Normalize, by torchvision's rules for Pillow images."""
+    """RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize, by torchvision's rules for Pillow."""
 
     def __init__(self, resampling: Image.Resampling, as_float: bool):
         self.resampling, self.as_float, self.rng = resampling, as_float, np.random.default_rng(0)
@@ -156,7 +158,7 @@ class PillowTransform:
         return tensor.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """torchvision.transforms.RandomResizedCrop.get_params; without its last resort, which 4:3 never needs."""
+        """RandomResizedCrop.get_params, without its last resort, which 4:3 never needs."""
         while True:
             area = height * width * self.rng.uniform(*SCALE)
             aspect = math.exp(self.rng.uniform(*map(math.log, RATIO)))
@@ -167,7 +169,7 @@ class PillowTransform:
 
 
 def run_webdataset(pattern: str, number: int, transform=None) -> float:
-    """OpenCLIP's arrangement: resampled shards, a shuffle buffer, batches made in the workers of a DataLoader."""
+    """OpenCLIP's arrangement: resampled shards, a shuffle buffer, batches made in a DataLoader's workers."""
     import webdataset
 
     tokenizer = load_tokenizer()

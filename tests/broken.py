@@ -36,15 +36,17 @@ def zeros(number: int) -> bytes:
     block = zlib.compressobj(9, wbits=-15)
     million = block.compress(bytes(1_000_000)) + block.flush(zlib.Z_FULL_FLUSH)
     rest = block.compress(bytes(number % 1_000_000)) + block.flush()
-    return b"\x78\xda" + number // 1_000_000 * million + rest + struct.pack(">HH", number % 65521, 1)  # Adler-32
+    checksum = struct.pack(">HH", number % 65521, 1)  # Adler-32
+    return b"\x78\xda" + number // 1_000_000 * million + rest + checksum
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG of black pixels, which hardly take any bytes, with further chunks."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zeros(height * (3 * width + 1))), (b"IEND", b"")]
-    join = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(join(*part) for part in parts)
+    word = lambda number: struct.pack(">I", number)
+    chunks = (word(len(body)) + kind + body + word(zlib.crc32(kind + body)) for kind, body in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def flipped(data: bytes, at: int) -> bytes:
@@ -160,7 +162,7 @@ GOOD = {"jpg": JPEG, "txt": b"a dog"}
 
 
 def gnu_sparse(tar: tarfile.TarFile) -> None:
-    """A GNU sparse member with a second block of its map, in which nothing is where the image's bytes would be."""
+    """A GNU sparse member whose map goes on in a second block."""
     info = tarfile.TarInfo("sparse.jpg")
     info.size, info.type = 512, b"S"
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
@@ -225,14 +227,18 @@ def unreadable_shards() -> dict[str, bytes]:
     """What is no tar file, or damaged in the middle, under the name of one."""
     good = shard(lambda tar: [add_sample(tar, f"{i}", GOOD) for i in range(6)])
     middle = tarfile.open(fileobj=io.BytesIO(good)).getmember("3.jpg").offset
-    return {"gzip": gzip.compress(good), "flipped header": flipped(good, middle + 130), "html": b"<html>" * 500}
+    return {
+        "gzip": gzip.compress(good),
+        "flipped header": flipped(good, middle + 130),
+        "html": b"<html>" * 500,
+    }
 
 
 def write_corpus(folder: Path, good: int = 19) -> tuple[int, dict[str, str]]:
-    """Writes all of it mixed into good shards; returns how many samples, and {name: what is wrong} of the unreadable.
+    """Writes all of it mixed into good shards; returns how many samples, and {name: fault} of the bad.
 
-    Every bad sample has `good` good ones around it; among the shards are the bad ones, and for every twenty one that
-    is no tar file.
+    Every bad sample has `good` good ones around it; among the shards are the bad ones, and for every twenty
+    one that is no tar file.
     """
     samples, bad = 0, {}
     for number, (kind, (files, readable)) in enumerate(bad_samples().items()):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves the files of `server.root`; keeps (method, path, range) of every request in `server.requests`."""
+    """Serves the files of `server.root`."""
 
     protocol_version = "HTTP/1.1"
 
@@ -60,8 +60,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     Attributes:
         ranges: whether it answers with the part that is asked for.
-        troubles: an iterator; what becomes of a request: an HTTP status, "cut" (the connection drops in the middle),
-            "short" (half of the range, said to be all), or None, which is well.
+        troubles: an iterator; what becomes of a request: an HTTP status, "cut" (the connection drops in the
+            middle), "short" (half of the range, said to be all), or None, which is well.
         requests: (method, path, range) of all.
         sent: bytes of bodies.
     """
@@ -70,7 +70,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, root: Path):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.root, self.ranges, self.troubles, self.requests, self.sent = root, True, itertools.repeat(None), [], 0
+        self.root, self.ranges, self.troubles = root, True, itertools.repeat(None)
+        self.requests, self.sent = [], 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
 

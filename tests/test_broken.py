@@ -1,4 +1,4 @@
-"""Broken images, captions and shards among good ones: reading goes on, the counts are exact, memory is bounded."""
+"""Broken images, captions and shards among good ones: reading goes on, counts are exact, memory bounded."""
 
 import collections
 import io
@@ -110,9 +110,10 @@ GOOD_MEMBER = header(b"0", b"%011o\0" % 5) + b"hello".ljust(512, b"\0")
 
 
 @pytest.mark.parametrize(
-    "size",
-    [b"-0000000001\0", b"\xff" * 12, b"\x80" + b"\xff" * 11, b"\x81" + bytes(11), b"1_000".ljust(12, b"\0"), b"0o17        "],
-)
+    "size",  # the last of them once was a seek beyond what a file system takes
+    [b"-0000000001\0", b"\xff" * 12, b"\x80" + b"\xff" * 11, b"\x81" + bytes(11),
+     b"1_000".ljust(12, b"\0"), b"0o17        ", b"\x80\0\0\0" + struct.pack(">Q", 1 << 62)],
+)  # fmt: skip
 def test_impossible_sizes_are_damage(size):
     with pytest.raises(ValueError, match="is damaged at byte 1024: .*; fetch it again"):
         listed(GOOD_MEMBER + header(b"0", size) + GOOD_MEMBER)
@@ -120,8 +121,9 @@ def test_impossible_sizes_are_damage(size):
 
 @pytest.mark.parametrize(
     "record",
-    [b"0 path=a\n", b"-9 path=a\n", b"path=a\n", b" path=a\n", b"99 path=a\n", b"11 size=-1\n", b"5 path=a\n", b"3 size=\n",
-     b"12 size=1_0\n", b"9999999999999999999999 size=1\n", b"27 size=9999999999999999999\n"],
+    [b"0 path=a\n", b"-9 path=a\n", b"path=a\n", b" path=a\n", b"99 path=a\n", b"11 size=-1\n",
+     b"5 path=a\n", b"3 size=\n", b"12 size=1_0\n",
+     b"9999999999999999999999 size=1\n", b"27 size=9999999999999999999\n"],
 )  # fmt: skip
 def test_impossible_pax_records_are_damage(record):
     extra = header(b"x", b"%011o\0" % len(record)) + record.ljust(512, b"\0")
@@ -151,7 +153,7 @@ def test_a_member_that_claims_more_than_the_file_has_allocates_nothing(tmp_path)
         path.write_bytes(header(b"0", b"%011o\0" % 5, b"1.jpg") + b"hello".ljust(512, b"\0") + claim)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         source = WebDataset(str(path))
-        with pytest.raises(BadSample, match="the shard ends before|bytes, more than the"):
+        with pytest.raises(BadSample, match="the shard ends before|more than the .* bytes allowed"):
             source[1]
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
         assert source[0]["image"] == b"hello"
@@ -192,5 +194,5 @@ def test_a_little_fuzzing(tmp_path, monkeypatch, require, kind):
     import fuzz
 
     monkeypatch.setattr(images, "MAX_PIXELS", fuzz.PIXELS)
-    settings = hypothesis.settings(max_examples=150, derandomize=True, **fuzz.SETTINGS)
+    settings = hypothesis.settings(max_examples=60, derandomize=True, **fuzz.SETTINGS)
     settings(fuzz.properties(tmp_path)[kind])()

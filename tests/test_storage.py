@@ -1,4 +1,4 @@
-"""Remote shards, from a server that serves ranges, one that fails now and then, and one that serves no ranges."""
+"""Remote shards, from a server that serves ranges, one that fails now and then, and one without ranges."""
 
 import concurrent.futures
 import errno
@@ -9,13 +9,12 @@ import os
 import random
 import tarfile
 
+import fsspec
 import pytest
-
 from range_server import serve
 
 from zslflax.data import storage, tar_index
 from zslflax.data.webdataset import WebDataset, expand
-
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +89,7 @@ def test_the_index_of_a_remote_shard_is_kept_in_the_cache_until_the_shard_change
     assert sorted(os.listdir(root)) == ["0.tar", "1.tar", "2.tar"]
     os.utime(root / "1.tar", ns=(1, 1))  # another ETag
     built, build = [], tar_index.build_index
-    monkeypatch.setattr(tar_index, "build_index", lambda path, stamp: built.append(path) or build(path, stamp))
+    monkeypatch.setattr(tar_index, "build_index", lambda *file: built.append(file[0]) or build(*file))
     storage.open_file.cache_clear()
     WebDataset(f"{server.url}/{{0..2}}.tar")
     assert built == [f"{server.url}/1.tar"]
@@ -138,7 +137,7 @@ def test_a_refusal_is_not_retried(server, status):
 def test_a_server_without_ranges_is_refused_before_it_sends_the_file(root, server):
     (root / "large.tar").write_bytes(bytes(32 << 20))
     server.ranges = False
-    with pytest.raises(ValueError, match="large.tar does not serve parts of files .*: copy them"):
+    with pytest.raises(ValueError, match="large.tar does not serve parts of files .*: copy the shards"):
         WebDataset(f"{server.url}/large.tar")
     assert server.sent < 32 << 20
 
@@ -176,7 +175,7 @@ def test_globs_go_through_the_storage_but_not_over_http(root):
         expand("memory://bucket/x*")
     with pytest.raises(ValueError, match="files cannot be listed over HTTP: use braces"):
         expand("https://example.org/*.tar")
-    assert expand("https://example.org/{0..1}.tar?x=1") == [f"https://example.org/{i}.tar?x=1" for i in (0, 1)]
+    assert expand("https://a.org/{0..1}.tar?x") == ["https://a.org/0.tar?x", "https://a.org/1.tar?x"]
 
 
 def test_kinds_of_addresses_that_there_are_not():

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 1 << 26  # 8192 × 8192: 200 MB once decoded
 MAX_SCANS = 100  # of a progressive JPEG, where each costs the time of a whole image; the usual ones have 10
-LARGE = 1 << 28  # bytes: images that need more to be decoded wait for each other, whatever the number of threads
+LARGE = 1 << 28  # bytes; images that need more to be decoded wait for each other
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF".split()  # Pillow knows others, some of which run programs
 MAX_ELONGATION = 8  # of the longer side to the shorter, beyond which evaluation looks at the middle only
 CROP_ATTEMPTS = 10  # torchvision's
@@ -70,7 +70,9 @@ def decode_any(data: bytes) -> np.ndarray:
     except BadSample:
         raise
     except UnidentifiedImageError:
-        raise BadSample(f"it is no image: it starts with {data[:8]!r}" if data else "the image is empty") from None
+        raise BadSample(
+            f"it is no image: it starts with {data[:8]!r}" if data else "the image is empty"
+        ) from None
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise BadSample(f"the image cannot be decoded: {error or type(error).__name__}") from error
 

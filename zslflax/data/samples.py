@@ -35,6 +35,7 @@ class TrainPreparation:
                 mask[i] = True
             except BadSample as error:
                 errors.append((getattr(error, "name", name), str(error)))
+        image[~mask] = 0
         text, text_mask = self.tokenizer(captions)
         text = np.where(mask[:, None], text, self.tokenizer.identity["pad_id"]).astype(np.int32)
         text_mask = text_mask & mask[:, None]
@@ -68,13 +69,14 @@ class EvalPreparation:
                 mask[i], label[i], text[i] = True, tuple(record["label"]), tuple(record["text"])
             except BadSample as error:
                 errors.append((getattr(error, "name", name), str(error)))
+        image[~mask] = 0
         arrays = {"image": image, "mask": mask, "index": np.asarray(rows, np.int64)}
         return {**arrays, "label": label, "text": text, "errors": tuple(errors)}
 
 
 def empty(rows: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and mask before anything was read."""
-    return np.zeros((rows, size, size, 3), np.uint8), np.zeros(rows, bool)
+    """Images and mask before anything was read; what stays unread in the former is anything."""
+    return np.empty((rows, size, size, 3), np.uint8), np.zeros(rows, bool)
 
 
 def pixels(record: dict) -> np.ndarray:

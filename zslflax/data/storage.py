@@ -66,13 +66,13 @@ class RemoteFile:
         self.name, (self.system, self.path) = shown(path), file_system(path)
         info = self.system.info(self.path)
         if info.get("size") is None:
-            raise ValueError(f"the server of {self.name} does not say how large it is, which reading in place needs")
+            raise ValueError(f"the server of {self.name} does not say its size, which reading in place needs")
         version = repr([info[key] for key in VERSIONS if key in info]).encode()
         digest = hashlib.sha256(version).digest()
         self.stamp = FORMAT, int(info["size"]), int.from_bytes(digest[:7], "big")
 
     def read(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes of every span (offset, size); fewer where the file ends before. Near ones share a request."""
+        """The bytes of every span (offset, size); fewer where the file ends. Near ones share a request."""
         contents, end = [b""] * len(spans), self.stamp[1]
         order = sorted((i for i, (at, size) in enumerate(spans) if size and at < end), key=spans.__getitem__)
         while order:
@@ -96,7 +96,7 @@ class RemoteFile:
         return data
 
     def check_ranges(self) -> None:
-        """Raises ValueError if the server sends the whole file whatever is asked for; that is not waited for."""
+        """Raises ValueError if the server sends the whole file whatever is asked for, without fetching it."""
         if self.stamp[1] < 2 or not self.path.startswith(("http://", "https://")):
             return
         with self.system.open(self.path, size=self.stamp[1], block_size=1, cache_type="none") as file:
@@ -214,7 +214,8 @@ def retried(path: str, action: Callable):
                     raise OSError(f"{shown(path)} cannot be read: {describe(error)}") from error
                 raise
             if attempt == ATTEMPTS:
-                raise OSError(f"{shown(path)} cannot be read, after {attempt} attempts: {describe(error)}") from error
+                tried = f"{shown(path)} cannot be read, after {attempt} attempts"
+                raise OSError(f"{tried}: {describe(error)}") from error
             wait = FIRST_WAIT * 2 ** (attempt - 1) * (0.5 + random.random())  # apart from the other threads
             place = shown(path).rpartition("/")[0]
             with _retries_lock:
@@ -254,4 +255,4 @@ def describe(error: Exception) -> str:
 
 
 def no_ranges(name: str) -> str:
-    return f"the server of {name} does not serve parts of files (range requests), which reading in place needs: copy them"
+    return f"the server of {name} does not serve parts of files (range requests): copy the shards"

@@ -9,13 +9,13 @@ log = logging.getLogger("zslflax")
 BLOCK = 512
 LONGEST_NAME = 4096  # bytes; Linux's
 LONGEST_EXTRA = 1 << 20  # bytes of a pax header, which may have access lists and the like
-LARGEST = 1 << 62  # bytes of a member, so that positions stay within 64 bits
+LARGEST = 1 << 40  # bytes of a member: file systems refuse positions far beyond any file
 UNREADABLE = -1  # the offset of a member whose bytes are not its file's
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 
 
 def members(file: BinaryIO, path: str) -> Iterator[tuple[bytes, int, int]]:
-    """Yields (name, offset, size) of a tar file's regular files, in bytes; offset `UNREADABLE` if one is sparse.
+    """Yields (name, offset, size) of a tar file's regular files; the offset `UNREADABLE` if one is sparse.
 
     A tenth of what `tarfile` needs, which makes minutes for millions of members.
 
@@ -75,7 +75,7 @@ def stored_size(header: bytes) -> int:
 
 
 def checksums(header: bytes) -> tuple[int, int]:
-    """The sum of a header's bytes without its own field, and as the tars summed that had signed characters."""
+    """The sum of a header's bytes but for its own field, and as tars with signed characters summed."""
     counted = header[:148] + b" " * 8 + header[156:]
     total = sum(counted)
     return total, total - 256 * sum(byte > 127 for byte in counted) if not counted.isascii() else total
@@ -152,7 +152,8 @@ def end_of_map(file: BinaryIO, header: bytes, body: int) -> int:
 
 def not_a_tar(path: str, header: bytes, at: int, why: Exception) -> str:
     if at:
-        return f"the shard {path} is damaged at byte {at}: expected the header of a member ({why}); fetch it again"
+        expected = f"expected the header of a member ({why})"
+        return f"the shard {path} is damaged at byte {at}: {expected}; fetch it again"
     for start, compression in COMPRESSIONS.items():
         if header.startswith(start):
             return f"the shard {path} is compressed ({compression}), but shards are read in place: unpack it"

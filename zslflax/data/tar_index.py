@@ -82,7 +82,8 @@ def raise_missing(missing: Sequence[str], total: int) -> None:
     """Raises FileNotFoundError if anything is missing, with its names."""
     if not missing:
         return
-    names = "".join(f"\n  {storage.shown(path)}" for path in missing[:5]) + ("\n  …" if len(missing) > 5 else "")
+    names = "".join(f"\n  {storage.shown(path)}" for path in missing[:5])
+    names += "\n  …" if len(missing) > 5 else ""
     folders = {Path(path).parent for path in missing if not storage.is_remote(path)}
     folders = {folder for folder in folders if not folder.is_dir()}
     why = f"\nthere is no folder {min(folders)}" if folders else ""
@@ -99,12 +100,13 @@ def load_index(path: str) -> TarIndex:
             return index
     index = storage.retried(path, lambda: build_index(path, stamp))
     if not any(write_index(index, place) for place in places):
-        log.warning("the index of %s cannot be kept in %s", storage.shown(path), " or ".join(map(str, places)))
+        where = " or ".join(str(place.parent) for place in places)
+        log.warning("the index of %s cannot be kept in %s", storage.shown(path), where)
     return index
 
 
 def index_places(path: str) -> list[Path]:
-    """Where an index may be: beside a local tar file; for a remote one or a read-only folder, in the cache."""
+    """Where an index may be: beside a local tar file, or in the cache, where all of remote ones are."""
     remote = storage.is_remote(path)
     name = hashlib.sha256((path if remote else str(Path(path).resolve())).encode()).hexdigest()[:32]
     cached = Path.home() / ".cache" / "zslflax" / "index" / f"{name}.npz"

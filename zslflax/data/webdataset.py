@@ -31,7 +31,7 @@ class WebDataset:
 
     Args:
         shards: a pattern or several: braces ("train/{00000..00331}.tar", "{a,b}.tar"), globs. Addresses
-            (gs://, s3://, https://) are read by range requests, a sample in one; over HTTP there are no globs.
+            (gs://, s3://, https://) are read by ranges, one for a sample; over HTTP there are no globs.
         image_keys: extensions of images; the first that a sample has counts.
         text_key: extension of captions.
         label_key: extension of labels.
@@ -59,14 +59,15 @@ class WebDataset:
         self.stamps = [tuple(index.stamp.tolist()) for index in indices]
         self.starts = np.cumsum([0, *map(len, self.keys)])  # the number of each shard's first sample
         self.offsets, self.sizes = np.concatenate(offsets), np.concatenate(sizes)  # int64 [n, 4]; -1: none
+        shown = f"the {len(self.paths)} shards ({storage.shown(self.paths[0])}, …)"
         if not len(self):
             raise ValueError(
-                f"none of the {len(self.paths)} shards ({storage.shown(self.paths[0])}, …) has an image: expected members "
+                f"none of {shown} has an image: expected members "
                 f"KEY.EXTENSION with one of {', '.join(image_keys)}; found: {found(indices)}"
             )
         if require_captions and not self.has_captions():
             raise ValueError(
-                f"the {len(self.paths)} shards ({storage.shown(self.paths[0])}, …) have no captions: expected KEY.{text_key}, or "
+                f"{shown} have no captions: expected KEY.{text_key}, or "
                 f"KEY.json with a field caption; found: {found(indices)}{self.fields_of_json()}"
             )
 
@@ -96,9 +97,9 @@ class WebDataset:
             if offset == UNREADABLE:
                 raise BadSample("one of its files is stored sparse, which cannot be read in place")
             if size > LARGEST[column]:
-                raise BadSample(f"one of its files has {size:,} bytes, more than the {LARGEST[column]:,} allowed")
-        contents = [None] * len(sizes)
-        for column, data in zip(there, storage.read(self.paths[shard], self.stamps[shard], spans), strict=True):
+                raise BadSample(f"one of its files has more than the {LARGEST[column]:,} bytes allowed")
+        contents, read = [None] * len(sizes), storage.read(self.paths[shard], self.stamps[shard], spans)
+        for column, data in zip(there, read, strict=True):
             if len(data) < sizes[column]:
                 raise BadSample("the shard ends before the end of this sample")
             contents[column] = data
@@ -141,7 +142,8 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
         remote = storage.is_remote(pattern)
         for name in expand_braces(pattern if remote else str(Path(pattern).expanduser())):
             paths += expand_remote_glob(name) if remote else expand_glob(name)
-    raise_missing([path for path in paths if not (storage.is_remote(path) or Path(path).is_file())], len(paths))
+    missing = [path for path in paths if not (storage.is_remote(path) or Path(path).is_file())]
+    raise_missing(missing, len(paths))
     return paths
 
 
@@ -159,7 +161,7 @@ def expand_remote_glob(name: str) -> list[str]:
     if not any(c in name for c in ("*[" if web else "*?[")):
         return [name]
     if web:
-        raise ValueError(f"{name} has a glob, but files cannot be listed over HTTP: use braces, {{00000..00331}}")
+        raise ValueError(f"{name} is a glob, but files cannot be listed over HTTP: use braces, {{000..331}}")
     system, path = storage.file_system(name)
     names = sorted(n for n in storage.retried(name, lambda: system.glob(path)) if not n.endswith(SUFFIX))
     if not names:
