@@ -3,8 +3,8 @@
     python benchmarks/pipeline.py --rounds=5
 
 Every contender reads the same shards, 500×375 JPEGs of quality 90 with captions, and makes 224×224 crops of
-20 to 100% of the area, in a process of its own; the rounds go through all contenders in turn, so that what else
-the machine does meets them alike. Each prints one JSON line; the last one has the medians and the ratios.
+20 to 100% of the area, in a process of its own; the rounds go through all contenders in turn, so that what
+else the machine does meets them alike. Each prints a JSON line; the last one has the medians and the ratios.
 
     codec              zslflax.data.images alone, from memory, a thread per core; no flip, captions or batches
     zslflax            zslflax.data.pairs.train_batches, with a tokenizer

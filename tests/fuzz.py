@@ -2,8 +2,8 @@
 
     python tests/fuzz.py --minutes=10
 
-What is fuzzed runs in a process of its own with a limit on its memory; every input is written to a file before
-it is tried, so that whatever ends the process can be tried again. Ends with code 0, or with that file's name.
+What is fuzzed runs in a process of its own with a limit on its memory; every input is written to a file
+before it is tried, so that whatever ends the process can be tried again. Ends with code 0, or that file's name.
 """
 
 import argparse
@@ -233,14 +233,14 @@ def properties(folder: Path, keep=lambda data: None) -> dict:
     }
 
 
-def run(seconds: float, folder: Path) -> None:
+def run(seconds: float, seed: int, folder: Path) -> None:
     """Checks all properties in turn until the time, of this process's CPU, is over."""
     logging.disable()
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.environ["HOME"] = str(folder / "home")
     images.MAX_PIXELS = PIXELS
-    last, counts, seed = folder / "last", {}, 0
+    last, counts = folder / "last", {}
 
     def keep(data: bytes) -> None:
         last.write_bytes(data)
@@ -251,7 +251,8 @@ def run(seconds: float, folder: Path) -> None:
         for name, check in properties(folder, keep).items():
             settings = hypothesis.settings(max_examples=1000, **SETTINGS)
             counts.setdefault(name, 0)
-            hypothesis.seed(seed := seed + 1)(settings(check))()
+            hypothesis.seed(seed)(settings(check))()
+            seed += 1
             faulthandler.cancel_dump_traceback_later()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{time.process_time():.0f} s of CPU, {counts}, peak memory {peak:.0f} MB")
@@ -260,12 +261,14 @@ def run(seconds: float, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10, help="of CPU")
+    parser.add_argument("--seed", type=int, default=0, help="another finds other things")
     parser.add_argument("--folder", type=Path, help="for what is fuzzed; in this process")
     arguments = parser.parse_args()
     if arguments.folder:
-        return run(60 * arguments.minutes, arguments.folder)
+        return run(60 * arguments.minutes, arguments.seed, arguments.folder)
     folder = Path(tempfile.mkdtemp(prefix="fuzz"))
-    command = [sys.executable, __file__, f"--minutes={arguments.minutes}", f"--folder={folder}"]
+    command = [sys.executable, __file__, f"--minutes={arguments.minutes}", f"--seed={arguments.seed}"]
+    command.append(f"--folder={folder}")
     if code := subprocess.run(command).returncode:
         sys.exit(f"ended with {code}; the last input is {folder / 'last'}")
 

@@ -180,6 +180,15 @@ def test_sparse_members_of_the_tar_command_are_bad_and_not_misread(tmp_path):
         assert len(source) == 2 and source[1]["image"] == broken.JPEG
 
 
+def test_a_long_name_is_the_next_members_whatever_that_is():
+    """K is the long name of a link's target, which may come in between; D is a folder of GNU's backups."""
+    long = header(b"L", b"%011o\0" % 9) + b"long.jpg\0".ljust(512, b"\0")
+    target = header(b"K", b"%011o\0" % 7) + b"target\0".ljust(512, b"\0")
+    backup = header(b"D", b"%011o\0" % 5) + b"hello".ljust(512, b"\0")
+    assert listed(long + target + GOOD_MEMBER + bytes(1024)) == [(b"long.jpg", 2560, 5)]
+    assert listed(long + backup + GOOD_MEMBER + bytes(1024)) == [(b"0.jpg", 2560, 5)]
+
+
 def test_sums_are_tarfiles():
     info = tarfile.TarInfo("é" * 20)
     block = info.tobuf(tarfile.GNU_FORMAT)

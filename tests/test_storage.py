@@ -207,6 +207,14 @@ def test_a_local_disk_that_hesitates_is_asked_again(root, monkeypatch):
     assert storage.retries == {str(root): 2}
 
 
+def test_a_local_shard_that_is_cut_while_it_is_used_ends_the_run(root):
+    source = WebDataset(f"{root}/0.tar")
+    assert source[7]["text"] == ("caption 7",)
+    os.truncate(root / "0.tar", 4096)
+    with pytest.raises(ValueError, match="has been changed while it was in use"):
+        source[7]
+
+
 def test_a_local_shard_that_vanishes_ends_the_run_at_once(root):
     source = WebDataset(f"{root}/0.tar")
     (root / "0.tar").unlink()

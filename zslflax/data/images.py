@@ -19,8 +19,6 @@ MAX_ELONGATION = 8  # of the longer side to the shorter, beyond which evaluation
 CROP_ATTEMPTS = 10  # torchvision's
 
 cv2.setNumThreads(0)  # the pipeline has threads of its own
-
-
 _large = threading.Lock()
 
 

@@ -50,8 +50,13 @@ class LocalFile:
 
     def read(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of every span (offset, size); fewer where the file ends before."""
-        end = self.stamp[1]  # no more is allocated than there can be
-        return [os.pread(self.descriptor, max(0, min(size, end - at)), at) for at, size in spans]
+        contents = []
+        for at, size in spans:
+            size = max(0, min(size, self.stamp[1] - at))  # no more is allocated than there can be
+            contents.append(os.pread(self.descriptor, size, at))
+            if len(contents[-1]) < size:
+                raise OSError(errno.EIO, f"{size} bytes were asked for and {len(contents[-1])} came")
+        return contents
 
 
 class RemoteFile:

@@ -56,8 +56,10 @@ def members(file: BinaryIO, path: str) -> Iterator[tuple[bytes, int, int]]:
                     sparse, body = True, end_of_map(file, header, body)
                 yield name, UNREADABLE if sparse else body, stored
                 name, size, sparse = None, None, False
-            elif kind in b"123456":  # links, devices, folders: without contents, whatever the header says
-                stored, name, size, sparse = 0, None, None, False
+            elif kind not in b"Kg":  # K and g are headers too, which say nothing of use
+                # Links, devices and folders have no contents, whatever the header says.
+                stored = 0 if kind in b"123456" else stored if size is None else size
+                name, size, sparse = None, None, False
         except ValueError as error:
             raise ValueError(not_a_tar(path, header, at, error)) from None
         at = body + -(-stored // BLOCK) * BLOCK
