@@ -375,6 +375,13 @@ def test_patterns_globs_and_lists(tmp_path):
     assert names(listed) == ["b/c.tar", "a-01.tar", "a-00.tar"]
 
 
+def test_a_shard_that_is_named_twice_counts_twice(tmp_path):
+    path = write(tmp_path / "a.tar", samples(range(3)))
+    assert [record["text"] for record in WebDataset([path, path])] == 2 * [
+        (f"caption {i}",) for i in range(3)
+    ]
+
+
 def test_the_home_folder(home):
     path = write(home / "a.tar", pair(1))
     assert expand("~/a.tar") == [path]

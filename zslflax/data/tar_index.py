@@ -46,8 +46,8 @@ class TarIndex:
     stamp: np.ndarray
 
 
-def load_indices(paths: Sequence[str]) -> dict[str, TarIndex]:
-    """The indices of tar files, several at a time; a progress bar on a terminal where it takes a while.
+def load_indices(paths: Sequence[str]) -> list[tuple[str, TarIndex]]:
+    """Tar files and their indices, read several at a time; a progress bar on a terminal where it takes a while.
 
     One shard in `LEFT_OUT` may be damaged, compressed or no tar file: it is logged, and left out as a whole.
 
@@ -65,7 +65,7 @@ def load_indices(paths: Sequence[str]) -> dict[str, TarIndex]:
         raise ValueError(shown if len(reasons) == 1 else f"{len(reasons)} of {len(paths)} shards: {shown}")
     for reason in reasons:
         log.error("left out, with all its samples: %s", reason)
-    return {path: index for path, index in zip(paths, indices) if isinstance(index, TarIndex)}
+    return [(path, index) for path, index in zip(paths, indices) if isinstance(index, TarIndex)]
 
 
 def load_or_explain(path: str) -> TarIndex | str | None:

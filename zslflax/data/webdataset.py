@@ -52,8 +52,7 @@ class WebDataset:
         label_key: str = "cls",
         require_captions: bool = False,
     ):
-        by_path = load_indices(expand(shards))
-        self.paths, indices = list(by_path), list(by_path.values())
+        self.paths, indices = map(list, zip(*load_indices(expand(shards)), strict=True))
         wanted = tuple(image_keys), (text_key,), ("json",), (label_key,)
         self.keys, offsets, sizes = zip(*(tabulate(index, wanted) for index in indices), strict=True)
         self.stamps = [tuple(index.stamp.tolist()) for index in indices]
