@@ -120,10 +120,11 @@ def test_impossible_sizes_are_damage(size):
 
 
 @pytest.mark.parametrize(
-    "record",
+    "record",  # the last of them once was a loop without end
     [b"0 path=a\n", b"-9 path=a\n", b"path=a\n", b" path=a\n", b"99 path=a\n", b"11 size=-1\n",
      b"5 path=a\n", b"3 size=\n", b"12 size=1_0\n",
-     b"9999999999999999999999 size=1\n", b"27 size=9999999999999999999\n"],
+     b"9999999999999999999999 size=1\n", b"27 size=9999999999999999999\n",
+     b"10 path=a\nno-blank-in-twenty-bytes"],
 )  # fmt: skip
 def test_impossible_pax_records_are_damage(record):
     extra = header(b"x", b"%011o\0" % len(record)) + record.ljust(512, b"\0")

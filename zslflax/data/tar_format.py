@@ -131,7 +131,9 @@ def pax_records(body: bytes) -> dict[bytes, bytes]:
     records, at = {}, 0
     while at < len(body) and body[at] != 0:
         blank = body.find(b" ", at, at + 20)
-        length = decimal(body[at:blank]) if blank > at else 0
+        if blank < 0:
+            raise ValueError("a pax record without its length")
+        length = decimal(body[at:blank])
         end = at + length
         if end <= blank + 1 or end > len(body) or body[end - 1 : end] != b"\n":
             raise ValueError(f"a pax record of {length} bytes that does not end there")
