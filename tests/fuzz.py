@@ -3,7 +3,7 @@
     python tests/fuzz.py --minutes=10
 
 What is fuzzed runs in a process of its own with a limit on its memory; every input is written to a file
-before it is tried, so that whatever ends the process can be tried again. Ends with code 0, or that file's name.
+before it is tried, so that what ends the process can be tried again. Ends with code 0, or that file's name.
 """
 
 import argparse

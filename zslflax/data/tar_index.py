@@ -47,7 +47,7 @@ class TarIndex:
 
 
 def load_indices(paths: Sequence[str]) -> list[tuple[str, TarIndex]]:
-    """Tar files and their indices, read several at a time; a progress bar on a terminal where it takes a while.
+    """Tar files and their indices, several at a time; a progress bar on a terminal where it takes a while.
 
     One shard in `LEFT_OUT` may be damaged, compressed or no tar file: it is logged, and left out as a whole.
 
