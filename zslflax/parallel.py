@@ -120,6 +120,13 @@ def gather_hosts(tree):
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
+def check_same_on_hosts(what: str, value) -> None:
+    """Raises a ValueError, in every process, where processes see different values of what JSON can hold."""
+    values = gather_json(value)
+    if any(other != values[0] for other in values):
+        raise ValueError(f"the processes differ in {what}: {values}; they must see the same files")
+
+
 def gather_json(value) -> list:
     """Every process's value, of any size but of what JSON can hold, in the order of the processes."""
     if jax.process_count() == 1:

@@ -35,6 +35,7 @@ def train(config, workdir: Path) -> None:
     model, tokenizer = predict.build_model(config)
     teacher_model, teacher = load_teacher(config, tokenizer)
     sources = [pairs.open_source(spec, config.data, "train") for spec in config.data.train]
+    parallel.check_same_on_hosts("the number of training samples", list(map(len, sources)))
     test_sets = evaluation.open_sets(config)
     with contextlib.closing(checkpoint.manager(workdir, config.eval.best)) as checkpoints:
         resuming = checkpoints.latest_step() is not None
