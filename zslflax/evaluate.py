@@ -236,18 +236,19 @@ def draw(test: TestSet, embedded: Embedded, answers):
 
 
 def table(metrics: dict[str, float]) -> str:
-    """The hits and recalls among the metrics in per cent, a row for each set, part of it and predictor."""
-    groups = {}
+    """The hits and recalls in per cent: a row for each measure of each set; of the student only the whole set's."""
+    rows = {}
     for name, value in metrics.items():
         group, _, metric = name.removeprefix("eval/").rpartition("/")
-        if "@" in metric or metric == "mAP":
-            measure, _, k = metric.partition("@")
-            row = f"{group} {measure}@k" if k else f"{group} hit@k"
-            groups.setdefault(row, {})[f"@{k}" if k else metric] = value
-    columns = ["@1", "@2", "@5", "@10", "@20", "mAP"]
-    width = max(map(len, groups), default=0)
+        measure, _, k = metric.partition("@")
+        test, *part = group.split("/")
+        if (k or metric == "mAP") and "harmonic" not in part and not ("student" in part and len(part) > 1):
+            row = " ".join([test, *part, f"{measure if k else 'hit'}@k"])
+            rows.setdefault(row, {})[f"@{k}" if k else metric] = value
+    columns = [c for c in ("@1", "@2", "@5", "@10", "@20", "mAP") if any(c in values for values in rows.values())]
+    width = max(map(len, rows), default=0)
     lines = [" " * width + "".join(f"{column:>7}" for column in columns)]
-    for row, values in groups.items():
-        cells = (f"{100 * values[column]:7.1f}" if column in values else " " * 7 for column in columns)
+    for row in sorted(rows, key=lambda row: " retrieval " in row):
+        cells = (f"{100 * rows[row][column]:7.1f}" if column in rows[row] else " " * 7 for column in columns)
         lines.append(f"{row:<{width}}" + "".join(cells))
     return "\n".join(lines)

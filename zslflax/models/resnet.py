@@ -55,6 +55,8 @@ class ResNet(nn.Module):
         axis_name: the mapped axis over which batch statistics are synchronised in training; `None` where
             there is none.
         stem_width: channels after the first convolution; stage i has stem_width · 2^i (· 4 if bottleneck).
+        small: for pictures of 32 pixels: a first convolution of 3×3 and no pooling after it, so that the first stage sees
+            half the picture's resolution instead of a quarter.
     """
 
     stages: tuple[int, ...]
@@ -62,6 +64,7 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
     axis_name: str | None = None
     stem_width: int = 64
+    small: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -75,9 +78,11 @@ class ResNet(nn.Module):
             axis_name=self.axis_name if train else None,
         )
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
-        x = conv(self.stem_width, (7, 7), (2, 2), ((3, 3), (3, 3)), name="conv1")(x.astype(self.dtype))
+        side, near = (3, 1) if self.small else (7, 3)
+        x = conv(self.stem_width, (side, side), (2, 2), ((near, near), (near, near)), name="conv1")(x.astype(self.dtype))
         x = nn.relu(norm(name="bn1")(x))
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        if not self.small:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for i, blocks in enumerate(self.stages):
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 else 1
