@@ -7,7 +7,7 @@ import numpy as np
 from zslflax import parallel
 
 WIDTH = 8  # tokens; texts are padded to a multiple of it instead of to the maximum
-ROWS = 64  # texts in each call, on each device: one shape for each width, so that a text's output never varies
+ROWS = 16  # texts in each call, on each device: one shape for each width, so that a text's output never varies
 
 
 class TextFeatures:
