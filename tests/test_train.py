@@ -59,7 +59,7 @@ def damaged(tiny, tmp_path):
     folder = scenes.ensure(c.root, train=c.train, test=c.test, size=c.size).path
     shard = tmp_path / "damaged.tar"
     shutil.copy(folder / "train-00000.tar", shard)
-    index = load_index(shard)
+    index = load_index(str(shard))
     pictures = np.flatnonzero(index.extensions[index.extension] == "jpg")[:24]
     with open(shard, "r+b") as file:
         for i in pictures:
