@@ -59,11 +59,10 @@ def in_batches(function, variables, arrays, size: int) -> np.ndarray:
     """Applies what `map_embed` returned to arrays [n, …] in batches of `size`, the last filled up: NumPy [n, …]."""
     outputs, total = [], len(jax.tree.leaves(arrays)[0])
     for start in range(0, total, size):
-        rows = min(size, total - start)
-        fill = lambda x: np.concatenate([x[start : start + rows], np.repeat(x[start : start + 1], size - rows, axis=0)])
-        embedded = np.asarray(function(variables, shard(jax.tree.map(fill, arrays))))
-        outputs.append(embedded.reshape(size, *embedded.shape[2:])[:rows])
-    return np.concatenate(outputs)
+        rows = np.minimum(np.arange(start, start + size), total - 1)
+        embedded = np.asarray(function(variables, shard(jax.tree.map(lambda x, rows=rows: x[rows], arrays))))
+        outputs.append(embedded.reshape(size, *embedded.shape[2:]))
+    return np.concatenate(outputs)[:total]
 
 
 def local_devices() -> int:
