@@ -20,6 +20,7 @@ def get_config(objective: str = ""):
     c.model.image.size = 224  # pixels
     c.model.text.pretrained = "sentence-transformers/all-MiniLM-L6-v2"
     c.model.text.max_tokens = 40
+    c.model.text.pack = 128  # tokens in a row that several captions share
 
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 3e-4

@@ -25,6 +25,7 @@ def get_config(objective: str = ""):
     c.model.image.size = 224
     c.model.text.pretrained = "johngiorgi/declutr-sci-base"  # (release)
     c.model.text.max_tokens = 60  # (release)
+    c.model.text.pack = 128  # tokens; CC3M's captions have about 12 of the 60
 
     c.objective.log_scale = 3.9  # (release)
     c.objective.alpha = 0.5  # (release)

@@ -19,6 +19,7 @@ def get_config(objective: str = ""):
     c.model.image.size = 224  # pixels
     c.model.text.pretrained = "sentence-transformers/all-distilroberta-v1"  # RoBERTa, 6 layers, 768 wide, mean pooling
     c.model.text.max_tokens = 60
+    c.model.text.pack = 128  # tokens; CC3M's captions have about 12 of the 60
 
     c.objective.alpha = 0.5
     c.teacher.decay = 0.999

@@ -20,6 +20,7 @@ def get_config(objective: str = ""):
     c.model.image.mean = c.model.image.std = (0.5, 0.5, 0.5)  # what those weights were trained with
     c.model.text.pretrained = "johngiorgi/declutr-base"
     c.model.text.max_tokens = 60
+    c.model.text.pack = 128  # tokens; CC3M's captions have about 12 of the 60
 
     c.objective.alpha = 0.5
     c.teacher.decay = 0.999

@@ -11,6 +11,7 @@ import pytest
 from zslflax import objectives, optimizer, parallel
 from zslflax import state as states
 from zslflax.config import default_config, set_objective
+from zslflax.data.packing import pack_batches
 from zslflax.models.bert import Bert, BertConfig
 from zslflax.models.two_tower import Side, TwoTower
 from zslflax.objectives import OBJECTIVES
@@ -104,6 +105,27 @@ def test_four_devices_do_what_one_does(variables, objective):
         assert_close(metrics1, metrics4, atol=1e-5)
         assert_close(state1, state4, atol=1e-5)
     assert float(one[1][1]["pairs"]) == N - 2
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_packed_captions_make_the_same_update(variables, devices):
+    batches = [batch_of(0), batch_of(1, valid=False)]
+    packed = pack_batches(map(dict, batches), rows=12 // devices, width=8, parts=devices)
+    for (wanted, figures), (state, metrics) in zip(
+        run(config_of(), variables, batches), run(config_of(), variables, packed, devices), strict=True
+    ):
+        assert metrics.pop("truncated") == 0.0
+        assert_close(metrics, figures, atol=1e-5)
+        assert_close(state, wanted, atol=1e-5)
+
+
+def test_truncated_captions_of_all_devices_are_counted(variables):
+    batch = batch_of(0)
+    lengths = batch["text_mask"].sum(axis=1).reshape(4, 2)
+    ((_, metrics),) = run(config_of("info_nce"), variables, pack_batches([dict(batch)], 1, 8, 4), devices=4)
+    # Of two captions in a row of eight, those are cut that exceed half of it or what the shorter one leaves.
+    cut = lengths > np.maximum(4, 8 - lengths.min(axis=1, keepdims=True))
+    assert metrics["truncated"] == cut.sum() > 0
 
 
 @pytest.mark.parametrize("batch_norm", ["batch", "ema", "student"])

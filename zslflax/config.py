@@ -35,6 +35,7 @@ def default_config() -> ConfigDict:
     c.model.text.pretrained = ""  # a BERT or RoBERTa, likewise; its config.json gives the sizes
     c.model.text.tokenizer = ""  # likewise; "" is the folder of the pretrained encoder
     c.model.text.max_tokens = 60  # longer captions are truncated; special tokens counted
+    c.model.text.pack = 0  # tokens in a row that several training captions share, at least max_tokens; 0: a row for each
     c.model.text.dropout = 0.1
     c.model.text.keep_features = 0  # captions whose features are kept and not computed again, if the text tower is frozen
     # Sizes of a BERT without pretrained weights; the vocabulary must hold the tokenizer's.
@@ -224,6 +225,11 @@ def validate(c: ConfigDict) -> None:
     expect(
         bool(c.model.text.pretrained or c.model.text.tokenizer),
         "model.text.pretrained and model.text.tokenizer are both empty; a text tower from scratch still needs a tokenizer",
+    )
+    expect(
+        c.model.text.pack == 0 or c.model.text.pack >= c.model.text.max_tokens,
+        f"model.text.pack is {c.model.text.pack}, expected 0 (a row for each caption) or at least model.text.max_tokens, "
+        f"{c.model.text.max_tokens}",
     )
     expect(
         len(c.data.weights) in (0, len(c.data.train)),

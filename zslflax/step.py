@@ -13,8 +13,14 @@ AXIS = "data"  # the mapped axis: the global batch is spread over it
 
 def features(model, variables: Tree, batch, modality: str, *, train: bool, rngs=None) -> tuple[jax.Array, Tree]:
     """One tower's output [b, f] for this device's pairs, and the batch statistics after it."""
-    inputs = (batch["image"],) if modality == "image" else (batch["text"], batch["text_mask"])
     method = f"{modality}_features"
+    if modality == "image":
+        inputs = (batch["image"],)
+    elif "text_segment" in batch:
+        inputs = batch["text"], batch["text_segment"], batch["text_position"], len(batch["mask"])
+        method = "packed_text_features"
+    else:
+        inputs = batch["text"], batch["text_mask"]
     if not train:
         return model.apply(variables, *inputs, train=False, method=method), variables["batch_stats"]
     outputs, updated = model.apply(
@@ -53,15 +59,16 @@ def train_step(
     Args:
         state: the same on every device.
         teacher: variables of a frozen teacher ({} unless teacher.kind is "checkpoint").
-        batch: `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `mask` bool [b]; of a frozen text
-            tower, its output `text_features` fp32 [b, f] may stand in for the text.
+        batch: `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `mask` bool [b]. The text may be
+            packed instead, as `data.packing.pack` does it; of a frozen text tower, its output `text_features` fp32 [b, f]
+            may stand in for it.
         model: the `TwoTower`; `teacher_model` that of a frozen teacher.
         tx: from `optimizer.build`.
         config: the whole config.
         frozen: the modalities (a tuple) whose tower is frozen for ever.
 
     Returns:
-        The next state, and fp32 scalars averaged over the global batch's readable pairs.
+        The next state, and fp32 scalars averaged over the global batch's readable pairs; `truncated` is a number of pairs.
     """
     mask = batch["mask"].astype(jnp.float32)  # (b,)
     pairs = jnp.maximum(jax.lax.psum(jnp.sum(mask), AXIS), 1.0)
@@ -112,6 +119,8 @@ def train_step(
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
     unbroken = state.replace(bad_step=jnp.where(finite | (state.bad_step >= 0), state.bad_step, state.step))
     state = jax.tree.map(lambda new, old: jnp.where(finite & (state.bad_step < 0), new, old), following, unbroken)
+    if "text_truncated" in batch:
+        metrics["truncated"] = jax.lax.psum(jnp.sum(batch["text_truncated"].astype(jnp.float32)), AXIS)
     scales = state.params["objective"].items()
     scales = {name.replace("log_scale", "scale"): jnp.exp(value) for name, value in scales if name.endswith("log_scale")}
     return state, metrics | scales | {"grad_norm": grad_norm, "pairs": pairs, "bad_step": state.bad_step}

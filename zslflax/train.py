@@ -15,7 +15,7 @@ from zslflax import checkpoint, objectives, optimizer, parallel, predict
 from zslflax import evaluate as evaluation
 from zslflax import state as states
 from zslflax.config import compare, from_json, to_json
-from zslflax.data import pairs
+from zslflax.data import packing, pairs
 from zslflax.features import TextFeatures
 from zslflax.models import pretrained
 from zslflax.predict import Predictor
@@ -51,6 +51,8 @@ def train(config, workdir: Path) -> None:
         batches = train_batches(config, sources, tokenizer, first)
         if "text" in frozen and config.model.text.keep_features:
             batches = with_text_features(batches, text_features)
+        elif config.model.text.pack:
+            batches = with_packed_text(config, sources, tokenizer, batches)
         update = parallel.map_train_step(model=model, tx=tx, config=config, frozen=frozen, teacher_model=teacher_model)
         step = lambda state, batch: update(state, teacher, batch)
         predictor = Predictor(config, model, None, tokenizer, text_features=text_features)
@@ -209,6 +211,26 @@ def with_text_features(batches, text_features: TextFeatures):
     """The same batches with the output of a frozen text tower."""
     for batch in batches:
         yield batch | {"text_features": text_features(batch["text"], batch["text_mask"])}
+
+
+def with_packed_text(config, sources, tokenizer, batches):
+    """The same batches with each device's captions in as few rows as the lengths of the training captions allow."""
+    options = dict(seed=config.seed, process_index=jax.process_index(), process_count=jax.process_count())
+    counts = packing.count_lengths(
+        sources, config.data.weights, tokenizer, threads=config.data.threads, **options
+    )
+    counts = parallel.gather_hosts(counts[None]).sum(axis=0)  # one shape on all hosts, whatever each could read
+    captions, width = config.batch_size // jax.device_count(), config.model.text.pack
+    rows = packing.rows_needed(counts, captions, width)
+    log.info(
+        "captions of %.1f tokens on average: those of a device are packed into %d rows of %d, %.1f tokens each instead of %d",
+        counts @ np.arange(len(counts)) / max(counts.sum(), 1),
+        rows,
+        width,
+        rows * width / captions,
+        config.model.text.max_tokens,
+    )
+    return packing.pack_batches(batches, rows, width, parallel.local_devices())
 
 
 def describe(config, state, frozen: tuple[str, ...], sources) -> None:

@@ -94,13 +94,13 @@ class Layer(nn.Module):
 class Bert(nn.Module):
     """Tokens to one vector per text: the mean of the last layer over the text's tokens.
 
+    `__call__` takes a text a row; `packed` takes several in a row and computes the same.
     Dropout is on the embeddings and on each sublayer's output; attention weights have none.
     """
 
     config: BertConfig
     dtype: Any = jnp.float32
 
-    @nn.compact
     def __call__(self, text: jax.Array, text_mask: jax.Array, train: bool = False) -> jax.Array:
         """int32 [b, t], bool [b, t] → fp32 [b, width]. A text without any token gives zeros."""
         c = self.config
@@ -109,13 +109,38 @@ class Bert(nn.Module):
                 f"texts of {text.shape[1]} tokens, but the encoder has {c.max_tokens} positions; "
                 "lower model.text.max_tokens"
             )
+        position = jnp.arange(text.shape[1], dtype=jnp.int32)[None]
+        x = self.last_layer(text, position, text_mask[:, None, None, :], train)
+        weight = text_mask[:, :, None].astype(jnp.float32)
+        return jnp.sum(x.astype(jnp.float32) * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)
+
+    def packed(
+        self, text: jax.Array, segment: jax.Array, position: jax.Array, texts: int, train: bool = False
+    ) -> jax.Array:
+        """The vectors of texts that share rows, each attending to itself alone: fp32 [texts, width].
+
+        Args:
+            text: int32 [rows, t].
+            segment: int32 [rows, t], whose token it is: 1 … `texts`; 0 for padding.
+            position: int32 [rows, t], the token's place in its text, from 0.
+            texts: how many there are; one without any token gives zeros.
+        """
+        together = segment[:, None, :, None] == segment[:, None, None, :]
+        x = self.last_layer(text, position, together, train).astype(jnp.float32)
+        total = partial(jax.ops.segment_sum, segment_ids=segment.reshape(-1), num_segments=texts + 1)
+        tokens = total(jnp.ones(segment.size, jnp.float32))
+        return total(x.reshape(-1, x.shape[-1]))[1:] / jnp.maximum(tokens[1:, None], 1e-9)
+
+    @nn.compact
+    def last_layer(self, text: jax.Array, position: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+        """Every token's vector after the last layer, [rows, t, width]; `mask` as `Attention` takes it."""
+        c = self.config
         table = partial(nn.Embed, features=c.width, embedding_init=nn.initializers.normal(0.02))
-        positions = jnp.arange(text.shape[1], dtype=jnp.int32) + c.first_position
-        x = table(c.vocab_size, name="word")(text) + table(c.positions, name="position")(positions)[None]
+        x = table(c.vocab_size, name="word")(text)
+        x = x + table(c.positions, name="position")(position + c.first_position)
         x = x + table(c.types, name="type")(jnp.zeros((1, 1), jnp.int32))
         x = nn.LayerNorm(epsilon=c.eps, name="norm")(x).astype(self.dtype)
         x = nn.Dropout(c.dropout, deterministic=not train)(x)
         for i in range(c.layers):
-            x = Layer(c, self.dtype, name=f"layer_{i}")(x, text_mask, train)
-        weight = text_mask[:, :, None].astype(jnp.float32)
-        return jnp.sum(x.astype(jnp.float32) * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)
+            x = Layer(c, self.dtype, name=f"layer_{i}")(x, mask, train)
+        return x

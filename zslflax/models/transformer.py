@@ -15,13 +15,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """`mask`: bool [b, t], the positions that may be attended to."""
+        """`mask`: bool, broadcast to [b, heads, t, t]: whether a position (third axis) attends to another (fourth)."""
         b, t, w = x.shape
         qkv = nn.Dense(3 * w, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.split(
             qkv.reshape(b, t, 3 * self.heads, w // self.heads), 3, axis=2
         )  # (b, t, heads, w / heads)
-        mask = None if mask is None else mask[:, None, None, :]
         y = jax.nn.dot_product_attention(q, k, v, mask=mask)
         return nn.Dense(w, dtype=self.dtype, name="out")(y.reshape(b, t, w))
 

@@ -25,6 +25,9 @@ class Side(nn.Module):
     def features(self, *inputs, train: bool) -> jax.Array:
         return self.tower(*inputs, train=train)
 
+    def packed_features(self, *inputs, train: bool) -> jax.Array:
+        return self.tower.packed(*inputs, train=train)
+
     def project(self, features: jax.Array) -> jax.Array:
         """[b, f] → unit vectors fp32 [b, d]."""
         x = self.projection(features.astype(jnp.float32))
@@ -61,6 +64,12 @@ class TwoTower(nn.Module):
     def text_features(self, text: jax.Array, text_mask: jax.Array, train: bool = False) -> jax.Array:
         """int32 [b, t], bool [b, t] → the text tower's output fp32 [b, f]."""
         return self.text.features(text, text_mask, train=train)
+
+    def packed_text_features(
+        self, text: jax.Array, segment: jax.Array, position: jax.Array, texts: int, train: bool = False
+    ) -> jax.Array:
+        """The same of texts that share rows, int32 [rows, t] each → fp32 [texts, f]; see `Bert.packed`."""
+        return self.text.packed_features(text, segment, position, texts, train=train)
 
     def project_image(self, features: jax.Array) -> jax.Array:
         """The image tower's output → unit vectors fp32 [b, d]."""
