@@ -107,12 +107,11 @@ def test_four_devices_do_what_one_does(variables, objective):
     assert float(one[1][1]["pairs"]) == N - 2
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_packed_captions_make_the_same_update(variables, devices):
+def test_packed_captions_on_four_devices_make_the_update_of_padded_ones_on_one(variables):
     batches = [batch_of(0), batch_of(1, valid=False)]
-    packed = pack_batches(map(dict, batches), rows=12 // devices, width=8, parts=devices)
+    packed = pack_batches(map(dict, batches), rows=3, width=8, parts=4)
     for (wanted, figures), (state, metrics) in zip(
-        run(config_of(), variables, batches), run(config_of(), variables, packed, devices), strict=True
+        run(config_of(), variables, batches), run(config_of(), variables, packed, devices=4), strict=True
     ):
         assert metrics.pop("truncated") == 0.0
         assert_close(metrics, figures, atol=1e-5)
