@@ -66,7 +66,8 @@ def measure(args) -> None:
     packing_times = [seconds(pack, text, mask, rows, args.row) for _ in range(20)]
     packed = pack(text, mask, rows, args.row)
 
-    model = Bert(BertConfig(layers=args.layers, width=args.width, heads=args.width // 64, hidden=4 * args.width), args.dtype)
+    sizes = {"layers": args.layers, "width": args.width, "heads": args.width // 64, "hidden": 4 * args.width}
+    model = Bert(BertConfig(**sizes), args.dtype)
     variables = jax.jit(model.init)(jax.random.key(0), text[:1], mask[:1])
     inputs = jax.device_put(
         ((text, mask), tuple(packed[name] for name in ("text", "text_segment", "text_position")))
@@ -79,11 +80,13 @@ def measure(args) -> None:
         flops = [f.cost_analysis()["flops"] for f in compiled]
         per_pair = 1e3 * np.median(times, axis=0) / args.pairs
         line = {"benchmark": "packing", "pass": name, "layers": args.layers, "width": args.width}
-        line |= {"dtype": args.dtype, "pairs": args.pairs, "max_tokens": args.tokens, "row": args.row, "rows": rows}
-        line |= {"mean_tokens": round(float(lengths.mean()), 2), "truncated": int(packed["text_truncated"].sum())}
+        line |= {"dtype": args.dtype, "pairs": args.pairs, "max_tokens": args.tokens}
+        line |= {"row": args.row, "rows": rows, "truncated": int(packed["text_truncated"].sum())}
+        line |= {"mean_tokens": round(float(lengths.mean()), 2)}
         line |= {"padded_ms": float(f"{per_pair[0]:.4g}"), "packed_ms": float(f"{per_pair[1]:.4g}")}
         line |= {"time_ratio": round(float(np.median(times[:, 1] / times[:, 0])), 3)}
-        line |= {"token_ratio": round(rows * args.row / text.size, 3), "flops_ratio": round(flops[1] / flops[0], 3)}
+        line |= {"token_ratio": round(rows * args.row / text.size, 3)}
+        line |= {"flops_ratio": round(flops[1] / flops[0], 3)}
         line |= {"filled": round(float(lengths.sum()) / (rows * args.row), 3)}
         line |= {"pack_ms": float(f"{1e3 * np.median(packing_times) / args.pairs:.3g}"), "turns": args.turns}
         line |= {"device": device.device_kind, "processor": platform.machine(), "cores": os.cpu_count()}
