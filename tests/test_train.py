@@ -68,10 +68,12 @@ def damaged(tiny, tmp_path):
     return str(shard)
 
 
-@pytest.mark.parametrize("kind", ["trained text", "kept text features", "unreadable images"])
+@pytest.mark.parametrize("kind", ["packed captions", "kept text features", "unreadable images"])
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tiny, damaged, tmp_path, monkeypatch, kind):
     if kind == "unreadable images":
         tiny.data.train, tiny.data.max_bad = (damaged,), 0.5
+    if kind == "packed captions":
+        tiny.model.text.pack = 16
     if kind == "kept text features":
         tiny.freeze, tiny.model.text.keep_features = (("text/tower", -1),), 100
     whole, parts = tmp_path / "whole", tmp_path / "parts"
