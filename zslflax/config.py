@@ -267,7 +267,7 @@ def from_json(text: str) -> ConfigDict:
     values = tuples(json.loads(text))
     c = default_config()
     with c.unlocked():
-        sets = values["eval"].pop("sets")
+        sets = values["eval"].pop("sets", {})
         c.eval.sets = ConfigDict({name: eval_set(**test) for name, test in sets.items()})
         c.update(values)
     return c

@@ -1,7 +1,13 @@
-"""Predictor: a trained model as notebooks and applications use it."""
+"""Predictor: a trained model as notebooks and applications use it; and, as a program, images named in the terminal.
 
+    python -m zslflax.predict cat.jpg dog.jpg --workdir=runs/demo --names="a cat,a dog"
+    python -m zslflax.predict --workdir=runs/demo --export=FOLDER
+"""
+
+import argparse
 import copy
-import shutil
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from zslflax import checkpoint, parallel
+from zslflax import export, parallel, pictures
 from zslflax.config import compute_dtype, from_json
 from zslflax.data import images
 from zslflax.data.text import Tokenizer
@@ -19,13 +25,15 @@ from zslflax.models.pretrained import locate
 from zslflax.state import merge
 from zslflax.step import AXIS
 from zslflax.zeroshot.classifier import class_embeddings, top_k
+from zslflax.zeroshot.labels import read_names, read_templates
 
 KEPT_TEXTS = 1 << 15  # texts whose features a predictor remembers; 100 MB at a width of 768
-TEXT_FOLDER = "text_encoder"  # in the workdir: the tokenizer's files and the text encoder's config.json
 
 
 class Predictor:
     """Embeds images and texts, and names images, with one model on the devices that are there.
+
+    An embedding depends on its image or text alone, up to the rounding of batches of different sizes.
 
     Attributes:
         config: the run's config.
@@ -49,52 +57,88 @@ class Predictor:
         return other
 
     @classmethod
-    def restore(cls, workdir: str | Path, *, step: int | None = None, use: str = "teacher") -> "Predictor":
-        """Loads a run's model, on any device: its EMA teacher, or the student with `use="student"`.
+    def restore(cls, source: str | Path, *, step: int | None = None, use: str = "teacher") -> "Predictor":
+        """Loads a model, on any device.
 
-        A run without an EMA has a student only, which `use="teacher"` then gives as well. The default step is the newest.
+        Args:
+            source: the workdir of a training run, a folder that `export` wrote, or, as a string, the id of such a
+                folder on the Hugging Face Hub.
+            step: of a workdir's checkpoints; default: the newest.
+            use: of a run, "teacher": its EMA, or the student where it has none; or "student". An exported folder
+                holds one of them only.
 
         Raises:
-            FileNotFoundError: the folder is no workdir, or has no complete checkpoint of that step.
-            ValueError: `use` is neither "teacher" nor "student".
+            FileNotFoundError: there is neither, or no complete checkpoint of that step.
+            ValueError: `use` is neither "teacher" nor "student", a step or the student of an exported folder, a file
+                that is damaged, or a tokenizer that is not the one that the model was trained with.
         """
-        workdir = Path(workdir).expanduser()
         if use not in ("teacher", "student"):
             raise ValueError(f'use is {use!r}, expected "teacher" or "student"')
-        if not (workdir / "config.json").is_file():
-            raise FileNotFoundError(f"{workdir} has no config.json: expected the --workdir of a training run")
-        steps = checkpoint.available(workdir)
-        if not steps or step not in (None, *steps):
-            found = f"found steps {', '.join(map(str, steps))}" if steps else "found none"
-            raise FileNotFoundError(f"{workdir} has no complete checkpoint{f' of step {step}' if step else ''}; {found}")
-        step = steps[-1] if step is None else step
-        config = from_json((workdir / "config.json").read_text())
-        model, tokenizer = build_model(config, workdir / TEXT_FOLDER)
-        return cls(config, model, restore_variables(workdir, step, use), tokenizer, step)
+        folder = locate(source) if isinstance(source, str) else source.expanduser()
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} has no config.json: expected the --workdir of a training run, or an exported model"
+            )
+        if (folder / export.WEIGHTS).is_file():
+            if step is not None or use != "teacher":
+                raise ValueError(f"{folder} is an exported model, which has no steps and no student beside it")
+            config, variables, step = export.load_model(folder)
+        else:
+            config, variables, step = read_run(folder, step, use)
+        export.use_text_encoder(config, folder / export.TEXT_FOLDER)
+        model, tokenizer = build_model(config)
+        export.check_tokenizer(tokenizer, folder / export.TEXT_FOLDER)
+        return cls(config, model, variables, tokenizer, step)
+
+    def export(self, folder: str | Path) -> None:
+        """Writes the model into a new folder that `restore` reads, and that can be put on the Hugging Face Hub.
+
+        It holds weights in safetensors, config.json with the prompts, the tokenizer and a model card, README.md.
+
+        Raises:
+            FileExistsError: the folder exists and is not empty.
+        """
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise FileExistsError(f"{folder} is not empty; an export goes into a new folder")
+        export.save_text_encoder(self.config, self.tokenizer, folder / export.TEXT_FOLDER)
+        export.save_model(folder, self.config, jax.device_get(self.variables), self.step)
 
     def encode_image(self, pictures) -> np.ndarray:
         """Unit embeddings of images, fp32 [b, d].
 
         Args:
-            pictures: one or several of: a path, a PIL image, an array uint8 [h, w, 3] (any sizes); or an array
-                uint8 [b, s, s, 3] of already prepared images.
+            pictures: one or several of: a path, a PIL image of any mode, an array uint8 [h, w], [h, w, 3] or
+                [h, w, 4] (any sizes; what is transparent becomes white); or an array uint8 [b, s, s, 3] of images
+                that are already as large as the model takes them. None at all is fine.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: no image, a damaged one, or an array of another shape or type.
         """
+        size = self.config.model.image.size
         if isinstance(pictures, np.ndarray) and pictures.ndim == 4:
-            prepared = pictures
-        else:
-            one = isinstance(pictures, (str, Path, Image.Image, np.ndarray))
-            prepared = np.stack([self._prepare(picture) for picture in ([pictures] if one else pictures)])
-        return self._in_batches(self._encode_image, prepared)
+            if pictures.dtype != np.uint8 or pictures.shape[1:] != (size, size, 3):
+                raise ValueError(
+                    f"expected prepared images uint8 [b, {size}, {size}, 3], found {pictures.dtype} "
+                    f"{list(pictures.shape)}; images of other sizes go into a list"
+                )
+            return self._in_batches(self._encode_image, pictures)
+        one = isinstance(pictures, (str, Path, Image.Image, np.ndarray))
+        prepared = [self.prepare(picture) for picture in ([pictures] if one else pictures)]
+        return self._in_batches(self._encode_image, np.stack(prepared) if prepared else np.empty((0, size, size, 3)))
 
     def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """Unit embeddings of texts, fp32 [b, d]; texts beyond the maximum number of tokens are truncated."""
-        tokens, mask = self.tokenizer([texts] if isinstance(texts, str) else list(texts))
-        return self._in_batches(self._project_text, self.text_features(tokens, mask))
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        features = self.text_features(*self.tokenizer(texts)) if texts else np.empty((0, 1))
+        return self._in_batches(self._project_text, features)
 
     def classify(
         self, pictures, names: Sequence[str], *, templates: Sequence[str] | None = None, top_k: int = 5
     ) -> list[list[tuple[str, float]]]:
-        """The `top_k` best of `names` for each image, best first, with their cosine similarities.
+        """The `top_k` best of `names` (all, if there are fewer) for each image, best first, with cosine similarities.
 
         Args:
             pictures: as `encode_image` takes them.
@@ -102,21 +146,32 @@ class Predictor:
             templates: prompts with a {} for the name; the default is the config's.
         """
         classes = self.class_embeddings(names, templates)
-        scores, ids = _top_k(self.encode_image(pictures), classes, min(top_k, len(names)))
+        scores, ids = nearest(self.encode_image(pictures), classes, top_k)
         return [[(names[i], float(s)) for i, s in zip(*row)] for row in zip(ids, scores)]
+
+    def search(self, query: str, pictures, *, top_k: int = 5) -> list[tuple[int, float]]:
+        """The `top_k` images (all, if there are fewer) that fit a sentence best: their numbers, cosine similarities.
+
+        Args:
+            query: the sentence, as it is; no prompt is put around it.
+            pictures: as `encode_image` takes them, or their embeddings, as it returns them.
+        """
+        embedded = isinstance(pictures, np.ndarray) and pictures.dtype == np.float32
+        image_emb = pictures if embedded else self.encode_image(pictures)
+        if not len(image_emb):
+            return []
+        scores, ids = nearest(self.encode_text(query), image_emb, top_k)
+        return [(int(i), float(s)) for i, s in zip(ids[0], scores[0])]
 
     def class_embeddings(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
         """Unit embedding of each name, averaged over the prompts: fp32 [c, d]."""
         templates = tuple(self.config.eval.templates if templates is None else templates)
-        return np.asarray(class_embeddings(self.encode_text, list(names), templates, self.config.eval.batch_size))
+        return class_embeddings(self.encode_text, list(names), templates)
 
-    def _prepare(self, picture) -> np.ndarray:
-        if isinstance(picture, (str, Path)):
-            picture = images.decode(Path(picture).expanduser().read_bytes())
-        elif isinstance(picture, Image.Image):
-            picture = np.asarray(picture.convert("RGB"))
+    def prepare(self, picture) -> np.ndarray:
+        """One image, as `encode_image` takes it, as large as the model takes it: uint8 [s, s, 3]."""
         size = self.config.model.image.size
-        return images.resize_center_crop(picture, size, round(size * self.config.eval.resize))
+        return images.resize_center_crop(read_image(picture), size, round(size * self.config.eval.resize))
 
     def _in_batches(self, function, array: np.ndarray) -> np.ndarray:
         """Applies a mapped function to batches of one of a few sizes, so that few shapes are compiled."""
@@ -130,40 +185,94 @@ class Predictor:
         return parallel.in_batches(function, self.variables, array, min(size, largest))
 
 
-_top_k = top_k
+def nearest(queries: np.ndarray, keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """`top_k`, of all where there are fewer."""
+    return top_k(queries, keys, min(k, len(keys)))
 
 
-def build_model(config, text_folder: Path | None = None) -> tuple[two_tower.TwoTower, Tokenizer]:
-    """The model that a config describes, without its parameters, and its tokenizer.
+def read_image(picture) -> np.ndarray:
+    """A path, a PIL image or an array as `Predictor.encode_image` takes them: uint8 [h, w, 3]."""
+    if isinstance(picture, (str, Path)):
+        try:
+            return images.decode(Path(picture).expanduser().read_bytes())
+        except images.BadSample as error:
+            raise images.BadSample(f"{picture}: {error}") from error
+    if isinstance(picture, Image.Image):
+        return np.array(images.to_rgb(picture))
+    array = np.asarray(picture)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise ValueError(
+            f"expected an image as uint8 [h, w], [h, w, 3] or [h, w, 4], found {array.dtype} {list(array.shape)}"
+        )
+    return array if array.shape[2:] == (3,) else np.array(images.to_rgb(Image.fromarray(array)))
 
-    `text_folder` is where a run has kept its tokenizer and its text encoder's sizes; without it, they come from where the
-    config says.
-    """
+
+def build_model(config) -> tuple[two_tower.TwoTower, Tokenizer]:
+    """The model that a config describes, without its parameters, and its tokenizer."""
     text = config.model.text
-    model_config = config.model.copy_and_resolve_references()
-    if text_folder is None:
-        tokenizer = Tokenizer.from_folder(locate(text.tokenizer or text.pretrained), text.max_tokens)
-    else:
-        tokenizer = Tokenizer.from_folder(text_folder, text.max_tokens)
-        if text.pretrained:
-            model_config.text.pretrained = str(text_folder)
-    return two_tower.build(model_config, dtype=compute_dtype(config), axis_name=AXIS), tokenizer
+    tokenizer = Tokenizer.from_folder(locate(text.tokenizer or text.pretrained), text.max_tokens)
+    return two_tower.build(config.model, dtype=compute_dtype(config), axis_name=AXIS), tokenizer
 
 
-def keep_text_encoder(config, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes into a run's folder what `build_model` needs to restore it elsewhere, without the pretrained weights."""
-    tokenizer.save(folder)
-    if config.model.text.pretrained:
-        shutil.copyfile(locate(config.model.text.pretrained) / "config.json", folder / "config.json")
+def read_run(workdir: Path, step: int | None, use: str) -> tuple:
+    """Of a training run, as `Predictor.restore` describes it: config, what the model is applied to (NumPy), step."""
+    from zslflax import checkpoint  # imports Orbax, which an exported model does without
 
-
-def restore_variables(workdir: Path, step: int, use: str) -> dict:
-    """What the model is applied to, read from a checkpoint onto the host."""
+    steps = checkpoint.available(workdir)
+    if not steps or step not in (None, *steps):
+        found = f"found steps {', '.join(map(str, steps))}" if steps else "found none"
+        raise FileNotFoundError(f"{workdir} has no complete checkpoint{f' of step {step}' if step else ''}; {found}")
+    step = steps[-1] if step is None else step
+    config = from_json((workdir / "config.json").read_text())
     names = ("params", "batch_stats", "teacher_params", "teacher_batch_stats")
     saved = checkpoint.restore_parts(workdir, step, names if use == "teacher" else names[:2])
+    variables = {"params": saved["params"], "batch_stats": saved["batch_stats"]}
     if use == "teacher" and saved["teacher_params"]:
-        return {
-            "params": merge(saved["params"], saved["teacher_params"]),
-            "batch_stats": saved["teacher_batch_stats"],
-        }
-    return {"params": saved["params"], "batch_stats": saved["batch_stats"]}
+        variables["params"] = merge(saved["params"], saved["teacher_params"])
+        variables["batch_stats"] = saved["teacher_batch_stats"]
+    return config, variables, step
+
+
+def bars(rows: Sequence[tuple[str, float]], width: int = 30) -> list[str]:
+    """Lines of names, bars and scores for a terminal; the bars start at 0, or at the lowest score below it."""
+    low, high = min(0.0, *(s for _, s in rows)), max(1e-9, *(s for _, s in rows))
+    room = max(len(name) for name, _ in rows)
+    lengths = [round(8 * width * (score - low) / (high - low)) for _, score in rows]
+    drawn = ["█" * (length // 8) + " ▏▎▍▌▋▊▉"[length % 8].strip() for length in lengths]
+    return [f"  {name:<{room}}  {bar:<{width}}  {score:.3f}" for (name, score), bar in zip(rows, drawn)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m zslflax.predict", description=__doc__.partition("\n")[0])
+    parser.add_argument("images", nargs="*", metavar="IMAGE")
+    parser.add_argument("--workdir", required=True, help="of a training run; or an exported folder, or a Hub id")
+    parser.add_argument("--names", help='"a cat,a dog", or a file with one name a line')
+    parser.add_argument("--templates", help='prompts, "a photo of a {}.", or a file of them; default: the run\'s')
+    parser.add_argument("--top", type=int, default=5, help="names for each image")
+    parser.add_argument("--png", metavar="FILE", help="draw the answers there instead of in the terminal")
+    parser.add_argument("--export", metavar="FOLDER", help="write the model there, to be used without the run")
+    args = parser.parse_args()
+    if not args.export and not (args.images and args.names):
+        parser.error("give images and --names, or --export")
+    predictor = Predictor.restore(args.workdir)
+    if args.export:
+        predictor.export(args.export)
+    if not args.images:
+        return
+    shown = [read_image(path) for path in args.images]
+    templates = read_templates(args.templates) if args.templates else None
+    answers = predictor.classify(shown, read_names(args.names), templates=templates, top_k=args.top)
+    if args.png:
+        rows = [[(name, score, False) for name, score in answer] for answer in answers]
+        pictures.prediction_grid(shown, rows, [[Path(path).name] for path in args.images]).save(args.png)
+    for path, answer in zip(args.images, [] if args.png else answers):
+        print("\n".join([path, *bars(answer)]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("ZSLFLAX_TRACEBACK"):
+            raise
+        sys.exit(f"zslflax: {error}\n(ZSLFLAX_TRACEBACK=1 shows where it was raised)")

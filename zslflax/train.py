@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zslflax import checkpoint, objectives, optimizer, parallel, predict
+from zslflax import checkpoint, export, objectives, optimizer, parallel, predict
 from zslflax import evaluate as evaluation
 from zslflax import state as states
 from zslflax.config import compare, from_json, to_json
@@ -44,7 +44,7 @@ def train(config, workdir: Path) -> None:
             state = checkpoint.restore(checkpoints, state)
             log.info("resuming from step %d in %s", state.step, workdir)
         elif parallel.is_main():
-            predict.keep_text_encoder(config, tokenizer, workdir / predict.TEXT_FOLDER)
+            export.save_text_encoder(config, tokenizer, workdir / export.TEXT_FOLDER)
         describe(config, state, frozen, sources)
 
         first, text_features = int(state.step), kept_text_features(config, model, state, frozen)
