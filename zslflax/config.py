@@ -81,6 +81,7 @@ def default_config() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.train = ("scenes",)  # "scenes", tar shards "path/{00000..00331}.tar" (globs too), "tfds:NAME/SPLIT"
+    c.data.exclude = ""  # a CSV whose column `name` has the training samples to leave out, as zslflax.noise writes it
     c.data.weights = ()  # of the sources in the mixture; (): by their sizes
     c.data.crop_scale = (0.2, 1.0)  # of the image's area, random-resized-crop
     c.data.flip = True  # left to right, at random

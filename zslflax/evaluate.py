@@ -167,7 +167,7 @@ def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test:
     if test.labels is not None and any(embedded.labels):
         space = test.labels
         check_labels(test, embedded)
-        embed_names = lambda names: class_embeddings(encode_text, names, config.eval.templates, config.eval.batch_size)
+        embed_names = lambda names: class_embeddings(encode_text, names, config.eval.templates)
         class_emb = embed_names(space.names)
         unseen = space.unseen if space.unseen.any() else None
         measure = lambda class_emb: zero_shot_metrics(

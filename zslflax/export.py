@@ -50,8 +50,8 @@ def save_model(folder: Path, config, variables: dict, step: int) -> None:
         variables: {"params", "batch_stats"}, arrays of any kind.
         step: of the checkpoint.
     """
-    tensors = {name: np.ascontiguousarray(x) for name, x in flatten_dict(variables, sep="/").items()}
-    save_file(tensors, folder / WEIGHTS, {"format": "np", "step": str(step)})
+    tensors = {name: np.asarray(x, order="C") for name, x in flatten_dict(variables, sep="/").items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "np", "step": str(step)})  # readable by its writer alone
     kept = {name: config[name] for name in ("name", "compute_dtype")}
     kept["model"] = model = config.model.to_dict()
     model["text"]["tokenizer"] = TEXT_FOLDER
@@ -70,6 +70,7 @@ def save_model(folder: Path, config, variables: dict, step: int) -> None:
         weights=WEIGHTS,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / WEIGHTS).chmod((folder / "README.md").stat().st_mode)
 
 
 def load_model(folder: Path) -> tuple:

@@ -1,6 +1,5 @@
 """Entry point: `python -m zslflax.main --config=configs/demo.py [--workdir=DIR] [--config.FIELD=VALUE …]`."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from zslflax import config as configs
-from zslflax import parallel, telemetry
+from zslflax import parallel, program, telemetry
 from zslflax.train import evaluate, train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with an argument after a colon if it takes one.")
@@ -48,13 +47,8 @@ def main(_):
 
 
 def run() -> None:
-    """Runs the program; what a person can mend ends it with a message instead of a traceback."""
-    try:
+    with program.plain_errors():
         app.run(main, flags_parser=parse)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("ZSLFLAX_TRACEBACK"):
-            raise
-        sys.exit(f"zslflax: {error}\n(ZSLFLAX_TRACEBACK=1 shows where it was raised)")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@
 
 import argparse
 import copy
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from zslflax import export, parallel, pictures
+from zslflax import export, parallel, pictures, program
 from zslflax.config import compute_dtype, from_json
 from zslflax.data import images
 from zslflax.data.text import Tokenizer
@@ -270,9 +268,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with program.plain_errors():
         main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("ZSLFLAX_TRACEBACK"):
-            raise
-        sys.exit(f"zslflax: {error}\n(ZSLFLAX_TRACEBACK=1 shows where it was raised)")

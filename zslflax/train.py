@@ -15,7 +15,7 @@ from zslflax import checkpoint, export, objectives, optimizer, parallel, predict
 from zslflax import evaluate as evaluation
 from zslflax import state as states
 from zslflax.config import compare, from_json, to_json
-from zslflax.data import packing, pairs
+from zslflax.data import exclude, packing, pairs
 from zslflax.features import TextFeatures
 from zslflax.models import pretrained
 from zslflax.predict import Predictor
@@ -35,6 +35,7 @@ def train(config, workdir: Path) -> None:
     model, tokenizer = predict.build_model(config)
     teacher_model, teacher = load_teacher(config, tokenizer)
     sources = [pairs.open_source(spec, config.data, "train") for spec in config.data.train]
+    sources = exclude.leave_out(sources, config.data.exclude)
     parallel.check_same_on_hosts("the number of training samples", list(map(len, sources)))
     test_sets = evaluation.open_sets(config)
     with contextlib.closing(checkpoint.manager(workdir, config.eval.best)) as checkpoints:

@@ -1,5 +1,6 @@
 """Image-caption datasets of tensorflow_datasets, read from ArrayRecord files without TensorFlow."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,10 @@ class TfdsSource:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def names(self) -> Iterator[str]:
+        """Yields the records' names, in order."""
+        return (f"{self.name}:{index}" for index in range(len(self)))
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]

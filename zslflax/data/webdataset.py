@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +86,11 @@ class WebDataset:
     def name(self, shard: int, index: int) -> str:
         key = self.keys[shard][index - self.starts[shard]]
         return f"{storage.shown(self.paths[shard])}:{key.decode(errors='replace')}"
+
+    def names(self) -> Iterator[str]:
+        """Yields the records' names, in order, without reading them."""
+        for shard, (start, stop) in enumerate(itertools.pairwise(self.starts.tolist())):
+            yield from (self.name(shard, index) for index in range(start, stop))
 
     def read(self, shard: int, index: int) -> list[bytes | None]:
         """The contents of a sample's members: image, text, JSON, label; None for what it lacks."""

@@ -9,12 +9,12 @@ import numpy as np
 GROUP = 16  # neighbours of which first only the maximum counts; for 22,000 classes faster than 32 or 64
 
 
-def class_embeddings(encode_text, names, templates, batch_size: int = 256) -> np.ndarray:
+def class_embeddings(encode_text, names, templates, batch_size: int = 1 << 14) -> np.ndarray:
     """One unit embedding per name: its prompts' unit embeddings, averaged and normalised again.
 
     Args:
-        encode_text: list[str] → [b, d]. Every call gets equally many prompts, at most `batch_size`, so that
-            it compiles once: the last batch is filled up by repeating its last prompt.
+        encode_text: list[str] → [b, d], at most `batch_size` at once: many, so that it can put prompts of equal
+            length together (`zslflax.features`).
         names: c class names; repeated ones are separate classes.
         templates: prompts with `{}` where the name goes, e.g. "a photo of a {}."; all have equal weight.
 
@@ -22,16 +22,15 @@ def class_embeddings(encode_text, names, templates, batch_size: int = 256) -> np
     """
     if not len(names) or not len(templates):
         raise ValueError(f"expected some of both, found {len(names)} names and {len(templates)} templates")
+    if empty := [place for place, name in enumerate(names, start=1) if not name.strip()]:
+        raise ValueError(f"every class needs a name; empty: name {empty[0]} of {len(names)}")
     if unfilled := [template for template in templates if "{}" not in template]:
         raise ValueError(f"every template needs {{}} where the class name goes; these have none: {unfilled}")
-    total = len(names) * len(templates)
-    size = min(batch_size, total)
-    sums = 0.0
-    for start in range(0, total, size):
-        number = np.arange(start, min(start + size, total))  # prompt i is of name i // templates
+    total, sums = len(names) * len(templates), 0.0
+    for start in range(0, total, batch_size):
+        number = np.arange(start, min(start + batch_size, total))  # prompt i is of name i // templates
         prompts = [templates[i % len(templates)].replace("{}", names[i // len(templates)]) for i in number]
-        filled = prompts + prompts[-1:] * (size - len(prompts))
-        embeddings = unit(np.asarray(encode_text(filled), np.float32)[: len(prompts)])
+        embeddings = unit(np.asarray(encode_text(prompts), np.float32))
         if start == 0:
             sums = np.zeros((len(names), embeddings.shape[1]), np.float32)
         np.add.at(sums, number // len(templates), embeddings)
