@@ -19,22 +19,23 @@ def coarse(rng, *shape):
 
 
 @pytest.mark.parametrize(
-    "n, c, k, class_block, image_block",
+    "n, c, k, class_block, image_block, images",
     [
-        (1, 1, 1, 8, 8),
-        (7, 5, 5, 2, 3),  # k > class_block, both last blocks are shorter
-        (9, 40, 3, 16, 4),
-        (8, 40, 40, 40, 8),
-        (5, 12, 2, 100, 100),
-        (6, 1000, 3, 1000, 4),  # wide enough for groups, not a multiple of their size
-        (6, 1000, 3, 450, 6),  # groups within blocks
+        (1, 1, 1, 8, 8, 8),
+        (7, 5, 5, 2, 3, 100),  # k > class_block, both last blocks are shorter
+        (9, 40, 3, 16, 4, 9),
+        (8, 40, 40, 40, 8, 4),
+        (5, 12, 2, 100, 100, 3),  # fewer images than a block
+        (11, 40, 3, 16, 3, 4),  # everything's last is shorter
+        (6, 1000, 3, 1000, 4, 6),  # wide enough for groups, not a multiple of their size
+        (6, 1000, 3, 450, 6, 5),  # groups within blocks
     ],
 )
-def test_top_k_is_brute_force_with_ties(n, c, k, class_block, image_block):
+def test_top_k_is_brute_force_with_ties(n, c, k, class_block, image_block, images):
     for seed in range(20):
         rng = np.random.default_rng(seed)
         image_emb, class_emb = coarse(rng, n, 3), coarse(rng, c, 3)
-        scores, ids = top_k(image_emb, class_emb, k, class_block=class_block, image_block=image_block)
+        scores, ids = top_k(image_emb, class_emb, k, class_block, image_block, images)
         expected_scores, expected_ids = brute_force(image_emb, class_emb, k)
         np.testing.assert_array_equal(ids, expected_ids)
         np.testing.assert_array_equal(scores, expected_scores)
@@ -59,7 +60,7 @@ def test_grouped_top_k_of_columns_is_a_stable_sort(c):
 
 def test_top_k_compiles_twice_at_most_for_all_blocks():
     before = classifier.merge_block._cache_size()
-    top_k(np.eye(11, 4, dtype=np.float32), np.eye(29, 4, dtype=np.float32), 2, class_block=6, image_block=3)
+    top_k(np.eye(11, 4, dtype=np.float32), np.eye(29, 4, dtype=np.float32), 2, class_block=6, image_block=3, images=4)
     assert classifier.merge_block._cache_size() == before + 2
 
 

@@ -92,3 +92,9 @@ def test_lists_of_different_lengths_are_refused():
         prediction_grid([solid(1)] * 2, [[]], [(), ()])
     with pytest.raises(ValueError, match="found 0 images"):
         prediction_grid([], [], [])
+
+
+def test_a_line_ends_within_a_name_only_where_it_is_longer_than_the_line_and_between_its_words():
+    font = ImageFont.load_default(13)
+    caption = pictures.unbroken(["there is an orange crescent"])
+    assert wrapped(caption, font, font.getlength("there is an orange cre"), 2) == ["there is an orange", "crescent"]

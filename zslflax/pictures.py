@@ -103,8 +103,8 @@ def wrapped(text: str, font, width: float, lines: int) -> list[str]:
     done = []
     while len(done) < lines - 1 and fitting(text) < len(text):
         length = fitting(text)
-        blank = text.rfind(" ", 0, length + 1)
-        length = blank if blank > 0 else length
+        blanks = text.rfind(" ", 0, length + 1), text.rfind(NO_BREAK, 0, length + 1)
+        length = next((blank for blank in blanks if blank > 0), length)
         done.append(text[:length].rstrip())
         text = text[length:].lstrip()
     if fitting(text) < len(text):

@@ -43,12 +43,13 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def top_k(
-    image_emb, class_emb, k: int, class_block: int = 32768, image_block: int = 128
+    image_emb, class_emb, k: int, class_block: int = 32768, image_block: int = 128, images: int = 16384
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each image's k classes of highest inner product, exact, best first; of equals the lower id first.
 
-    Never more than `image_block` × `class_block` scores exist; a running top-k goes from one block of
-    classes to the next. At most two shapes are compiled, of all blocks of classes and of a shorter last one.
+    Never more than `image_block` × `class_block` scores exist, nor more than `images` images and `class_block`
+    classes on the device; a running top-k goes from one block of classes to the next. At most two shapes are
+    compiled, of all blocks of classes and of a shorter last one.
 
     Args:
         image_emb: [n, d]; class_emb: [c, d]; both fp32.
@@ -61,13 +62,17 @@ def top_k(
         raise ValueError(f"expected k between 1 and the number of classes, {c}, found k = {k}")
     if n == 0:
         return np.zeros((0, k), np.float32), np.zeros((0, k), np.int32)
-    class_block, image_block = min(class_block, c), min(image_block, n)
-    image_emb = jnp.asarray(image_emb, jnp.float32)
-    best = jnp.full((n, k), -jnp.inf, jnp.float32), jnp.zeros((n, k), jnp.int32)
-    for start in range(0, c, class_block):
-        block = jnp.asarray(class_emb[start : start + class_block], jnp.float32)
-        best = merge_block(image_emb, block, np.int32(start), best, image_block)
-    return np.asarray(best[0]), np.asarray(best[1])
+    class_block, images = min(class_block, c), min(images, n)
+    scores, ids = np.empty((n, k), np.float32), np.empty((n, k), np.int32)
+    for first in range(0, n, images):
+        rows = slice(min(first, n - images), min(first + images, n))  # the last overlap, to be of the same shape
+        some = jnp.asarray(image_emb[rows], jnp.float32)
+        best = jnp.full((images, k), -jnp.inf, jnp.float32), jnp.zeros((images, k), jnp.int32)
+        for start in range(0, c, class_block):
+            block = jnp.asarray(class_emb[start : start + class_block], jnp.float32)
+            best = merge_block(some, block, np.int32(start), best, min(image_block, images))
+        scores[rows], ids[rows] = best
+    return scores, ids
 
 
 @functools.partial(jax.jit, static_argnames="image_block", donate_argnames="best")

