@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 from zslflax import checkpoint, noise
 from zslflax import train as training
 from zslflax.data import exclude, pairs
+from zslflax.models import vit
 
 
 def units(rng, n, d=6):
@@ -56,12 +57,15 @@ def test_figures_of_clean_and_of_shuffled_pairs():
 
 
 @pytest.fixture
-def noisy(tiny):
+def noisy(tiny, monkeypatch):
     """Scenes of which a third have another image's caption, and a run long enough to tell colours apart."""
-    tiny.data.scenes.update(train=1_000, test=24, size=16, noise=0.3)
+    monkeypatch.setitem(vit.VITS, "vit_nano4", (4, 32, 1, 2))
+    tiny.data.scenes.update(train=2_000, test=24, size=16, noise=0.3)
+    tiny.data.crop_scale = (0.6, 1.0)
     tiny.eval.sets.test.data, tiny.objective.name, tiny.teacher.kind = "", "info_nce", "none"
-    tiny.model.embed_dim, tiny.batch_size, tiny.steps, tiny.checkpoint.every = 32, 64, 200, 200
-    tiny.eval.every = 200
+    tiny.objective.log_scale, tiny.optimizer.learning_rate, tiny.optimizer.warmup_steps = 2.3, 8e-3, 20
+    tiny.model.embed_dim, tiny.model.text.dropout, tiny.batch_size, tiny.steps = 32, 0.0, 64, 160
+    tiny.eval.every = tiny.checkpoint.every = 160
     return tiny
 
 
@@ -85,11 +89,11 @@ def test_mismatched_pairs_are_the_worst_and_training_can_leave_them_out(noisy, t
     noise.main()
     figures = json.loads(capsys.readouterr().out)
     folder = tmp_path / "run" / "noise"
-    assert figures == json.loads((folder / "noise.json").read_text()) and figures["pairs"] == 1_000
-    assert figures["batches"]["512"]["on_diagonal_mean"] > 2 / 512
+    assert figures == json.loads((folder / "noise.json").read_text()) and figures["pairs"] == 2_000
+    assert figures["batches"]["512"]["on_diagonal_mean"] > 1.5 / 512  # chance is 1 / 512
     with open(folder / "noise.csv", newline="") as file:
         worst = list(csv.DictReader(file))
-    assert list(worst[0]) == ["name", "score", "caption"] and len(worst) == 200
+    assert list(worst[0]) == ["name", "score", "caption"] and len(worst) == 400
     scores = [float(row["score"]) for row in worst]
     assert scores == sorted(scores)
     with Image.open(folder / "noise.png") as picture:
@@ -100,14 +104,13 @@ def test_mismatched_pairs_are_the_worst_and_training_can_leave_them_out(noisy, t
     assert list(source.names()) == list(truth) == [source[i]["name"] for i in range(len(source))]
     found = noise.embed(noise.Predictor.restore(tmp_path / "run"), source, "scenes")
     auc = roc_auc_score(list(truth.values()), -noise.scores_of(found))
-    print("AUC", auc)
-    assert auc > 0.7
+    assert auc > 0.7  # of chance, 0.5 ± 0.013
     assert np.mean([truth[row["name"]] for row in worst]) > 1.5 * np.mean(list(truth.values()))
 
     # The same file as a filter.
     (source,) = exclude.leave_out([source], str(folder / "noise.csv"))
     names = {source[i]["name"] for i in range(len(source))}
-    assert len(source) == len(names) == 800 and names == truth.keys() - {row["name"] for row in worst}
+    assert len(source) == len(names) == 1_600 and names == truth.keys() - {row["name"] for row in worst}
     noisy.data.exclude, noisy.steps = str(folder / "noise.csv"), 2
     training.train(noisy, tmp_path / "cleaner")
     assert checkpoint.available(tmp_path / "cleaner") == [2]
