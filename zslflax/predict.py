@@ -1,7 +1,7 @@
-"""Predictor: a trained model as notebooks and applications use it; and, as a program, images named in the terminal.
+"""Predictor: a trained model as notebooks and applications use it; as a program, it names images.
 
-    python -m zslflax.predict cat.jpg dog.jpg --workdir=runs/demo --names="a cat,a dog"
-    python -m zslflax.predict --workdir=runs/demo --export=FOLDER
+python -m zslflax.predict cat.jpg dog.jpg --workdir=runs/demo --names="a cat,a dog"
+python -m zslflax.predict --workdir=runs/demo --export=FOLDER
 """
 
 import argparse
@@ -44,7 +44,9 @@ class Predictor:
         self.config, self.model, self.tokenizer, self.step = config, model, tokenizer, step
         self.variables = parallel.replicate(variables)
         self.text_features = text_features or TextFeatures(model, self.variables, KEPT_TEXTS)
-        map_method = lambda method: parallel.map_embed(lambda variables, x: model.apply(variables, x, method=method))
+        map_method = lambda method: parallel.map_embed(
+            lambda variables, x: model.apply(variables, x, method=method)
+        )
         self._encode_image, self._project_text = map_method("encode_image"), map_method("project_text")
 
     def with_variables(self, variables, step: int) -> "Predictor":
@@ -59,16 +61,16 @@ class Predictor:
         """Loads a model, on any device.
 
         Args:
-            source: the workdir of a training run, a folder that `export` wrote, or, as a string, the id of such a
-                folder on the Hugging Face Hub.
+            source: the workdir of a training run, a folder that `export` wrote, or, as a string, the id of
+                such a folder on the Hugging Face Hub.
             step: of a workdir's checkpoints; default: the newest.
-            use: of a run, "teacher": its EMA, or the student where it has none; or "student". An exported folder
-                holds one of them only.
+            use: of a run, "teacher": its EMA, or the student where it has none; or "student". An exported
+                folder holds one of them only.
 
         Raises:
             FileNotFoundError: there is neither, or no complete checkpoint of that step.
-            ValueError: `use` is neither "teacher" nor "student", a step or the student of an exported folder, a file
-                that is damaged, or a tokenizer that is not the one that the model was trained with.
+            ValueError: `use` is neither "teacher" nor "student", a step or the student of an export, a
+                damaged file, or a tokenizer that is not the one that the model was trained with.
         """
         if use not in ("teacher", "student"):
             raise ValueError(f'use is {use!r}, expected "teacher" or "student"')
@@ -79,7 +81,9 @@ class Predictor:
             )
         if (folder / export.WEIGHTS).is_file():
             if step is not None or use != "teacher":
-                raise ValueError(f"{folder} is an exported model, which has no steps and no student beside it")
+                raise ValueError(
+                    f"{folder} is an exported model, which has no steps and no student beside it"
+                )
             config, variables, step = export.load_model(folder)
         else:
             config, variables, step = read_run(folder, step, use)
@@ -89,9 +93,9 @@ class Predictor:
         return cls(config, model, variables, tokenizer, step)
 
     def export(self, folder: str | Path) -> None:
-        """Writes the model into a new folder that `restore` reads, and that can be put on the Hugging Face Hub.
+        """Writes the model into a new folder that `restore` reads, fit for the Hugging Face Hub.
 
-        It holds weights in safetensors, config.json with the prompts, the tokenizer and a model card, README.md.
+        It holds the weights in safetensors, config.json with the prompts, the tokenizer and a model card.
 
         Raises:
             FileExistsError: the folder exists and is not empty.
@@ -108,8 +112,8 @@ class Predictor:
 
         Args:
             pictures: one or several of: a path, a PIL image of any mode, an array uint8 [h, w], [h, w, 3] or
-                [h, w, 4] (any sizes; what is transparent becomes white); or an array uint8 [b, s, s, 3] of images
-                that are already as large as the model takes them. None at all is fine.
+                [h, w, 4] (any sizes; what is transparent becomes white); or an array uint8 [b, s, s, 3] of
+                images that are already as large as the model takes them. None at all is fine.
 
         Raises:
             FileNotFoundError: no such file.
@@ -125,7 +129,9 @@ class Predictor:
             return self._in_batches(self._encode_image, pictures)
         one = isinstance(pictures, (str, Path, Image.Image, np.ndarray))
         prepared = [self.prepare(picture) for picture in ([pictures] if one else pictures)]
-        return self._in_batches(self._encode_image, np.stack(prepared) if prepared else np.empty((0, size, size, 3)))
+        return self._in_batches(
+            self._encode_image, np.stack(prepared) if prepared else np.empty((0, size, size, 3))
+        )
 
     def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """Unit embeddings of texts, fp32 [b, d]; texts beyond the maximum number of tokens are truncated."""
@@ -136,7 +142,7 @@ class Predictor:
     def classify(
         self, pictures, names: Sequence[str], *, templates: Sequence[str] | None = None, top_k: int = 5
     ) -> list[list[tuple[str, float]]]:
-        """The `top_k` best of `names` (all, if there are fewer) for each image, best first, with cosine similarities.
+        """The `top_k` best of `names` (at most all) for each image, best first, with cosine similarities.
 
         Args:
             pictures: as `encode_image` takes them.
@@ -148,7 +154,7 @@ class Predictor:
         return [[(names[i], float(s)) for i, s in zip(*row)] for row in zip(ids, scores)]
 
     def search(self, query: str, pictures, *, top_k: int = 5) -> list[tuple[int, float]]:
-        """The `top_k` images (all, if there are fewer) that fit a sentence best: their numbers, cosine similarities.
+        """The `top_k` images (at most all) that fit a sentence best: their numbers and cosine similarities.
 
         Args:
             query: the sentence, as it is; no prompt is put around it.
@@ -200,7 +206,8 @@ def read_image(picture) -> np.ndarray:
     array = np.asarray(picture)
     if array.dtype != np.uint8 or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4)):
         raise ValueError(
-            f"expected an image as uint8 [h, w], [h, w, 3] or [h, w, 4], found {array.dtype} {list(array.shape)}"
+            "expected an image as uint8 [h, w], [h, w, 3] or [h, w, 4], "
+            f"found {array.dtype} {list(array.shape)}"
         )
     return array if array.shape[2:] == (3,) else np.array(images.to_rgb(Image.fromarray(array)))
 
@@ -213,13 +220,15 @@ def build_model(config) -> tuple[two_tower.TwoTower, Tokenizer]:
 
 
 def read_run(workdir: Path, step: int | None, use: str) -> tuple:
-    """Of a training run, as `Predictor.restore` describes it: config, what the model is applied to (NumPy), step."""
+    """Of a training run, for `Predictor.restore`: config, what the model is applied to (NumPy), step."""
     from zslflax import checkpoint  # imports Orbax, which an exported model does without
 
     steps = checkpoint.available(workdir)
     if not steps or step not in (None, *steps):
         found = f"found steps {', '.join(map(str, steps))}" if steps else "found none"
-        raise FileNotFoundError(f"{workdir} has no complete checkpoint{f' of step {step}' if step else ''}; {found}")
+        raise FileNotFoundError(
+            f"{workdir} has no complete checkpoint{f' of step {step}' if step else ''}; {found}"
+        )
     step = steps[-1] if step is None else step
     config = from_json((workdir / "config.json").read_text())
     names = ("params", "batch_stats", "teacher_params", "teacher_batch_stats")
@@ -232,7 +241,7 @@ def read_run(workdir: Path, step: int | None, use: str) -> tuple:
 
 
 def bars(rows: Sequence[tuple[str, float]], width: int = 30) -> list[str]:
-    """Lines of names, bars and scores for a terminal; the bars start at 0, or at the lowest score below it."""
+    """Lines of names, bars and scores; the bars start at 0, or at the lowest score below it."""
     low, high = min(0.0, *(s for _, s in rows)), max(1e-9, *(s for _, s in rows))
     room = max(len(name) for name, _ in rows)
     lengths = [round(8 * width * (score - low) / (high - low)) for _, score in rows]
@@ -243,12 +252,18 @@ def bars(rows: Sequence[tuple[str, float]], width: int = 30) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m zslflax.predict", description=__doc__.partition("\n")[0])
     parser.add_argument("images", nargs="*", metavar="IMAGE")
-    parser.add_argument("--workdir", required=True, help="of a training run; or an exported folder, or a Hub id")
+    parser.add_argument(
+        "--workdir", required=True, help="of a training run; or an exported folder, or a Hub id"
+    )
     parser.add_argument("--names", help='"a cat,a dog", or a file with one name a line')
-    parser.add_argument("--templates", help='prompts, "a photo of a {}.", or a file of them; default: the run\'s')
+    parser.add_argument(
+        "--templates", help='prompts, "a photo of a {}.", or a file of them; default: the run\'s'
+    )
     parser.add_argument("--top", type=int, default=5, help="names for each image")
     parser.add_argument("--png", metavar="FILE", help="draw the answers there instead of in the terminal")
-    parser.add_argument("--export", metavar="FOLDER", help="write the model there, to be used without the run")
+    parser.add_argument(
+        "--export", metavar="FOLDER", help="write the model there, to be used without the run"
+    )
     args = parser.parse_args()
     if not args.export and not (args.images and args.names):
         parser.error("give images and --names, or --export")

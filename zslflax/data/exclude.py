@@ -38,7 +38,9 @@ def leave_out(sources: Sequence, file: str) -> list:
     with open(Path(file).expanduser(), newline="", encoding="utf-8") as lines:
         table = csv.DictReader(lines)
         if "name" not in (table.fieldnames or ()):
-            raise ValueError(f"data.exclude: {file} has the columns {table.fieldnames}, expected one called name")
+            raise ValueError(
+                f"data.exclude: {file} has the columns {table.fieldnames}, expected one called name"
+            )
         excluded = {row["name"] for row in table}
     remaining = []
     for source in sources:
@@ -47,8 +49,14 @@ def leave_out(sources: Sequence, file: str) -> list:
     before, after = sum(map(len, sources)), sum(map(len, remaining))
     if excluded and before == after:
         raise ValueError(
-            f"data.exclude: none of the {len(excluded)} names in {file} is in data.train, whose names are like "
+            f"data.exclude: none of the {len(excluded)} names in {file} is in data.train, with names like "
             f"{next(iter(sources[0].names()))!r}, those of the file like {min(excluded)!r}"
         )
-    log.info("%d of %d training samples are left out, of the %d that %s names", before - after, before, len(excluded), file)
+    log.info(
+        "%d of %d training samples are left out, of the %d that %s names",
+        before - after,
+        before,
+        len(excluded),
+        file,
+    )
     return remaining

@@ -13,8 +13,8 @@ def class_embeddings(encode_text, names, templates, batch_size: int = 1 << 14) -
     """One unit embedding per name: its prompts' unit embeddings, averaged and normalised again.
 
     Args:
-        encode_text: list[str] → [b, d], at most `batch_size` at once: many, so that it can put prompts of equal
-            length together (`zslflax.features`).
+        encode_text: list[str] → [b, d], at most `batch_size` at once: many, so that it can put prompts of
+            equal length together (`zslflax.features`).
         names: c class names; repeated ones are separate classes.
         templates: prompts with `{}` where the name goes, e.g. "a photo of a {}."; all have equal weight.
 
@@ -47,9 +47,9 @@ def top_k(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each image's k classes of highest inner product, exact, best first; of equals the lower id first.
 
-    Never more than `image_block` × `class_block` scores exist, nor more than `images` images and `class_block`
-    classes on the device; a running top-k goes from one block of classes to the next. At most two shapes are
-    compiled, of all blocks of classes and of a shorter last one.
+    Never more than `image_block` × `class_block` scores exist, nor are more than `images` images and
+    `class_block` classes on the device; a running top-k goes from one block of classes to the next. At most
+    two shapes are compiled, of all blocks of classes and of a shorter last one.
 
     Args:
         image_emb: [n, d]; class_emb: [c, d]; both fp32.
@@ -65,7 +65,7 @@ def top_k(
     class_block, images = min(class_block, c), min(images, n)
     scores, ids = np.empty((n, k), np.float32), np.empty((n, k), np.int32)
     for first in range(0, n, images):
-        rows = slice(min(first, n - images), min(first + images, n))  # the last overlap, to be of the same shape
+        rows = slice(min(first, n - images), min(first + images, n))  # the last overlap: one shape
         some = jnp.asarray(image_emb[rows], jnp.float32)
         best = jnp.full((images, k), -jnp.inf, jnp.float32), jnp.zeros((images, k), jnp.int32)
         for start in range(0, c, class_block):
