@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import jax
@@ -51,10 +52,11 @@ def run() -> None:
     """Runs the program; what a person can mend ends it with a message instead of a traceback."""
     try:
         app.run(main, flags_parser=parse)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("ZSLFLAX_TRACEBACK"):
-            raise
-        sys.exit(f"zslflax: {error}\n(ZSLFLAX_TRACEBACK=1 shows where it was raised)")
+    except Exception as error:
+        expected = isinstance(error, (ValueError, OSError, FloatingPointError))
+        if expected and not os.environ.get("ZSLFLAX_TRACEBACK"):
+            parallel.leave(f"zslflax: {error}\n(ZSLFLAX_TRACEBACK=1 shows where it was raised)")
+        parallel.leave(traceback.format_exc())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import logging
+import signal
 from pathlib import Path
 
 import jax
@@ -22,6 +23,7 @@ from zslflax.predict import Predictor
 from zslflax.telemetry import Reporter, Stopwatch
 
 log = logging.getLogger("zslflax")
+STOPPED = 128 + signal.SIGTERM  # exit status of a run that saved its state because it was told to stop
 
 
 def train(config, workdir: Path) -> None:
@@ -70,7 +72,8 @@ def take_steps(config, state, update, batches, evaluate_state, checkpoints, repo
         watch.pairs += config.batch_size
         recent.append(metrics)
         evaluating = step == config.steps or step % config.eval.every == 0
-        saving = evaluating or step % config.checkpoint.every == 0
+        stopping = checkpoints.reached_preemption(step)  # a process got SIGTERM; all learn of it at the same step
+        saving = evaluating or stopping or step % config.checkpoint.every == 0
         if not saving and step % config.report_every:
             continue
         results = average(recent) | {f"train/{name}": value for name, value in watch.lap().items()}
@@ -84,6 +87,10 @@ def take_steps(config, state, update, batches, evaluate_state, checkpoints, repo
         reporter.write(step, results)
         if saving:
             checkpoint.save(checkpoints, state, results if evaluating else None)
+        if stopping and step < config.steps:
+            checkpoints.wait_until_finished()
+            log.info("told to stop; the state is saved as step %d", step)
+            raise SystemExit(STOPPED)
 
 
 def evaluate(config, workdir: Path, step: int | None = None) -> dict[str, float]:
@@ -104,25 +111,39 @@ def evaluate(config, workdir: Path, step: int | None = None) -> dict[str, float]
 def prepare_workdir(config, workdir: Path) -> None:
     """Makes the workdir and writes config.json; refuses one whose checkpoints are another config's, except in what reports.
 
+    The main process looks and writes, the others hear of it: they all go on, or none.
+
     Raises:
         ValueError: names every field that differs, with both values.
+        FileNotFoundError: this process does not see what the main process writes.
     """
-    path = workdir / "config.json"
-    if path.exists() and checkpoint.available(workdir):
-        kept = from_json(path.read_text())
-        differences = [
-            f"{field}: {old!r} there, {new!r} now"
-            for field, old, new in compare(kept, config)
-            if not field.startswith(("eval.", "report_every", "checkpoint.", "data.threads", "data.workers", "compilation"))
-        ]
-        if differences:
-            raise ValueError(
-                f"{workdir} holds a run of another config; choose another --workdir, or take back the difference:\n  "
-                + "\n  ".join(differences)
-            )
+    differences = parallel.gather_json(compare_kept(config, workdir) if parallel.is_main() else [])[0]
+    if differences:
+        raise ValueError(
+            f"{workdir} holds a run of another config; choose another --workdir, or take back the difference:\n  "
+            + "\n  ".join(differences)
+        )
     if parallel.is_main():
         workdir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(path, to_json(config))
+        checkpoint.write_json(workdir / "config.json", to_json(config))
+    parallel.gather_json(None)  # it is written
+    if not (workdir / "config.json").exists():
+        raise FileNotFoundError(
+            f"process {jax.process_index()} does not see {workdir / 'config.json'}, which the main process has written; "
+            "--workdir must be on a file system that all hosts share"
+        )
+
+
+def compare_kept(config, workdir: Path) -> list[str]:
+    """The fields in which the config of the workdir's checkpoints, if there are any, is another one."""
+    path = workdir / "config.json"
+    if not (path.exists() and checkpoint.available(workdir)):
+        return []
+    return [
+        f"{field}: {old!r} there, {new!r} now"
+        for field, old, new in compare(from_json(path.read_text()), config)
+        if not field.startswith(("eval.", "report_every", "checkpoint.", "data.threads", "data.workers", "compilation"))
+    ]
 
 
 def create_state(config, model, *, pretrained_weights: bool):
