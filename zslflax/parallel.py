@@ -99,8 +99,10 @@ def to_global(tree):
 
 
 def to_local(tree):
-    """Undoes `to_global`."""
-    return tree if jax.process_count() == 1 else jax.tree.map(lambda x: x.addressable_data(0), tree)
+    """Undoes `to_global`: the state is placed as `map_train_step` returns it."""
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.global_array_to_host_local_array(tree, global_mesh(), PartitionSpec())
 
 
 def global_mesh() -> Mesh:

