@@ -1,10 +1,17 @@
-"""Orbax: save, resume, and restore the parameters alone."""
+"""Orbax: save, resume, and restore the parameters alone.
+
+A checkpoint has two items: `state`, the arrays, and `run`, JSON with a fingerprint of each of the state's attributes and
+the metrics of the steps since the last report. Orbax notices damage to its own tables, but not every flipped bit of the
+arrays (0.12.8: zstd frames without checksums); the fingerprints do.
+"""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -12,7 +19,9 @@ from orbax.checkpoint import checkpoint_managers
 from zslflax import parallel
 from zslflax.state import TrainState
 
-FOLDER = "checkpoints"
+log = logging.getLogger("zslflax")
+
+FOLDER, SET_ASIDE = "checkpoints", "damaged"
 
 
 def manager(workdir: str | Path, best: str = "", read_only: bool = False) -> ocp.CheckpointManager:
@@ -32,19 +41,121 @@ def manager(workdir: str | Path, best: str = "", read_only: bool = False) -> ocp
     return ocp.CheckpointManager((Path(workdir) / FOLDER).absolute(), options=options)
 
 
-def save(checkpoints: ocp.CheckpointManager, state: TrainState, metrics: dict[str, float] | None = None) -> None:
-    """Starts writing the state under its own step; an error of the save before surfaces here."""
+def save(
+    checkpoints: ocp.CheckpointManager, state: TrainState, metrics: dict[str, float] | None = None, recent: list[dict] = ()
+) -> None:
+    """Starts writing the state under its own step; an error of the save before surfaces here.
+
+    Args:
+        checkpoints: from `manager`.
+        state: at any step; one that is there already is replaced if it now has been evaluated.
+        metrics: of its evaluation.
+        recent: of the steps since the last report, oldest first.
+    """
     step = int(state.step)
-    if step not in checkpoints.all_steps():
-        checkpoints.save(step, args=ocp.args.StandardSave(parallel.to_global(state)), metrics=metrics or None)
+    if step in checkpoints.all_steps():
+        if not metrics:
+            return
+        checkpoints.delete(step)
+    recent = [{name: value.item() for name, value in of_step.items()} for of_step in jax.device_get(list(recent))]
+    arguments = ocp.args.Composite(
+        state=ocp.args.StandardSave(parallel.to_global(state)),
+        run=ocp.args.JsonSave({"fingerprints": fingerprints(vars(state)), "recent": recent}),
+    )
+    checkpoints.save(step, args=arguments, metrics=metrics or None)
 
 
 def restore(checkpoints: ocp.CheckpointManager, like: TrainState, step: int | None = None) -> TrainState:
-    """The state of a step (default: the newest), whatever the number of devices or processes that wrote it."""
+    """The state of a step (default: the newest), whatever the number of devices or processes that wrote it.
+
+    Raises:
+        ValueError: the arrays are not those that were saved. Orbax raises other kinds on other damage.
+    """
     step = checkpoints.latest_step() if step is None else step
     sharding = parallel.replicated()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
-    return parallel.to_local(checkpoints.restore(step, args=ocp.args.StandardRestore(abstract)))
+    arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    state = parallel.to_local(checkpoints.restore(step, args=arguments).state)
+    check(vars(state), Path(checkpoints.directory) / str(step))
+    return state
+
+
+def restore_newest(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState:
+    """The newest state that can be read; newer ones are named in the log and moved to the workdir's damaged/.
+
+    Raises:
+        ValueError: there are checkpoints, and none can be read. All stay where they are.
+    """
+    reasons = {}
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        try:
+            state = restore(checkpoints, like, step)
+        except Exception as error:  # Orbax, TensorStore and their parsers raise many kinds
+            reasons[step] = f"{type(error).__name__}: {str(error)[:300]}"
+        if parallel.agree(step not in reasons):
+            set_aside(checkpoints, [other for other in checkpoints.all_steps() if other > step], reasons)
+            return state
+    shown = "\n  ".join(f"{step}: {reason}" for step, reason in reasons.items())
+    raise ValueError(
+        f"none of the checkpoints in {checkpoints.directory} can be restored; nothing has been changed there. Put back a "
+        f"copy, or choose another --workdir:\n  {shown}"
+    )
+
+
+def set_aside(checkpoints: ocp.CheckpointManager, steps: list[int], reasons: dict[int, str]) -> None:
+    """Moves checkpoints out of the way of those that will be written under the same steps."""
+    if not steps:
+        return
+    folder = Path(checkpoints.directory)
+    for step in steps if parallel.is_main() else ():
+        kept = folder.parent / SET_ASIDE / str(step)
+        while kept.exists():
+            kept = kept.with_name(kept.name + "+")
+        kept.parent.mkdir(exist_ok=True)
+        (folder / str(step)).rename(kept)
+        reason = reasons.get(step, "another process cannot read it")
+        log.error("the checkpoint %s is damaged, moved to %s, and not used: %s", folder / str(step), kept, reason)
+    parallel.agree(True)  # all wait for the main process
+    checkpoints.reload()
+
+
+def recent_metrics(workdir: str | Path, step: int) -> list[dict]:
+    """The metrics of the steps since the last report, as `save` was given them."""
+    kind = lambda value: np.int32(value) if isinstance(value, int) else np.float32(value)
+    recent = about(Path(workdir) / FOLDER / str(step))["recent"]
+    return [{name: kind(value) for name, value in of_step.items()} for of_step in recent]
+
+
+def about(folder: Path) -> dict:
+    """What is in a checkpoint besides the arrays."""
+    return json.loads((folder / "run" / "metadata").read_text())
+
+
+@jax.jit
+def _fingerprint(leaves: list[jax.Array]) -> jax.Array:
+    total = jnp.uint32(0)
+    for leaf in leaves:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        words = leaf.view(unsigned).astype(jnp.uint32).ravel()
+        weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+        total += jnp.sum(words * weights, dtype=jnp.uint32)
+    return total
+
+
+def fingerprints(parts: dict[str, Any]) -> dict[str, int]:
+    """Σ over arrays and positions i of (2i + 1) · word_i mod 2³², of each tree's arrays; computed where they are.
+
+    Weights that are odd have inverses mod 2³²: no change of a single word goes unnoticed, and of any other damage one
+    in 2³². The sum does not depend on the order of the arrays, nor on the devices that hold them.
+    """
+    return {name: int(_fingerprint(jax.tree.leaves(tree))) for name, tree in parts.items()}
+
+
+def check(parts: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError if these attributes of a state are not what the checkpoint was written from."""
+    saved = about(folder)["fingerprints"]
+    if wrong := [name for name, value in fingerprints(parts).items() if value != saved[name]]:
+        raise ValueError(f"the checkpoint {folder} is damaged: {', '.join(wrong)} differ from what was saved")
 
 
 def available(workdir: str | Path) -> list[int]:
@@ -54,17 +165,25 @@ def available(workdir: str | Path) -> list[int]:
 
 
 def restore_parts(workdir: str | Path, step: int, names: tuple[str, ...]) -> dict[str, Any]:
-    """Some of the state's attributes as NumPy arrays on the host, wherever they were written; the rest is not read."""
-    folder = (Path(workdir) / FOLDER / str(step) / "default").absolute()
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(folder).item_metadata.tree
-        item = {name: saved[name] for name in names if name in saved}
-        arguments = ocp.args.PyTreeRestore(
-            item=item,
-            partial_restore=True,
-            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item),
-        )
-        restored = checkpointer.restore(folder, args=arguments)
+    """Some of the state's attributes as NumPy arrays on the host, wherever they were written; the rest is not read.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    folder = (Path(workdir) / FOLDER / str(step)).absolute()
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(folder / "state").item_metadata.tree
+            item = {name: saved[name] for name in names if name in saved}
+            arguments = ocp.args.PyTreeRestore(
+                item=item,
+                partial_restore=True,
+                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item),
+            )
+            restored = checkpointer.restore(folder / "state", args=arguments)
+        check(restored, folder)
+    except Exception as error:  # Orbax, TensorStore and their parsers raise many kinds
+        raise ValueError(f"the checkpoint {folder} cannot be read: {error}") from error
     return {name: restored.get(name, {}) for name in names}
 
 

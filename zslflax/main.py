@@ -15,6 +15,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, wi
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes, and where it resumes. Default: runs/<config.name>.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "evaluate: the newest checkpoint, without training.")
 STEP = flags.DEFINE_integer("step", None, "With --mode=evaluate: the step of the checkpoint.")
+CHANGED = flags.DEFINE_bool("changed", False, "Go on in a workdir whose checkpoints are another config's.")
 flags.mark_flag_as_required("config")
 
 
@@ -43,7 +44,7 @@ def main(_):
     if MODE.value == "evaluate":
         evaluate(config, workdir, STEP.value)
     else:
-        train(config, workdir)
+        train(config, workdir, CHANGED.value)
 
 
 def run() -> None:

@@ -35,6 +35,21 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def several() -> bool:
+    """Whether there are other processes."""
+    return jax.process_count() > 1
+
+
+def preempted(step: int) -> bool:
+    """Whether any process was sent SIGTERM; of several, all get True at the same step. All must ask at every step."""
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def agree(ok: bool) -> bool:
+    """Whether all processes say so; the slowest is waited for."""
+    return bool(np.all(gather_hosts(np.asarray([ok]))))
+
+
 def map_train_step(**fixed):
     """`train_step` over all devices: (state, teacher, batch) → (state, metrics).
 

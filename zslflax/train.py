@@ -14,24 +14,34 @@ import numpy as np
 from zslflax import checkpoint, export, objectives, optimizer, parallel, predict
 from zslflax import evaluate as evaluation
 from zslflax import state as states
-from zslflax.config import compare, from_json, to_json
+from zslflax import workdir as workdirs
 from zslflax.data import exclude, packing, pairs
 from zslflax.features import TextFeatures
 from zslflax.models import pretrained
 from zslflax.predict import Predictor
+from zslflax.stop import Stop
 from zslflax.telemetry import Reporter, Stopwatch
 
 log = logging.getLogger("zslflax")
 
 
-def train(config, workdir: Path) -> None:
-    """Trains until `config.steps`, from the newest checkpoint in `workdir` where there is one.
+
+def train(config, workdir: Path, changed: bool = False) -> None:
+    """Trains until `config.steps`, from the newest checkpoint in `workdir` where there is one, or until it is asked to stop.
 
     Start-up takes the parameters from, in this order:
-        1. the newest complete checkpoint of `workdir`;
+        1. the newest checkpoint of `workdir` that is whole;
         2. the pretrained towers that the config names, the rest at random from `config.seed`.
     """
-    prepare_workdir(config, workdir)
+
+    `changed` lets a run go on whose config differs from that of the checkpoint.
+    with workdirs.locked(workdir):
+        workdirs.prepare(config, workdir, changed)
+        restore_and_train(config, workdir)
+
+
+def restore_and_train(config, workdir: Path) -> None:
+    """Puts everything together for `take_steps`."""
     model, tokenizer = predict.build_model(config)
     teacher_model, teacher = load_teacher(config, tokenizer)
     sources = [pairs.open_source(spec, config.data, "train") for spec in config.data.train]
@@ -39,10 +49,11 @@ def train(config, workdir: Path) -> None:
     parallel.check_same_on_hosts("the number of training samples", list(map(len, sources)))
     test_sets = evaluation.open_sets(config)
     with contextlib.closing(checkpoint.manager(workdir, config.eval.best)) as checkpoints:
-        resuming = checkpoints.latest_step() is not None
+        resuming, recent = checkpoints.latest_step() is not None, []
         state, tx, frozen = create_state(config, model, pretrained_weights=not resuming)
         if resuming:
-            state = checkpoint.restore(checkpoints, state)
+            state = checkpoint.restore_newest(checkpoints, state)
+            recent = checkpoint.recent_metrics(workdir, int(state.step))
             log.info("resuming from step %d in %s", state.step, workdir)
         elif parallel.is_main():
             export.save_text_encoder(config, tokenizer, workdir / export.TEXT_FOLDER)
@@ -58,35 +69,55 @@ def train(config, workdir: Path) -> None:
         step = lambda state, batch: update(state, teacher, batch)
         predictor = Predictor(config, model, None, tokenizer, text_features=text_features)
         evaluate_state = functools.partial(evaluate_train_state, predictor, test_sets, workdir)
-        with contextlib.closing(Reporter(workdir, first, config.steps, parallel.is_main())) as reporter:
-            take_steps(config, state, step, parallel.to_devices(batches), evaluate_state, checkpoints, reporter)
-    log.info("finished %d steps; everything is in %s", config.steps, workdir)
+        reporter = Reporter(workdir, first - len(recent), config.steps, parallel.is_main())
+        with contextlib.closing(reporter), Stop() as stop:
+            last = take_steps(
+                config, state, recent, step, parallel.to_devices(batches), evaluate_state, checkpoints, reporter, stop
+            )
+    if last == config.steps:
+        log.info("finished %d steps; everything is in %s", config.steps, workdir)
+    else:
+        log.info("stopped and saved at step %d of %d; the same command goes on from there", last, config.steps)
 
 
-def take_steps(config, state, update, batches, evaluate_state, checkpoints, reporter) -> None:
-    """The steps from `state` to `config.steps`; their metrics, evaluations and checkpoints on the way."""
-    watch, bad, recent = Stopwatch(), BadSamples(config.data.max_bad), []
-    for step in range(int(state.step) + 1, config.steps + 1):
-        batch, errors = watch.next(batches)
-        bad.count(errors, config.batch_size // jax.process_count())
-        state, metrics = update(state, batch)
-        watch.pairs += config.batch_size
-        recent.append(metrics)
+def take_steps(config, state, recent, update, batches, evaluate_state, checkpoints, reporter, stop: Stop) -> int:
+    """The steps from `state` to `config.steps`, or until `stop`; their metrics, evaluations and checkpoints on the way.
+
+    `recent` are the metrics of the steps since the last report. They are saved with the state, so that a run that was
+    stopped between two reports goes on to the same ones; if it was stopped during an evaluation, that comes first.
+    Returns the last step.
+    """
+    first, watch, bad = int(state.step), Stopwatch(), BadSamples(config.data.max_bad)
+    for step in range(first, config.steps + 1):
+        if step > first:
+            batch, errors = watch.next(batches)
+            bad.count(errors, config.batch_size // jax.process_count())
+            state, metrics = update(state, batch)
+            watch.pairs += config.batch_size
+            recent.append(metrics)
+        checkpoints.check_for_errors()
         evaluating = step == config.steps or step % config.eval.every == 0
         saving = evaluating or step % config.checkpoint.every == 0
-        if not saving and step % config.report_every:
-            continue
-        results = average(recent) | {f"train/{name}": value for name, value in watch.lap().items()}
-        recent = []
-        reporter.progress(step, results["train/loss"], results["train/pairs_per_second"])
-        if results["train/bad_step"] >= 0:
-            stop_at_bad_step(checkpoints, state)
-        if evaluating:
-            results |= evaluate_state(state)
-            watch = Stopwatch()
-        reporter.write(step, results)
-        if saving:
-            checkpoint.save(checkpoints, state, results if evaluating else None)
+        if recent and (saving or step % config.report_every == 0):
+            results = average(recent) | {f"train/{name}": value for name, value in watch.lap().items()}
+            reporter.progress(step, results["train/loss"], results["train/pairs_per_second"])
+            if results["train/bad_step"] >= 0:
+                stop_at_bad_step(checkpoints, state)
+            if evaluating:
+                evaluated = stop.unless_asked(evaluate_state, state)
+                if evaluated is None:
+                    break
+                results |= evaluated
+                watch = Stopwatch()
+            reporter.write(step, results)
+            recent = []
+            if saving:
+                checkpoint.save(checkpoints, state, results if evaluating else None)
+        if stop.at(step):
+            break
+    checkpoint.save(checkpoints, state, recent=recent)
+    checkpoints.wait_until_finished()
+    return step
 
 
 def evaluate(config, workdir: Path, step: int | None = None) -> dict[str, float]:
@@ -102,30 +133,6 @@ def evaluate(config, workdir: Path, step: int | None = None) -> dict[str, float]
     if parallel.is_main():
         print(json.dumps({"step": step, **metrics}))
     return metrics
-
-
-def prepare_workdir(config, workdir: Path) -> None:
-    """Makes the workdir and writes config.json; refuses one whose checkpoints are another config's, except in what reports.
-
-    Raises:
-        ValueError: names every field that differs, with both values.
-    """
-    path = workdir / "config.json"
-    if path.exists() and checkpoint.available(workdir):
-        kept = from_json(path.read_text())
-        differences = [
-            f"{field}: {old!r} there, {new!r} now"
-            for field, old, new in compare(kept, config)
-            if not field.startswith(("eval.", "report_every", "checkpoint.", "data.threads", "data.workers", "compilation"))
-        ]
-        if differences:
-            raise ValueError(
-                f"{workdir} holds a run of another config; choose another --workdir, or take back the difference:\n  "
-                + "\n  ".join(differences)
-            )
-    if parallel.is_main():
-        workdir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(path, to_json(config))
 
 
 def create_state(config, model, *, pretrained_weights: bool):
@@ -283,7 +290,7 @@ def stop_at_bad_step(checkpoints, state) -> None:
     checkpoints.wait_until_finished()
     step = int(state.bad_step)
     raise FloatingPointError(
-        f"the loss, the gradient or the update of step {step + 1} is not finite; the state before it is saved as step {step}. "
+        f"the loss, the gradient or the update of step {step + 1} is not finite{before}; the state before it is saved as step {step}. "
         "Lower optimizer.learning_rate, set optimizer.clip_norm, or use compute_dtype float32"
     )
 

@@ -1,0 +1,62 @@
+"""Stopping a run from outside: a scheduler's SIGTERM, a person's Ctrl-C."""
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+
+from zslflax import parallel
+
+log = logging.getLogger("zslflax")
+
+
+class _Interrupted(BaseException):
+    """Ends what `Stop.unless_asked` runs."""
+
+
+class Stop:
+    """Notices, while it is entered, that the run is asked to stop. The same signal a second time does what it always did.
+
+    In one process these are SIGTERM and SIGINT. Of several processes any one may be asked: jax's coordination service
+    passes SIGTERM on, lets all stop at the same step, and is sent what Ctrl-C says.
+    """
+
+    def __init__(self):
+        self.asked, self._interruptible, self._before = False, False, {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGINT,) if parallel.several() else (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        signal.signal(number, self._before[number])
+        name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            log.warning("%s: saving after this step, then stopping; once more stops at once, without saving", name)
+        else:
+            log.warning("%s: saving after this step, then stopping", name)
+        if parallel.several():
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        self.asked = True
+        if self._interruptible:
+            raise _Interrupted
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step: the same answer in all processes, which all must ask at every step."""
+        return parallel.preempted(step) if parallel.several() else self.asked
+
+    def unless_asked(self, function: Callable, *args):
+        """function(*args), or None as soon as the run is asked to stop; several processes finish it first."""
+        try:
+            self._interruptible = not parallel.several()
+            return None if self.asked else function(*args)
+        except _Interrupted:
+            return None
+        finally:
+            self._interruptible = False
