@@ -79,6 +79,7 @@ def default_config() -> ConfigDict:
     c.optimizer.rate_factors = ()  # ((pattern, factor), ...): of the learning rate; the first match counts
     c.optimizer.clip_norm = 0.0  # of the whole gradient; 0: no clipping
 
+    c.optimizer.max_bad_steps = 0  # whose update is not finite: so many in a run are dropped and counted, one more stops it
     c.data = ConfigDict()
     c.data.train = ("scenes",)  # "scenes", tar shards "path/{00000..00331}.tar" (globs too), "tfds:NAME/SPLIT"
     c.data.exclude = ""  # a CSV whose column `name` has the training samples to leave out, as zslflax.noise writes it

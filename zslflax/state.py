@@ -20,8 +20,8 @@ class TrainState(flax.struct.PyTreeNode):
         teacher_params: moving average of `params`, without "objective" and without towers that are frozen for ever, which
             it shares with the student; {} unless teacher.kind is "ema".
         teacher_batch_stats: moving average of `batch_stats`.
-        bad_step: int32 scalar, the first step whose loss, gradient or update was not finite, -1 if none. From then on
-            the state stays as it was before that step.
+        bad_steps: int32 scalar, the number of steps whose loss, gradient or update was not finite and was dropped.
+        bad_step: int32 scalar, the one that was too many, -1 if none. From then on the state stays as it was before it.
     """
 
     step: jax.Array
@@ -30,6 +30,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Tree
     teacher_params: Tree
     teacher_batch_stats: Tree
+    bad_steps: jax.Array
     bad_step: jax.Array
 
 
@@ -51,6 +52,7 @@ def create(variables: Tree, tx, *, ema: bool, frozen: tuple[str, ...]) -> TrainS
         opt_state=tx.init(trained),
         teacher_params={m: jax.tree.map(jnp.copy, trained[m]) for m in ("image", "text")} if ema else {},
         teacher_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema else {},
+        bad_steps=jnp.zeros((), jnp.int32),
         bad_step=jnp.full((), -1, jnp.int32),
     )
 

@@ -68,7 +68,8 @@ def train_step(
         frozen: the modalities (a tuple) whose tower is frozen for ever.
 
     Returns:
-        The next state, and fp32 scalars averaged over the global batch's readable pairs; `truncated` is a number of pairs.
+        The next state; and scalars, fp32 averaged over the global batch's readable pairs. `truncated` is a number of
+        pairs, `bad_steps` and `bad_step` are int32, as in the state.
     """
     mask = batch["mask"].astype(jnp.float32)  # (b,)
     pairs = jnp.maximum(jax.lax.psum(jnp.sum(mask), AXIS), 1.0)
@@ -117,13 +118,27 @@ def train_step(
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
-    unbroken = state.replace(bad_step=jnp.where(finite | (state.bad_step >= 0), state.bad_step, state.step))
-    state = jax.tree.map(lambda new, old: jnp.where(finite & (state.bad_step < 0), new, old), following, unbroken)
+    state = keep_finite(state, following, finite, config.optimizer.max_bad_steps)
     if "text_truncated" in batch:
         metrics["truncated"] = jax.lax.psum(jnp.sum(batch["text_truncated"].astype(jnp.float32)), AXIS)
     scales = state.params["objective"].items()
     scales = {name.replace("log_scale", "scale"): jnp.exp(value) for name, value in scales if name.endswith("log_scale")}
-    return state, metrics | scales | {"grad_norm": grad_norm, "pairs": pairs, "bad_step": state.bad_step}
+    return state, metrics | scales | {"grad_norm": grad_norm, "pairs": pairs} | {
+        "bad_steps": state.bad_steps,
+        "bad_step": state.bad_step,
+    }
+
+
+def keep_finite(state: TrainState, following: TrainState, finite: jax.Array, allowed: int) -> TrainState:
+    """`following` after a step that was finite; else `state`, one step on, or not even that after `allowed` such steps."""
+    tolerated = state.bad_steps < allowed
+    dropped = state.replace(
+        step=jnp.where(tolerated, state.step + 1, state.step),
+        bad_steps=jnp.where(tolerated, state.bad_steps + 1, state.bad_steps),
+        bad_step=jnp.where(tolerated, state.bad_step, state.step),
+    )
+    moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, dropped)
+    return jax.tree.map(lambda new, old: jnp.where(state.bad_step < 0, new, old), moved, state)
 
 
 def teach(state: TrainState, teacher: Tree, batch, shared: dict, *, model, config, teacher_model) -> Embeddings:

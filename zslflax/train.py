@@ -24,6 +24,7 @@ from zslflax.telemetry import Reporter, Stopwatch
 
 log = logging.getLogger("zslflax")
 
+COUNTS = ("bad_steps", "bad_step")  # metrics that count through the whole run
 
 
 def train(config, workdir: Path, changed: bool = False) -> None:
@@ -32,9 +33,9 @@ def train(config, workdir: Path, changed: bool = False) -> None:
     Start-up takes the parameters from, in this order:
         1. the newest checkpoint of `workdir` that is whole;
         2. the pretrained towers that the config names, the rest at random from `config.seed`.
-    """
 
     `changed` lets a run go on whose config differs from that of the checkpoint.
+    """
     with workdirs.locked(workdir):
         workdirs.prepare(config, workdir, changed)
         restore_and_train(config, workdir)
@@ -265,10 +266,17 @@ def describe(config, state, frozen: tuple[str, ...], sources) -> None:
 
 
 def average(metrics: list[dict]) -> dict[str, float]:
-    """The means of the steps' metrics, as `train/NAME`; this waits for the devices. Not of `bad_step`: its last value."""
+    """The means of the steps' metrics, as `train/NAME`; this waits for the devices.
+
+    What was not finite in a step that was dropped is left out. Of the counts of bad steps, the last value.
+    """
     host = jax.device_get(metrics)
-    means = {f"train/{name}": float(np.mean([m[name] for m in host])) for name in host[0]}
-    return means | {"train/bad_step": int(host[-1]["bad_step"])}
+    means = {}
+    for name, last in host[-1].items():
+        values = np.array([of_step[name] for of_step in host])
+        finite = values[np.isfinite(values)]
+        means[f"train/{name}"] = int(last) if name in COUNTS else float(np.mean(finite)) if len(finite) else np.nan
+    return means
 
 
 def evaluate_train_state(predictor: Predictor, test_sets, workdir: Path, state) -> dict[str, float]:
@@ -288,7 +296,8 @@ def stop_at_bad_step(checkpoints, state) -> None:
     """Saves the state as it was before the first step that was not finite, and ends the run."""
     checkpoint.save(checkpoints, state.replace(bad_step=jnp.full((), -1, jnp.int32)))
     checkpoints.wait_until_finished()
-    step = int(state.bad_step)
+    step, dropped = int(state.bad_step), int(state.bad_steps)
+    before = f", after {dropped} that were dropped" if dropped else ""
     raise FloatingPointError(
         f"the loss, the gradient or the update of step {step + 1} is not finite{before}; the state before it is saved as step {step}. "
         "Lower optimizer.learning_rate, set optimizer.clip_norm, or use compute_dtype float32"
