@@ -30,6 +30,8 @@ def test_a_shipped_config_shrunk_trains_two_steps(path, tiny, tmp_path, monkeypa
     monkeypatch.setitem(resnet.RESNETS, "resnet50", ((1, 1), True))
     monkeypatch.setitem(vit.VITS, "vit_b16", (16, 32, 1, 2))
     c = load(path)
+    configs.resolve(c)
+    configs.validate(c)
     c.steps, c.batch_size, c.eval.batch_size, c.optimizer.warmup_steps = 2, 16, 16, 1
     c.model.image.pretrained = c.model.text.pretrained = ""
     c.model.text.tokenizer, c.model.text.scratch = MINILM, tiny.model.text.scratch
@@ -37,8 +39,6 @@ def test_a_shipped_config_shrunk_trains_two_steps(path, tiny, tmp_path, monkeypa
     c.data.train, c.data.scenes, c.compilation_cache = ("scenes",), tiny.data.scenes, ""
     with c.unlocked():
         c.eval.sets = {"test": configs.eval_set(data="scenes")}
-    configs.resolve(c)
-    configs.validate(c)
     training.train(c, tmp_path)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2 and 0 < last["train/loss"] < 100 and "eval/test/hit@1" in last

@@ -77,6 +77,14 @@ def test_a_wrong_type_is_named(parse):
         ("steps", 0, "steps is 0"),
         ("eval.every", -3, "eval.every is -3"),
         ("data.weights", (1.0, 2.0), "data.weights has 2 values for the 1 sources"),
+        ("data.weights", (-1.0,), r"data.weights are \(-1.0,\), expected none below 0"),
+        ("data.crop_scale", (0.0, 1.0), r"data.crop_scale is \(0.0, 1.0\), expected 0 < smallest"),
+        ("data.max_bad", 5.0, "data.max_bad is 5.0, expected a share"),
+        ("eval.resize", 0.9, "eval.resize is 0.9, expected at least 1"),
+        ("optimizer.warmup_steps", 600, "optimizer.warmup_steps is 600, expected 0 to 599, for steps is 600"),
+        ("optimizer.max_bad_steps", -1, "optimizer.max_bad_steps is -1"),
+        ("freeze", (("image", -1),), "freeze has 'image' for ever, but model.image.pretrained is empty.*nearest that works"),
+        ("freeze", (("image/tower[", 3),), r"freeze: 'image/tower\[' is not a regular expression"),
     ],
 )
 def test_what_contradicts_itself_is_refused(parse, field, value, message):

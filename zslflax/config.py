@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -78,8 +79,8 @@ def default_config() -> ConfigDict:
     c.optimizer.no_decay = (r".*/(bias|scale)$", "objective/")  # patterns of parameters without weight decay
     c.optimizer.rate_factors = ()  # ((pattern, factor), ...): of the learning rate; the first match counts
     c.optimizer.clip_norm = 0.0  # of the whole gradient; 0: no clipping
-
     c.optimizer.max_bad_steps = 0  # whose update is not finite: so many in a run are dropped and counted, one more stops it
+
     c.data = ConfigDict()
     c.data.train = ("scenes",)  # "scenes", tar shards "path/{00000..00331}.tar" (globs too), "tfds:NAME/SPLIT"
     c.data.exclude = ""  # a CSV whose column `name` has the training samples to leave out, as zslflax.noise writes it
@@ -238,6 +239,34 @@ def validate(c: ConfigDict) -> None:
         f"data.weights has {len(c.data.weights)} values for the {len(c.data.train)} sources of data.train",
     )
     expect(len(c.data.train) > 0, "data.train names no source")
+    expect(
+        all(weight >= 0 for weight in c.data.weights) and (not c.data.weights or sum(c.data.weights) > 0),
+        f"data.weights are {tuple(c.data.weights)}, expected none below 0 and not all of them 0",
+    )
+    low, high = c.data.crop_scale
+    expect(0 < low <= high <= 1, f"data.crop_scale is {(low, high)}, expected 0 < smallest ≤ largest ≤ 1, of the area")
+    expect(0 <= c.data.max_bad <= 1, f"data.max_bad is {c.data.max_bad}, expected a share, from 0 to 1")
+    expect(c.eval.resize >= 1, f"eval.resize is {c.eval.resize}, expected at least 1, or the crop is larger than the image")
+    warmup = c.optimizer.warmup_steps
+    expect(0 <= warmup < c.steps, f"optimizer.warmup_steps is {warmup}, expected 0 to {c.steps - 1}, for steps is {c.steps}")
+    bad = c.optimizer.max_bad_steps
+    expect(bad >= 0, f"optimizer.max_bad_steps is {bad}, expected 0 (the first one stops the run) or more")
+    for modality in ("image", "text"):
+        for pattern, until in c.freeze:
+            whole = until < 0 and matches(pattern, f"{modality}/tower/")
+            expect(
+                not whole or bool(c.model[modality].pretrained),
+                f"freeze has {pattern!r} for ever, but model.{modality}.pretrained is empty: a tower of random weights would "
+                f"never learn; nearest that works: give model.{modality}.pretrained, or take the pattern out of freeze",
+            )
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern of `freeze` holds for all that begins with this path."""
+    try:
+        return re.match(pattern, path) is not None
+    except re.error as error:
+        raise ValueError(f"config: freeze: {pattern!r} is not a regular expression: {error}") from None
 
 
 def check_devices(c: ConfigDict, devices: int) -> None:

@@ -1,5 +1,6 @@
 """Schedules, parameter groups and freezing, put together from optax."""
 
+import difflib
 import operator
 import re
 from functools import partial
@@ -45,9 +46,15 @@ def match(params: Any, patterns: tuple[tuple[str, Any], ...], default: Any, fiel
         every = jax.tree.leaves(named)
         raise ValueError(
             f"config: {field}: no parameter matches {', '.join(map(repr, unmatched))}; patterns are matched from the start "
-            f"of paths such as {', '.join(every[:: max(1, len(every) // 8)])}"
+            f"of paths such as {', '.join(every[:: max(1, len(every) // 8)])}; nearest: {nearest(unmatched[0], every)}"
         )
     return tree
+
+
+def nearest(pattern: str, every: list[str]) -> str:
+    """The path, or the beginning of one up to a slash, that is most like a pattern."""
+    begun = {"/".join(path.split("/")[:depth]) for path in every for depth in range(1, path.count("/") + 2)}
+    return difflib.get_close_matches(pattern, sorted(begun), n=1, cutoff=0.0)[0]
 
 
 def frozen_towers(params: Any, freeze: tuple[tuple[str, int], ...]) -> tuple[str, ...]:

@@ -216,6 +216,13 @@ def build_model(config) -> tuple[two_tower.TwoTower, Tokenizer]:
     """The model that a config describes, without its parameters, and its tokenizer."""
     text = config.model.text
     tokenizer = Tokenizer.from_folder(locate(text.tokenizer or text.pretrained), text.max_tokens)
+    rows = two_tower.text_config(text).vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the text tower's table has {rows} rows; "
+            f"nearest that works: model.text.scratch.vocab_size={tokenizer.vocab_size}, or the tokenizer of the "
+            "pretrained encoder"
+        )
     return two_tower.build(config.model, dtype=compute_dtype(config), axis_name=AXIS), tokenizer
 
 

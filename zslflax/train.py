@@ -140,13 +140,15 @@ def create_state(config, model, *, pretrained_weights: bool):
     """The state before the first step, the optimiser, and the modalities whose tower is frozen for ever."""
     size, tokens = config.model.image.size, config.model.text.max_tokens
     example = (jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, tokens), jnp.int32), jnp.ones((1, tokens), bool))
-    variables = jax.jit(model.init)(jax.random.key(config.seed), *example)
+    key, scalars = jax.random.key(config.seed), objectives.init_params(config.objective)
+    shapes = {**jax.eval_shape(model.init, key, *example)["params"], "objective": scalars}
+    tx = optimizer.build(config, shapes, config.steps)  # refuses what names no parameter before any is made
+    frozen = optimizer.frozen_towers(shapes, config.freeze)
+    variables = jax.jit(model.init)(key, *example)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     if pretrained_weights:
         variables = import_towers(config, variables)
-    params = {**variables["params"], "objective": objectives.init_params(config.objective)}
-    tx = optimizer.build(config, params, config.steps)
-    frozen = optimizer.frozen_towers(params, config.freeze)
+    params = {**variables["params"], "objective": scalars}
     state = states.create({**variables, "params": params}, tx, ema=config.teacher.kind == "ema", frozen=frozen)
     return parallel.replicate(state), tx, frozen  # placed as the step returns it, or it would be compiled twice
 

@@ -1,5 +1,6 @@
 """The image tower, the text tower, and their projections to the joint space."""
 
+import difflib
 import json
 from typing import Any
 
@@ -103,7 +104,8 @@ def build(config, *, dtype: Any = jnp.float32, axis_name: str | None = None) -> 
     bert = text_config(config.text)
     if config.text.max_tokens > bert.max_tokens:
         raise ValueError(
-            f"model.text.max_tokens is {config.text.max_tokens}; the encoder has {bert.max_tokens} positions"
+            f"model.text.max_tokens is {config.text.max_tokens}; the encoder has {bert.max_tokens} positions, "
+            f"nearest that works: {bert.max_tokens}"
         )
     project = lambda: nn.Dense(config.embed_dim)
     return TwoTower(
@@ -122,7 +124,9 @@ def image_tower(name: str, dtype: Any, axis_name: str | None) -> nn.Module:
         return ResNet((1, 1, 1), False, dtype=dtype, axis_name=axis_name, stem_width=32, small=True)
     if name in VITS:
         return ViT(*VITS[name], dtype=dtype)
-    raise ValueError(f"model.image.name is {name!r}; expected one of {', '.join([*RESNETS, 'resnet_nano', *VITS])}")
+    towers = [*RESNETS, "resnet_nano", *VITS]
+    near = difflib.get_close_matches(name, towers, n=1, cutoff=0.0)[0]
+    raise ValueError(f"model.image.name is {name!r}; expected one of {', '.join(towers)}; nearest: {near}")
 
 
 def text_config(config) -> BertConfig:
