@@ -1,0 +1,214 @@
+"""Whole runs that meet a signal, a full disk, damage or a second of their kind; a run that met nothing is the oracle."""
+
+import contextlib
+import fcntl
+import os
+import resource
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from test_train import assert_same_bits, lines, saved
+from zslflax import checkpoint
+from zslflax import evaluate as evaluation
+from zslflax import train as training
+from zslflax.data import pairs, scenes
+
+
+def at_batch(monkeypatch, number, action):
+    """From now on, `action` happens when the training batch of a step is made: in the step before, of two on their way."""
+    batches = pairs.train_batches
+
+    def acting(*args, start_step=0, **kwargs):
+        for i, batch in enumerate(batches(*args, start_step=start_step, **kwargs), start=start_step + 1):
+            if i == number:
+                action()
+            yield batch
+
+    monkeypatch.setattr(pairs, "train_batches", acting)
+
+
+def assert_same_run(whole, workdir):
+    assert lines(whole) == lines(workdir)
+    assert checkpoint.available(whole) == checkpoint.available(workdir)
+    for step in checkpoint.available(whole):
+        assert_same_bits(saved(whole, step), saved(workdir, step))
+
+
+@pytest.fixture
+def whole(tiny, tmp_path):
+    training.train(tiny, tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_bits(tiny, whole, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "zslflax")
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    for number, batch, step in ((signal.SIGTERM, 6, 5), (signal.SIGINT, 2, 1), (signal.SIGTERM, 4, 3)):
+        parts = tmp_path / f"{number.name}{step}"
+        with monkeypatch.context() as context:
+            at_batch(context, batch, lambda: os.kill(os.getpid(), number))
+            training.train(tiny, parts)
+        assert checkpoint.available(parts)[-1] == step  # between two reports, before the first, and at an evaluation
+        assert f"stopped and saved at step {step} of 6; the same command goes on" in caplog.text
+        training.train(tiny, parts)
+        assert_same_run(whole, parts)
+    assert "SIGINT: saving after this step, then stopping; once more stops at once" in caplog.text
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_an_evaluation_is_broken_off_and_comes_first_at_the_next_start(tiny, whole, tmp_path, monkeypatch):
+    tiny.eval.best = "eval/test/hit@1"
+    score, scored = evaluation.score, []
+
+    def interrupted(*args):
+        scored.append(args)
+        if len(scored) == 2:  # the teacher has been scored, the student has not
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(evaluation, "score", interrupted)
+        training.train(tiny, tmp_path / "parts")
+    assert len(scored) == 2 and checkpoint.available(tmp_path / "parts") == [3]
+    assert [line["step"] for line in lines(tmp_path / "parts")] == [2]
+    training.train(tiny, tmp_path / "parts")
+    assert_same_run(whole, tmp_path / "parts")
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond `size` bytes: writing more fails as on a full disk, with another number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+def test_a_full_disk_ends_the_run_in_time_and_the_last_checkpoint_stays(tiny, whole, tmp_path, monkeypatch):
+    tiny.checkpoint.every = 1  # so that an error of one save is met long before the end
+    parts = tmp_path / "parts"
+    with contextlib.ExitStack() as stack, monkeypatch.context() as context:
+        at_batch(context, 4, lambda: stack.enter_context(full_disk(1 << 20)))
+        with pytest.raises((OSError, ValueError), match="(?i)file too large|checkpoint"):
+            training.train(tiny, parts)
+    step = checkpoint.available(parts)[-1]
+    assert 1 <= step <= 3
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(saved(parts, step)))
+    training.train(tiny, parts)
+    assert_same_bits(saved(whole, 6), saved(parts, 6))
+
+
+@contextlib.contextmanager
+def no_permission():
+    """As somebody who may not write here, where the tests run as root."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_at_once(tiny, tmp_path):
+    (tmp_path / "folder").mkdir(mode=0o555)
+    with no_permission(), pytest.raises(PermissionError, match="folder/run"):
+        training.train(tiny, tmp_path / "folder" / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file/run"):
+        training.train(tiny, tmp_path / "file" / "run")
+
+
+def test_a_shard_that_is_cut_off_during_the_run_ends_it_with_its_name(tiny, tmp_path, monkeypatch):
+    c = tiny.data.scenes
+    folder = scenes.ensure(c.root, train=c.train, test=c.test, size=c.size).path
+    shard = tmp_path / "shard.tar"
+    shard.write_bytes((folder / "train-00000.tar").read_bytes())
+    monkeypatch.setattr(training.BadSamples, "ENOUGH", 32)
+    tiny.data.train, tiny.steps = (str(shard),), 60
+    at_batch(monkeypatch, 5, lambda: os.truncate(shard, 0))
+    with pytest.raises(ValueError, match=r"(?s)could not be read, more than data.max_bad.*shard.tar: \d+"):
+        training.train(tiny, tmp_path / "run")
+    assert checkpoint.available(tmp_path / "run")[0] == 3
+
+
+def test_a_damaged_checkpoint_is_trained_again(tiny, whole, tmp_path, caplog):
+    expected = saved(whole, 6)
+    for path in (whole / "checkpoints" / "6" / "state").rglob("d/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    before = lines(whole)
+    training.train(tiny, whole)
+    assert f"{whole}/checkpoints/6 is damaged, moved to {whole}/damaged/6" in caplog.text
+    assert lines(whole) == before
+    assert_same_bits(saved(whole, 6), expected)
+
+
+def test_another_config_goes_on_when_told(tiny, whole, caplog):
+    tiny.optimizer.learning_rate = 0.5
+    with pytest.raises(ValueError, match="--changed"):
+        training.train(tiny, whole)
+    tiny.steps = 7
+    training.train(tiny, whole, changed=True)
+    assert checkpoint.available(whole)[-1] == 7 and "optimizer.learning_rate: 0.01 there, 0.5 now" in caplog.text
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(tiny, tmp_path):
+    with open(tmp_path / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=f"another process is training in {tmp_path}"):
+            training.train(tiny, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def plant(monkeypatch, *steps):
+    """Features of captions that are not finite, in the batches of these steps."""
+    made = training.with_text_features
+
+    def planted(batches, text_features):
+        for i, batch in enumerate(made(batches, text_features), start=1):
+            features = np.array(batch["text_features"])
+            features[0, 0] = np.nan if i in steps else features[0, 0]
+            yield batch | {"text_features": features}
+
+    monkeypatch.setattr(training, "with_text_features", planted)
+
+
+def test_steps_that_are_not_finite_are_dropped_and_counted_up_to_a_number(tiny, tmp_path, monkeypatch):
+    tiny.freeze, tiny.model.text.keep_features, tiny.eval.sets.test.data = (("text/tower", -1),), 100, ""
+    plant(monkeypatch, 4, 5)
+    with pytest.raises(FloatingPointError, match="step 4 is not finite; the state before it is saved as step 3"):
+        training.train(tiny, tmp_path / "stop")
+    tiny.optimizer.max_bad_steps = 1
+    with pytest.raises(FloatingPointError, match="step 5 is not finite, after 1 that were dropped"):
+        training.train(tiny, tmp_path / "one")
+    tiny.optimizer.max_bad_steps = 2
+    training.train(tiny, tmp_path / "two")
+    assert [line["train/bad_steps"] for line in lines(tmp_path / "two")] == [0, 0, 1, 2]
+    assert lines(tmp_path / "two")[2]["train/loss"] is None  # of the one step since the last report
+    assert np.isfinite(lines(tmp_path / "two")[3]["train/loss"])
+
+
+def test_what_does_not_fit_together_is_refused_before_anything_is_made(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.states, "create", None)  # would be next
+    tiny.freeze = (("text/towr", -1),)
+    with pytest.raises(ValueError, match="freeze: no parameter matches 'text/towr'.*nearest: text/tower$"):
+        training.train(tiny, tmp_path / "a")
+    tiny.freeze, tiny.model.text.max_tokens = (), 600
+    with pytest.raises(ValueError, match="max_tokens is 600"):
+        training.train(tiny, tmp_path / "b")
+    tiny.model.text.max_tokens, tiny.model.text.scratch.vocab_size = 12, 30_000
+    with pytest.raises(ValueError, match="ids up to 30521, but the text tower's table has 30000 rows.*vocab_size=30522"):
+        training.train(tiny, tmp_path / "c")
+    tiny.model.text.scratch.vocab_size, tiny.model.image.name = 30_522, "vit_b61"
+    with pytest.raises(ValueError, match="model.image.name is 'vit_b61'.*nearest: vit_b16"):
+        training.train(tiny, tmp_path / "d")
