@@ -96,7 +96,7 @@ def test_a_full_disk_ends_the_run_in_time_and_the_last_checkpoint_stays(tiny, wh
     parts = tmp_path / "parts"
     with contextlib.ExitStack() as stack, monkeypatch.context() as context:
         at_batch(context, 4, lambda: stack.enter_context(full_disk(1 << 20)))
-        with pytest.raises((OSError, ValueError), match="(?i)file too large|checkpoint"):
+        with pytest.raises(OSError, match=r"could not be written to .*/parts/checkpoints; whole are those of steps: \d"):
             training.train(tiny, parts)
     step = checkpoint.available(parts)[-1]
     assert 1 <= step <= 3
@@ -127,17 +127,17 @@ def test_a_workdir_that_cannot_be_written_is_refused_at_once(tiny, tmp_path):
         training.train(tiny, tmp_path / "file" / "run")
 
 
-def test_a_shard_that_is_cut_off_during_the_run_ends_it_with_its_name(tiny, tmp_path, monkeypatch):
+def test_a_shard_that_is_cut_off_ends_the_run_with_its_name_and_the_last_checkpoint_stays(tiny, tmp_path, monkeypatch):
     c = tiny.data.scenes
     folder = scenes.ensure(c.root, train=c.train, test=c.test, size=c.size).path
     shard = tmp_path / "shard.tar"
     shard.write_bytes((folder / "train-00000.tar").read_bytes())
-    monkeypatch.setattr(training.BadSamples, "ENOUGH", 32)
-    tiny.data.train, tiny.steps = (str(shard),), 60
-    at_batch(monkeypatch, 5, lambda: os.truncate(shard, 0))
-    with pytest.raises(ValueError, match=r"(?s)could not be read, more than data.max_bad.*shard.tar: \d+"):
+    tiny.data.train, tiny.steps = (str(shard),), 100  # threads read some batches ahead
+    at_batch(monkeypatch, 6, lambda: os.truncate(shard, 0))
+    with pytest.raises(ValueError, match=f"{shard} has been changed while it was in use"):
         training.train(tiny, tmp_path / "run")
-    assert checkpoint.available(tmp_path / "run")[0] == 3
+    step = checkpoint.available(tmp_path / "run")[-1]
+    assert 3 <= step < 100 and int(saved(tmp_path / "run", step)["step"]) == step
 
 
 def test_a_damaged_checkpoint_is_trained_again(tiny, whole, tmp_path, caplog):

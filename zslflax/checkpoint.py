@@ -5,6 +5,7 @@ the metrics of the steps since the last report. Orbax notices damage to its own 
 arrays (0.12.8: zstd frames without checksums); the fingerprints do.
 """
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -62,7 +63,33 @@ def save(
         state=ocp.args.StandardSave(parallel.to_global(state)),
         run=ocp.args.JsonSave({"fingerprints": fingerprints(vars(state)), "recent": recent}),
     )
-    checkpoints.save(step, args=arguments, metrics=metrics or None)
+    with explained(checkpoints):
+        checkpoints.save(step, args=arguments, metrics=metrics or None)
+
+
+def raise_errors(checkpoints: ocp.CheckpointManager) -> None:
+    """Raises the error of a save that has failed in the background; waits for none."""
+    with explained(checkpoints):
+        checkpoints.check_for_errors()
+
+
+def finish(checkpoints: ocp.CheckpointManager) -> None:
+    """Waits until all is written, and raises the error if it could not be."""
+    with explained(checkpoints):
+        checkpoints.wait_until_finished()
+
+
+@contextlib.contextmanager
+def explained(checkpoints: ocp.CheckpointManager):
+    """Whatever Orbax and TensorStore raise becomes an OSError, which says what it means for the run."""
+    try:
+        yield
+    except Exception as error:
+        steps = ", ".join(map(str, available(Path(checkpoints.directory).parent))) or "none"
+        raise OSError(
+            f"a checkpoint could not be written to {checkpoints.directory}; whole are those of steps: {steps}. "
+            f"{type(error).__name__}: {str(error)[:300]}"
+        ) from error
 
 
 def restore(checkpoints: ocp.CheckpointManager, like: TrainState, step: int | None = None) -> TrainState:

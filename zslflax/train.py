@@ -96,7 +96,7 @@ def take_steps(config, state, recent, update, batches, evaluate_state, checkpoin
             state, metrics = update(state, batch)
             watch.pairs += config.batch_size
             recent.append(metrics)
-        checkpoints.check_for_errors()
+        checkpoint.raise_errors(checkpoints)
         evaluating = step == config.steps or step % config.eval.every == 0
         saving = evaluating or step % config.checkpoint.every == 0
         if recent and (saving or step % config.report_every == 0):
@@ -117,7 +117,7 @@ def take_steps(config, state, recent, update, batches, evaluate_state, checkpoin
         if stop.at(step):
             break
     checkpoint.save(checkpoints, state, recent=recent)
-    checkpoints.wait_until_finished()
+    checkpoint.finish(checkpoints)
     return step
 
 
@@ -297,7 +297,7 @@ def evaluate_train_state(predictor: Predictor, test_sets, workdir: Path, state) 
 def stop_at_bad_step(checkpoints, state) -> None:
     """Saves the state as it was before the first step that was not finite, and ends the run."""
     checkpoint.save(checkpoints, state.replace(bad_step=jnp.full((), -1, jnp.int32)))
-    checkpoints.wait_until_finished()
+    checkpoint.finish(checkpoints)
     step, dropped = int(state.bad_step), int(state.bad_steps)
     before = f", after {dropped} that were dropped" if dropped else ""
     raise FloatingPointError(
