@@ -159,14 +159,11 @@ def about(folder: Path) -> dict:
 
 
 @jax.jit
-def _fingerprint(leaves: list[jax.Array]) -> jax.Array:
-    total = jnp.uint32(0)
-    for leaf in leaves:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-        words = leaf.view(unsigned).astype(jnp.uint32).ravel()
-        weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
-        total += jnp.sum(words * weights, dtype=jnp.uint32)
-    return total
+def _fingerprint(array: jax.Array) -> jax.Array:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+    words = array.view(unsigned).astype(jnp.uint32).ravel()
+    weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+    return jnp.sum(words * weights, dtype=jnp.uint32)
 
 
 def fingerprints(parts: dict[str, Any]) -> dict[str, int]:
@@ -175,7 +172,8 @@ def fingerprints(parts: dict[str, Any]) -> dict[str, int]:
     Weights that are odd have inverses mod 2³²: no change of a single word goes unnoticed, and of any other damage one
     in 2³². The sum does not depend on the order of the arrays, nor on the devices that hold them.
     """
-    return {name: int(_fingerprint(jax.tree.leaves(tree))) for name, tree in parts.items()}
+    sums = jax.device_get({name: [_fingerprint(x) for x in jax.tree.leaves(tree)] for name, tree in parts.items()})
+    return {name: sum(map(int, of_part)) % 2**32 for name, of_part in sums.items()}
 
 
 def check(parts: dict[str, Any], folder: Path) -> None:

@@ -253,7 +253,7 @@ def validate(c: ConfigDict) -> None:
     expect(bad >= 0, f"optimizer.max_bad_steps is {bad}, expected 0 (the first one stops the run) or more")
     for modality in ("image", "text"):
         for pattern, until in c.freeze:
-            whole = until < 0 and matches(pattern, f"{modality}/tower/")
+            whole = matches(pattern, f"{modality}/tower/") and until < 0
             expect(
                 not whole or bool(c.model[modality].pretrained),
                 f"freeze has {pattern!r} for ever, but model.{modality}.pretrained is empty: a tower of random weights would "
