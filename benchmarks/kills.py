@@ -1,14 +1,15 @@
-"""Kills training runs at random instants, starts them again, and compares what they leave with an undisturbed run.
+"""Kills training runs at random instants, and compares what they leave with an undisturbed run.
 
     python benchmarks/kills.py --kills=30 --minutes=20
 
-A tiny run of `python -m zslflax.main` is sent SIGKILL at a random instant after a random one of these began: writing the
-scenes, writing a shard's index, a step, an asynchronous save, an evaluation; and is started again. At last it may finish. The
-parameters, the optimiser's state, the teacher, all else of the state
-and metrics.jsonl (without what measures time) must be bit for bit those of the undisturbed run, each step once. One JSON
-line is printed; ends with code 1 where anything differs.
+A tiny run of `python -m zslflax.main` is sent SIGKILL at a random instant after a random one of these began:
+writing the scenes, writing a shard's index, a step, an asynchronous save, an evaluation; and is started
+again. At last it may finish. The parameters, the optimiser's state, the teacher, all else of the state and
+metrics.jsonl (without what measures time) must be bit for bit those of the undisturbed run, each step once.
+One JSON line is printed; ends with code 1 where anything differs.
 
-Each run is killed up to ten times, then finishes and is compared; another begins, until there were enough kills.
+Each run is killed up to ten times, then finishes and is compared; another begins, until there were enough
+kills.
 """
 
 import argparse
@@ -33,6 +34,7 @@ TRACES = {
     "save": "run/checkpoints/*tmp*",
     "evaluation": "run/predictions/*.png",  # the teacher's; the student is evaluated after it
 }
+ONCE, OFTEN = ("start", "scenes", "index"), ("step", "save", "evaluation")
 MEASURED = ("pairs_per_second", "waiting_for_data")
 CONFIG = """
 from zslflax.config import default_config
@@ -72,14 +74,22 @@ class Run:
             "HOME": str(self.folder),  # where nothing is cached
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
         }
-        arguments = [sys.executable, "-m", "zslflax.main", f"--config={self.folder / 'config.py'}", f"--workdir={self.workdir}"]
+        arguments = [
+            sys.executable,
+            "-m",
+            "zslflax.main",
+            f"--config={self.folder / 'config.py'}",
+            f"--workdir={self.workdir}",
+        ]
         with open(self.folder / "log", "ab") as log:
             return subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
 
     def finish(self, seconds: float) -> None:
         code = self.start().wait(seconds)
         if code:
-            raise RuntimeError(f"the run ended with code {code}:\n{(self.folder / 'log').read_text()[-3000:]}")
+            raise RuntimeError(
+                f"the run ended with code {code}:\n{(self.folder / 'log').read_text()[-3000:]}"
+            )
 
     def seen(self, kind: str) -> int:
         """How often this kind of thing is seen to have begun, from the files that are there."""
@@ -96,29 +106,53 @@ class Run:
         lines = [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
         lines = [{k: v for k, v in line.items() if not k.endswith(MEASURED)} for line in lines]
         steps = checkpoint.available(self.workdir)
-        states = {step: checkpoint.restore_parts(self.workdir, step, tuple(TrainState.__dataclass_fields__)) for step in steps}
-        return {"lines": lines, "states": states, "pictures": sorted(p.name for p in (self.workdir / "predictions").iterdir())}
+        states = {
+            step: checkpoint.restore_parts(self.workdir, step, tuple(TrainState.__dataclass_fields__))
+            for step in steps
+        }
+        return {
+            "lines": lines,
+            "states": states,
+            "pictures": sorted(p.name for p in (self.workdir / "predictions").iterdir()),
+        }
 
 
-def kill_once(run: Run, kind: str, rng: random.Random, seconds: float) -> tuple[str, bool]:
-    """Starts the run and kills it a random while after a thing of this kind has begun. Returns when, and if it was in time."""
-    deadline = time.monotonic() + seconds
-    before = 0 if kind == "start" else run.seen(kind)
+def start_until(run: Run, kind: str, seconds: float) -> subprocess.Popen:
+    """Starts the run, and returns when a thing of this kind has begun, or the run has ended."""
+    deadline, before = time.monotonic() + seconds, run.seen(kind)
     process = run.start()
-    if kind == "start":
-        time.sleep(rng.uniform(0.0, 8.0))
-    else:
-        while process.poll() is None and run.seen(kind) <= before and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(rng.choice((0.0, rng.uniform(0.0, 0.05), rng.uniform(0.0, 1.0))))
-    saving = kind != "save" and run.seen("save") > 0
-    running = process.poll() is None
-    if running:
-        process.send_signal(signal.SIGKILL)
+    while process.poll() is None and time.monotonic() < deadline:
+        now = run.seen(kind)
+        if now > before:
+            break
+        before = now  # what was left of a kill has been removed
+        time.sleep(0.002)
+    return process
+
+
+def kill(run: Run, process: subprocess.Popen) -> bool:
+    """Kills a run; False if it had ended well before.
+
+    Raises:
+        RuntimeError: it had ended otherwise.
+    """
+    process.kill()
     code = process.wait()
     if code not in (0, -signal.SIGKILL):
         raise RuntimeError(f"the run ended with code {code}:\n{(run.folder / 'log').read_text()[-3000:]}")
-    return f"after {kind}" + (", a save under way" if saving else ""), running
+    return code != 0
+
+
+def kill_at_random(run: Run, kind: str, rng: random.Random) -> tuple[str, bool]:
+    """Starts the run and kills it a while after a thing of this kind has begun: when, and whether in time."""
+    if kind == "start":
+        process = run.start()
+        time.sleep(rng.uniform(0.0, 8.0))
+    else:
+        process = start_until(run, kind, 3600)
+        time.sleep(rng.choice((0.0, rng.uniform(0.0, 0.05), rng.uniform(0.0, 1.0))))
+    saving = ", a save under way" if kind != "save" and run.seen("save") else ""
+    return f"after {kind}{saving}", kill(run, process)
 
 
 def differences(undisturbed: dict, run: dict) -> list[str]:
@@ -143,7 +177,9 @@ def differences(undisturbed: dict, run: dict) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, default=24, help="of a run")
     parser.add_argument("--minutes", type=float, default=20.0, help="after which no more kills are begun")
@@ -160,12 +196,11 @@ def main() -> int:
         in_time = lambda: time.monotonic() - began < 60 * options.minutes
         while sum(kills.values()) < options.kills and in_time() and not wrong:
             run = Run(folder / f"run{runs}", options.steps, folder / "xla")
-            # The kinds of which a run has one come first, and of the others one after the other, in random order.
-            kinds = [*rng.sample(("start", "scenes", "index"), 3), *rng.choices(("step", "save", "evaluation"), k=7)]
+            kinds = [*rng.sample(ONCE, len(ONCE)), *rng.choices(OFTEN, k=7)]
             for kind in kinds[: options.kills - sum(kills.values())]:
                 if not in_time():
                     break
-                when, running = kill_once(run, kind, rng, 3600)
+                when, running = kill_at_random(run, kind, rng)
                 if not running:
                     break  # it was finished before
                 kills[when] += 1

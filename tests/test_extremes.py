@@ -1,4 +1,4 @@
-"""Every objective on batches that nobody wants: losses and gradients stay finite, in the plain and the streamed form."""
+"""Every objective on batches that nobody wants: losses and gradients stay finite, plain and streamed."""
 
 import functools
 
@@ -49,7 +49,9 @@ def gradients(name, form, fields):
 
     def local(params, student, teacher, valid):
         def loss(params, student):
-            rows = objectives.pair_losses(objective, params, student, teacher, valid, step=jnp.int32(9), axis_name="data")
+            rows = objectives.pair_losses(
+                objective, params, student, teacher, valid, step=jnp.int32(9), axis_name="data"
+            )
             weight = valid.astype(jnp.float32) / jnp.maximum(jnp.sum(valid.astype(jnp.float32)), 1.0)
             return jnp.sum(weight * rows["loss"]), rows
 
@@ -64,7 +66,9 @@ def check(objective, form, scale, d, n, **fields):
     for name, (v, t, valid) in batches(n, d).items():
         taught = Embeddings(v[None], t[None]) if objective in SOFT_TARGETS else None
         student = Embeddings(v[None], t[None])
-        (loss, rows), grads = gradients(objective, form, tuple(fields.items()))(params, student, taught, valid[None])
+        (loss, rows), grads = gradients(objective, form, tuple(fields.items()))(
+            params, student, taught, valid[None]
+        )
         for what, x in {"loss": loss, "rows": rows, "gradients": grads}.items():
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(x)), (name, what, n, d)
         if not valid.any():

@@ -1,4 +1,4 @@
-"""Whole runs that meet a signal, a full disk, damage or a second of their kind; a run that met nothing is the oracle."""
+"""Whole runs that meet a signal, a full disk, damage or a second run, against one that met nothing."""
 
 import contextlib
 import fcntl
@@ -18,7 +18,7 @@ from zslflax.data import pairs, scenes
 
 
 def at_batch(monkeypatch, number, action):
-    """From now on, `action` happens when the training batch of a step is made: in the step before, of two on their way."""
+    """`action` happens as the batch of a step is made: during the step before, for two are on their way."""
     batches = pairs.train_batches
 
     def acting(*args, start_step=0, **kwargs):
@@ -52,7 +52,9 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_bits(tiny, whole, tmp_
         with monkeypatch.context() as context:
             at_batch(context, batch, lambda: os.kill(os.getpid(), number))
             training.train(tiny, parts)
-        assert checkpoint.available(parts)[-1] == step  # between two reports, before the first, and at an evaluation
+        assert (
+            checkpoint.available(parts)[-1] == step
+        )  # between two reports, before the first, and at an evaluation
         assert f"stopped and saved at step {step} of 6; the same command goes on" in caplog.text
         training.train(tiny, parts)
         assert_same_run(whole, parts)
@@ -96,7 +98,9 @@ def test_a_full_disk_ends_the_run_in_time_and_the_last_checkpoint_stays(tiny, wh
     parts = tmp_path / "parts"
     with contextlib.ExitStack() as stack, monkeypatch.context() as context:
         at_batch(context, 4, lambda: stack.enter_context(full_disk(1 << 20)))
-        with pytest.raises(OSError, match=r"could not be written to .*/parts/checkpoints; whole are those of steps: \d"):
+        with pytest.raises(
+            OSError, match=r"could not be written to .*/parts/checkpoints; whole are those of steps: \d"
+        ):
             training.train(tiny, parts)
     step = checkpoint.available(parts)[-1]
     assert 1 <= step <= 3
@@ -127,7 +131,9 @@ def test_a_workdir_that_cannot_be_written_is_refused_at_once(tiny, tmp_path):
         training.train(tiny, tmp_path / "file" / "run")
 
 
-def test_a_shard_that_is_cut_off_ends_the_run_with_its_name_and_the_last_checkpoint_stays(tiny, tmp_path, monkeypatch):
+def test_a_shard_that_is_cut_off_ends_the_run_with_its_name_and_the_last_checkpoint_stays(
+    tiny, tmp_path, monkeypatch
+):
     c = tiny.data.scenes
     folder = scenes.ensure(c.root, train=c.train, test=c.test, size=c.size).path
     shard = tmp_path / "shard.tar"
@@ -159,7 +165,9 @@ def test_another_config_goes_on_when_told(tiny, whole, caplog):
         training.train(tiny, whole)
     tiny.steps = 7
     training.train(tiny, whole, changed=True)
-    assert checkpoint.available(whole)[-1] == 7 and "optimizer.learning_rate: 0.01 there, 0.5 now" in caplog.text
+    assert (
+        checkpoint.available(whole)[-1] == 7 and "optimizer.learning_rate: 0.01 there, 0.5 now" in caplog.text
+    )
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(tiny, tmp_path):
@@ -186,12 +194,16 @@ def plant(monkeypatch, *steps):
 def test_steps_that_are_not_finite_are_dropped_and_counted_up_to_a_number(tiny, tmp_path, monkeypatch):
     tiny.freeze, tiny.model.text.keep_features, tiny.eval.sets.test.data = (("text/tower", -1),), 100, ""
     plant(monkeypatch, 4, 5)
-    with pytest.raises(FloatingPointError, match="step 4 is not finite; the state before it is saved as step 3"):
+    with pytest.raises(
+        FloatingPointError, match="step 4 is not finite; the state before it is saved as step 3"
+    ):
         training.train(tiny, tmp_path / "stop")
     tiny.optimizer.max_bad_steps = 1
     with pytest.raises(FloatingPointError, match="step 5 is not finite, after 1 that were dropped"):
         training.train(tiny, tmp_path / "one")
     tiny.optimizer.max_bad_steps = 2
+    training.train(tiny, tmp_path / "one")  # goes on with it
+    assert checkpoint.available(tmp_path / "one")[-1] == 6
     training.train(tiny, tmp_path / "two")
     assert [line["train/bad_steps"] for line in lines(tmp_path / "two")] == [0, 0, 1, 2]
     assert lines(tmp_path / "two")[2]["train/loss"] is None  # of the one step since the last report
@@ -207,7 +219,9 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_made(tiny, tmp
     with pytest.raises(ValueError, match="max_tokens is 600"):
         training.train(tiny, tmp_path / "b")
     tiny.model.text.max_tokens, tiny.model.text.scratch.vocab_size = 12, 30_000
-    with pytest.raises(ValueError, match="ids up to 30521, but the text tower's table has 30000 rows.*vocab_size=30522"):
+    with pytest.raises(
+        ValueError, match="ids up to 30521, but the text tower's table has 30000 rows.*vocab_size=30522"
+    ):
         training.train(tiny, tmp_path / "c")
     tiny.model.text.scratch.vocab_size, tiny.model.image.name = 30_522, "vit_b61"
     with pytest.raises(ValueError, match="model.image.name is 'vit_b61'.*nearest: vit_b16"):

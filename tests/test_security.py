@@ -1,4 +1,4 @@
-"""The package's own code runs nothing that it reads: no pickles, no code in data, no unpacking of archives."""
+"""The package runs nothing that it reads: no pickles, no code in data, no unpacking of archives."""
 
 import ast
 import io
@@ -13,8 +13,30 @@ import zslflax
 from zslflax.data import tar_index
 
 MODULES = sorted(Path(zslflax.__file__).parent.rglob("*.py"))
-IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "subprocess", "runpy", "yaml"}
-CALLS = {"eval", "exec", "compile", "__import__", "extractall", "extract", "unpack_archive", "system", "popen"}
+IMPORTS = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "torch",
+    "subprocess",
+    "runpy",
+    "yaml",
+}
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "extractall",
+    "extract",
+    "unpack_archive",
+    "system",
+    "popen",
+}
 REMOTE_CODE = {"allow_pickle": True, "trust_remote_code": True, "shell": True, "weights_only": False}
 
 

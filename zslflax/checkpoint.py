@@ -1,8 +1,8 @@
 """Orbax: save, resume, and restore the parameters alone.
 
-A checkpoint has two items: `state`, the arrays, and `run`, JSON with a fingerprint of each of the state's attributes and
-the metrics of the steps since the last report. Orbax notices damage to its own tables, but not every flipped bit of the
-arrays (0.12.8: zstd frames without checksums); the fingerprints do.
+A checkpoint has two items: `state`, the arrays, and `run`, JSON with a fingerprint of each of the state's
+attributes and the metrics of the steps since the last report. Orbax notices damage to its own tables, but not
+every flipped bit of the arrays (0.12.8: zstd frames without checksums); the fingerprints do.
 """
 
 import contextlib
@@ -31,7 +31,9 @@ def manager(workdir: str | Path, best: str = "", read_only: bool = False) -> ocp
     best_fn = None
     if best:
         best_fn = lambda metrics: metrics[best]
-        kept.append(checkpoint_managers.BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False))
+        kept.append(
+            checkpoint_managers.BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False)
+        )
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
         best_fn=best_fn,
@@ -43,7 +45,10 @@ def manager(workdir: str | Path, best: str = "", read_only: bool = False) -> ocp
 
 
 def save(
-    checkpoints: ocp.CheckpointManager, state: TrainState, metrics: dict[str, float] | None = None, recent: list[dict] = ()
+    checkpoints: ocp.CheckpointManager,
+    state: TrainState,
+    metrics: dict[str, float] | None = None,
+    recent: list[dict] = (),
 ) -> None:
     """Starts writing the state under its own step; an error of the save before surfaces here.
 
@@ -58,7 +63,9 @@ def save(
         if not metrics:
             return
         checkpoints.delete(step)
-    recent = [{name: value.item() for name, value in of_step.items()} for of_step in jax.device_get(list(recent))]
+    recent = [
+        {name: value.item() for name, value in of_step.items()} for of_step in jax.device_get(list(recent))
+    ]
     arguments = ocp.args.Composite(
         state=ocp.args.StandardSave(parallel.to_global(state)),
         run=ocp.args.JsonSave({"fingerprints": fingerprints(vars(state)), "recent": recent}),
@@ -87,8 +94,8 @@ def explained(checkpoints: ocp.CheckpointManager):
     except Exception as error:
         steps = ", ".join(map(str, available(Path(checkpoints.directory).parent))) or "none"
         raise OSError(
-            f"a checkpoint could not be written to {checkpoints.directory}; whole are those of steps: {steps}. "
-            f"{type(error).__name__}: {str(error)[:300]}"
+            f"a checkpoint could not be written to {checkpoints.directory}; whole are those of steps: "
+            f"{steps}. {type(error).__name__}: {str(error)[:300]}"
         ) from error
 
 
@@ -108,7 +115,7 @@ def restore(checkpoints: ocp.CheckpointManager, like: TrainState, step: int | No
 
 
 def restore_newest(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState:
-    """The newest state that can be read; newer ones are named in the log and moved to the workdir's damaged/.
+    """The newest state that can be read; newer ones are named in the log and moved to damaged/.
 
     Raises:
         ValueError: there are checkpoints, and none can be read. All stay where they are.
@@ -124,8 +131,8 @@ def restore_newest(checkpoints: ocp.CheckpointManager, like: TrainState) -> Trai
             return state
     shown = "\n  ".join(f"{step}: {reason}" for step, reason in reasons.items())
     raise ValueError(
-        f"none of the checkpoints in {checkpoints.directory} can be restored; nothing has been changed there. Put back a "
-        f"copy, or choose another --workdir:\n  {shown}"
+        f"none of the checkpoints in {checkpoints.directory} can be restored; nothing has been changed there. "
+        f"Put back a copy, or choose another --workdir:\n  {shown}"
     )
 
 
@@ -141,7 +148,9 @@ def set_aside(checkpoints: ocp.CheckpointManager, steps: list[int], reasons: dic
         kept.parent.mkdir(exist_ok=True)
         (folder / str(step)).rename(kept)
         reason = reasons.get(step, "another process cannot read it")
-        log.error("the checkpoint %s is damaged, moved to %s, and not used: %s", folder / str(step), kept, reason)
+        log.error(
+            "the checkpoint %s is damaged, moved to %s, and not used: %s", folder / str(step), kept, reason
+        )
     parallel.agree(True)  # all wait for the main process
     checkpoints.reload()
 
@@ -169,10 +178,12 @@ def _fingerprint(array: jax.Array) -> jax.Array:
 def fingerprints(parts: dict[str, Any]) -> dict[str, int]:
     """Σ over arrays and positions i of (2i + 1) · word_i mod 2³², of each tree's arrays; computed where they are.
 
-    Weights that are odd have inverses mod 2³²: no change of a single word goes unnoticed, and of any other damage one
-    in 2³². The sum does not depend on the order of the arrays, nor on the devices that hold them.
+    Weights that are odd have inverses mod 2³²: no change of a single word goes unnoticed, and of any other
+    damage one in 2³². The sum does not depend on the order of the arrays, nor on the devices that hold them.
     """
-    sums = jax.device_get({name: [_fingerprint(x) for x in jax.tree.leaves(tree)] for name, tree in parts.items()})
+    sums = jax.device_get(
+        {name: [_fingerprint(x) for x in jax.tree.leaves(tree)] for name, tree in parts.items()}
+    )
     return {name: sum(map(int, of_part)) % 2**32 for name, of_part in sums.items()}
 
 
@@ -190,7 +201,7 @@ def available(workdir: str | Path) -> list[int]:
 
 
 def restore_parts(workdir: str | Path, step: int, names: tuple[str, ...]) -> dict[str, Any]:
-    """Some of the state's attributes as NumPy arrays on the host, wherever they were written; the rest is not read.
+    """Some of the state's attributes as NumPy arrays on the host, wherever written; the rest is not read.
 
     Raises:
         ValueError: the checkpoint is damaged.

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
 
 from zslflax import parallel
@@ -15,16 +16,18 @@ class _Interrupted(BaseException):
 
 
 class Stop:
-    """Notices, while it is entered, that the run is asked to stop. The same signal a second time does what it always did.
+    """Notices, while it is entered, that the run is asked to stop; the same signal again does what it always did.
 
-    In one process these are SIGTERM and SIGINT. Of several processes any one may be asked: jax's coordination service
-    passes SIGTERM on, lets all stop at the same step, and is sent what Ctrl-C says.
+    In one process these are SIGTERM and SIGINT. Of several processes any one may be asked: jax's coordination
+    service passes SIGTERM on and lets all stop at the same step; Ctrl-C becomes SIGTERM.
     """
 
     def __init__(self):
         self.asked, self._interruptible, self._before = False, False, {}
 
     def __enter__(self) -> "Stop":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python gives signals to the main thread alone
         for number in (signal.SIGINT,) if parallel.several() else (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -37,7 +40,9 @@ class Stop:
         signal.signal(number, self._before[number])
         name = signal.Signals(number).name
         if number == signal.SIGINT:
-            log.warning("%s: saving after this step, then stopping; once more stops at once, without saving", name)
+            log.warning(
+                "%s: saving after this step, then stopping; once more stops at once, without saving", name
+            )
         else:
             log.warning("%s: saving after this step, then stopping", name)
         if parallel.several():
@@ -48,7 +53,7 @@ class Stop:
             raise _Interrupted
 
     def at(self, step: int) -> bool:
-        """Whether to stop after this step: the same answer in all processes, which all must ask at every step."""
+        """Whether to stop after this step: the same in all processes, which all must ask at every step."""
         return parallel.preempted(step) if parallel.several() else self.asked
 
     def unless_asked(self, function: Callable, *args):

@@ -116,6 +116,8 @@ def take_steps(config, state, recent, update, batches, evaluate_state, checkpoin
                 checkpoint.save(checkpoints, state, results if evaluating else None)
         if stop.at(step):
             break
+    if int(state.bad_step) >= 0:
+        stop_at_bad_step(checkpoints, state)
     checkpoint.save(checkpoints, state, recent=recent)
     checkpoint.finish(checkpoints)
     return step

@@ -12,35 +12,45 @@ from zslflax.config import compare, from_json, to_json
 log = logging.getLogger("zslflax")
 
 # What changes neither the state nor the order of the samples.
-HARMLESS = ("eval.", "report_every", "checkpoint.", "data.threads", "data.workers", "compilation")
+HARMLESS = (
+    *("eval.", "report_every", "checkpoint.", "data.threads", "data.workers", "compilation"),
+    *("data.max_bad", "optimizer.max_bad_steps"),  # what a run may need that they have stopped
+)
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """Makes the workdir, and holds it for this run; the kernel gives it back however the process ends.
 
-    Only the main process of several asks. The lock is `flock`'s on workdir/lock: where a network file system does not
-    pass it on (NFS before Linux 2.6.12, most FUSE mounts of buckets), two machines do not see each other's.
+    Only the main process of several asks, for all. The lock is `flock`'s on workdir/lock: where a network
+    file system does not pass it on (NFS before Linux 2.6.12, most mounts of buckets), two machines do not see
+    each other's.
 
     Raises:
         ValueError: another process holds it.
     """
-    if not parallel.is_main():
-        yield
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with contextlib.ExitStack() as stack:
+        held = not parallel.is_main() or hold(workdir, stack)
+        if not parallel.agree(held):
             raise ValueError(
                 f"another process is training in {workdir}; wait for it, stop it, or choose another --workdir"
-            ) from None
+            )
         yield
+
+
+def hold(workdir: Path, stack: contextlib.ExitStack) -> bool:
+    """Whether the lock could be had; it is held until the stack is left."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = stack.enter_context(open(workdir / "lock", "w"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def prepare(config, workdir: Path, changed: bool = False) -> None:
-    """Writes config.json; refuses a workdir whose checkpoints are another config's, except in what is `HARMLESS`.
+    """Writes config.json; refuses a workdir whose checkpoints are another config's, but for what is `HARMLESS`.
 
     Args:
         changed: go on all the same, and say what differs.
@@ -58,8 +68,8 @@ def prepare(config, workdir: Path, changed: bool = False) -> None:
         shown = "\n  ".join(differences)
         if differences and not changed:
             raise ValueError(
-                f"{workdir} holds a run of another config; choose another --workdir, take back the difference, or say "
-                f"--changed to go on with it:\n  {shown}"
+                f"{workdir} holds a run of another config; choose another --workdir, take back the difference, or "
+                f"say --changed to go on with it:\n  {shown}"
             )
         if differences:
             log.warning("%s goes on with another config:\n  %s", workdir, shown)
