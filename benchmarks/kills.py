@@ -184,18 +184,20 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=24, help="of a run")
     parser.add_argument("--minutes", type=float, default=20.0, help="after which no more kills are begun")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", type=Path, help="of what is compiled, to be quicker the next time")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
+    cache = options.cache or folder / "xla"
     kills, runs, wrong = collections.Counter(), 0, []
     os.environ["JAX_PLATFORMS"] = "cpu"  # here, where checkpoints are read
     try:
-        whole = Run(folder / "whole", options.steps, folder / "xla")
+        whole = Run(folder / "whole", options.steps, cache)
         whole.finish(3600)
         expected, began = whole.left(), time.monotonic()
         in_time = lambda: time.monotonic() - began < 60 * options.minutes
         while sum(kills.values()) < options.kills and in_time() and not wrong:
-            run = Run(folder / f"run{runs}", options.steps, folder / "xla")
+            run = Run(folder / f"run{runs}", options.steps, cache)
             kinds = [*rng.sample(ONCE, len(ONCE)), *rng.choices(OFTEN, k=7)]
             for kind in kinds[: options.kills - sum(kills.values())]:
                 if not in_time():
