@@ -63,21 +63,26 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_bits(tiny, whole, tmp_
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-def test_an_evaluation_is_broken_off_and_comes_first_at_the_next_start(tiny, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [3, 6])
+def test_an_evaluation_is_broken_off_and_comes_first_at_the_next_start(
+    tiny, whole, tmp_path, monkeypatch, caplog, step
+):
+    caplog.set_level("INFO", "zslflax")
     tiny.eval.best = "eval/test/hit@1"
     score, scored = evaluation.score, []
 
     def interrupted(*args):
         scored.append(args)
-        if len(scored) == 2:  # the teacher has been scored, the student has not
+        if len(scored) == 2 * step // 3:  # the teacher has been scored, the student has not
             os.kill(os.getpid(), signal.SIGTERM)
         return score(*args)
 
     with monkeypatch.context() as context:
         context.setattr(evaluation, "score", interrupted)
         training.train(tiny, tmp_path / "parts")
-    assert len(scored) == 2 and checkpoint.available(tmp_path / "parts") == [3]
-    assert [line["step"] for line in lines(tmp_path / "parts")] == [2]
+    assert len(scored) == 2 * step // 3 and checkpoint.available(tmp_path / "parts")[-1] == step
+    assert lines(tmp_path / "parts")[-1]["step"] < step
+    assert f"stopped and saved at step {step} of 6" in caplog.text
     training.train(tiny, tmp_path / "parts")
     assert_same_run(whole, tmp_path / "parts")
 

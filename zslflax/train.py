@@ -72,21 +72,21 @@ def restore_and_train(config, workdir: Path) -> None:
         evaluate_state = functools.partial(evaluate_train_state, predictor, test_sets, workdir)
         reporter = Reporter(workdir, first - len(recent), config.steps, parallel.is_main())
         with contextlib.closing(reporter), Stop() as stop:
-            last = take_steps(
+            last, complete = take_steps(
                 config, state, recent, step, parallel.to_devices(batches), evaluate_state, checkpoints, reporter, stop
             )
-    if last == config.steps:
+    if complete:
         log.info("finished %d steps; everything is in %s", config.steps, workdir)
     else:
         log.info("stopped and saved at step %d of %d; the same command goes on from there", last, config.steps)
 
 
-def take_steps(config, state, recent, update, batches, evaluate_state, checkpoints, reporter, stop: Stop) -> int:
+def take_steps(config, state, recent, update, batches, evaluate_state, checkpoints, reporter, stop: Stop):
     """The steps from `state` to `config.steps`, or until `stop`; their metrics, evaluations and checkpoints on the way.
 
     `recent` are the metrics of the steps since the last report. They are saved with the state, so that a run that was
     stopped between two reports goes on to the same ones; if it was stopped during an evaluation, that comes first.
-    Returns the last step.
+    Returns the last step, and whether the run is complete.
     """
     first, watch, bad = int(state.step), Stopwatch(), BadSamples(config.data.max_bad)
     for step in range(first, config.steps + 1):
@@ -120,7 +120,7 @@ def take_steps(config, state, recent, update, batches, evaluate_state, checkpoin
         stop_at_bad_step(checkpoints, state)
     checkpoint.save(checkpoints, state, recent=recent)
     checkpoint.finish(checkpoints)
-    return step
+    return step, step == config.steps and not recent
 
 
 def evaluate(config, workdir: Path, step: int | None = None) -> dict[str, float]:
