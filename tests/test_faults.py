@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from test_checkpoint import reads_damage, unfinished_reads  # noqa: F401, the second is its fixture
 from test_train import assert_same_bits, lines, saved
 from zslflax import checkpoint
 from zslflax import evaluate as evaluation
@@ -98,7 +99,7 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+@reads_damage
 def test_a_full_disk_ends_the_run_in_time_and_the_last_checkpoint_stays(tiny, whole, tmp_path, monkeypatch):
     tiny.checkpoint.every = 1  # so that an error of one save is met long before the end
     parts = tmp_path / "parts"
@@ -152,6 +153,7 @@ def test_a_shard_that_is_cut_off_ends_the_run_with_its_name_and_the_last_checkpo
     assert 3 <= step < 100 and int(saved(tmp_path / "run", step)["step"]) == step
 
 
+@reads_damage
 def test_a_damaged_checkpoint_is_trained_again(tiny, whole, tmp_path, caplog):
     expected = saved(whole, 6)
     for path in (whole / "checkpoints" / "6" / "state").rglob("d/*"):
