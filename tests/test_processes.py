@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from zslflax import checkpoint, evaluate
+from zslflax import checkpoint, evaluate, stop
+from zslflax import workdir as workdirs
 from zslflax import train as training
 from zslflax.data import pairs
 from zslflax.models import resnet
@@ -206,9 +207,9 @@ def test_told_to_stop_both_processes_save_the_same_step(one, run, tmp_path):
         time.sleep(0.1)
     children = subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "zslflax.main"], text=True)
     os.kill(int(children.split()[1]), signal.SIGTERM)
-    errors = finish(process, training.STOPPED)
+    errors = finish(process, stop.STOPPED)
     (step,) = checkpoint.available(workdir)
-    assert step == lines(workdir)[-1]["step"] and f"the state is saved as step {step}" in errors
+    assert step == lines(workdir)[-1]["step"] and f"stopped and saved at step {step} of" in errors
     assert saved(workdir, step)["step"] == step
 
 
@@ -220,6 +221,6 @@ def test_a_process_that_fails_says_why_and_ends_the_others(run, tmp_path, monkey
 
 
 def test_a_workdir_that_a_process_does_not_see_is_refused(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.parallel, "is_main", lambda: False)
+    monkeypatch.setattr(workdirs.parallel, "is_main", lambda: False)
     with pytest.raises(FileNotFoundError, match="a file system that all hosts share"):
-        training.prepare_workdir(tiny, tmp_path / "run")
+        workdirs.prepare(tiny, tmp_path / "run")

@@ -19,7 +19,7 @@ from zslflax.data import exclude, packing, pairs
 from zslflax.features import TextFeatures
 from zslflax.models import pretrained
 from zslflax.predict import Predictor
-from zslflax.stop import Stop
+from zslflax.stop import STOPPED, Stop
 from zslflax.telemetry import Reporter, Stopwatch
 
 log = logging.getLogger("zslflax")
@@ -79,6 +79,8 @@ def restore_and_train(config, workdir: Path) -> None:
         log.info("finished %d steps; everything is in %s", config.steps, workdir)
     else:
         log.info("stopped and saved at step %d of %d; the same command goes on from there", last, config.steps)
+        if parallel.several():
+            raise SystemExit(STOPPED)
 
 
 def take_steps(config, state, recent, update, batches, evaluate_state, checkpoints, reporter, stop: Stop):

@@ -52,26 +52,42 @@ def hold(workdir: Path, stack: contextlib.ExitStack) -> bool:
 def prepare(config, workdir: Path, changed: bool = False) -> None:
     """Writes config.json; refuses a workdir whose checkpoints are another config's, but for what is `HARMLESS`.
 
+    The main process looks and writes, the others hear of it: they all go on, or none.
+
     Args:
         changed: go on all the same, and say what differs.
 
     Raises:
         ValueError: names every field that differs, with both values.
+        FileNotFoundError: this process does not see what the main process writes.
     """
     path = workdir / "config.json"
-    if path.exists() and checkpoint.available(workdir):
-        differences = [
-            f"{field}: {old!r} there, {new!r} now"
-            for field, old, new in compare(from_json(path.read_text()), config)
-            if not field.startswith(HARMLESS)
-        ]
-        shown = "\n  ".join(differences)
-        if differences and not changed:
-            raise ValueError(
-                f"{workdir} holds a run of another config; choose another --workdir, take back the difference, or "
-                f"say --changed to go on with it:\n  {shown}"
-            )
-        if differences:
-            log.warning("%s goes on with another config:\n  %s", workdir, shown)
+    differences = parallel.gather_json(compare_kept(config, workdir) if parallel.is_main() else [])[0]
+    shown = "\n  ".join(differences)
+    if differences and not changed:
+        raise ValueError(
+            f"{workdir} holds a run of another config; choose another --workdir, take back the difference, or "
+            f"say --changed to go on with it:\n  {shown}"
+        )
+    if differences:
+        log.warning("%s goes on with another config:\n  %s", workdir, shown)
     if parallel.is_main():
         checkpoint.write_json(path, to_json(config))
+    parallel.agree(True)  # it is written
+    if not path.exists():
+        raise FileNotFoundError(
+            f"this process does not see {path}, which the main process has written; --workdir must be on a file system "
+            "that all hosts share"
+        )
+
+
+def compare_kept(config, workdir: Path) -> list[str]:
+    """The fields in which the config of the workdir's checkpoints, if there are any, is another one."""
+    path = workdir / "config.json"
+    if not (path.exists() and checkpoint.available(workdir)):
+        return []
+    return [
+        f"{field}: {old!r} there, {new!r} now"
+        for field, old, new in compare(from_json(path.read_text()), config)
+        if not field.startswith(HARMLESS)
+    ]
