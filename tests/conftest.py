@@ -18,6 +18,13 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled():
+    """Frees what a module compiled: each function maps memory, of which a process may have 65,530 pieces (Linux)."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def require():
     """Imports a test-only library; where it is missing the test is skipped, but never in CI."""
