@@ -14,7 +14,7 @@ def get_config(objective: str = ""):
     c.name = "demo" + (f"_{objective}" if objective else "")
     set_objective(c, objective)
     c.batch_size = 128  # pairs
-    c.steps = 1_200
+    c.steps = 1_000
     c.compute_dtype = "float32"  # CPUs have no fast bfloat16
     c.report_every = 20  # steps
 
@@ -41,8 +41,8 @@ def get_config(objective: str = ""):
     c.data.train = ("scenes",)
     c.data.crop_scale = (0.7, 1.0)  # share of the area
     c.data.scenes.noise = 0.1  # a tenth of the captions belongs to another image
-    c.eval.every = 300  # steps
+    c.eval.every = 500  # steps
     c.eval.templates = TEMPLATES
     c.eval.sets = {"test": eval_set(data="scenes")}
-    c.checkpoint.every = 300  # steps
+    c.checkpoint.every = 250  # steps
     return c
