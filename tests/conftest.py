@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from zslflax import config as configs
+from zslflax import train as training
 from zslflax.models import vit
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -45,6 +46,11 @@ def scenes_root(tmp_path_factory):
 def tiny(scenes_root, monkeypatch):
     """A config that trains six steps in a moment: tiny towers from scratch, a real tokenizer, few scenes."""
     monkeypatch.setitem(vit.VITS, "vit_nano4", (8, 16, 1, 2))
+    return tiny_config(scenes_root)
+
+
+def tiny_config(scenes_root):
+    """As `tiny`, where the tower's sizes are known."""
     c = configs.default_config()
     c.name, c.steps, c.batch_size, c.report_every, c.compute_dtype = "tiny", 6, 16, 2, "float32"
     c.compilation_cache = str(CACHE)
@@ -58,6 +64,23 @@ def tiny(scenes_root, monkeypatch):
     c.eval.every, c.eval.batch_size, c.checkpoint.every = 3, 16, 3
     c.eval.sets.test.data = "scenes"
     return c
+
+
+@pytest.fixture(scope="session")
+def learnt(scenes_root):
+    """The workdir of a run that learnt to tell colours, from scenes of which 30% have another image's caption.
+
+    Its tower's sizes are known outside of the tests, so that other processes can restore it.
+    """
+    c = tiny_config(scenes_root)
+    c.data.scenes.update(train=2_000, test=48, size=16, noise=0.3)
+    c.data.crop_scale, c.eval.sets.test.data = (0.6, 1.0), ""
+    c.model.image.name, c.model.embed_dim, c.model.text.dropout = "resnet_nano", 32, 0.0
+    c.objective.log_scale, c.optimizer.learning_rate, c.optimizer.warmup_steps = 2.3, 8e-3, 10
+    c.batch_size, c.steps = 64, 100
+    c.eval.every = c.checkpoint.every = c.report_every = c.steps
+    training.train(c, scenes_root / "learnt")
+    return scenes_root / "learnt"
 
 
 @pytest.fixture
