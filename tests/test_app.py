@@ -1,0 +1,241 @@
+"""The page, in a real browser: drop, type, read; bad uploads; what it hands out and whom it asks."""
+
+import base64
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zslflax.data import pairs, samples
+from zslflax.predict import Predictor
+
+# The program itself, which tells of every host that it asks for.
+PROGRAM = """
+import sys
+def watch(event, args):
+    if event in ("socket.getaddrinfo", "socket.connect"):
+        host = args[0] if event == "socket.getaddrinfo" else args[1][0]
+        if str(host) not in ("127.0.0.1", "localhost"):
+            print("ASKED", host, file=sys.stderr, flush=True)
+sys.addaudithook(watch)
+from zslflax import app
+app.main()
+"""
+DROP = """
+const [zone, name, content] = arguments, data = new DataTransfer();
+data.items.add(new File([Uint8Array.from(atob(content), c => c.charCodeAt(0))], name, {type: "image/png"}));
+for (const kind of ["dragenter", "dragover", "drop"])
+    zone.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}));
+"""
+PATIENCE = 120  # seconds
+
+
+def installed(program: str) -> str:
+    """Where a program is; where it is not the test is skipped, but never in CI."""
+    path = shutil.which(program)
+    if path is None and not os.environ.get("CI"):
+        pytest.skip(f"{program} is not installed")
+    assert path, f"{program} is not installed: apt-get install chromium chromium-driver"
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(require, learnt, tmp_path_factory):
+    """The page of a small run, with a folder of images of which two cannot be read."""
+    require("gradio")
+    home = tmp_path_factory.mktemp("served")
+    folder = home / "pictures"
+    (folder / "more").mkdir(parents=True)
+    predictor = Predictor.restore(learnt)
+    test = pairs.open_source("scenes", predictor.config.data, "test")
+    for i in range(20):
+        Image.fromarray(samples.pixels(test[i])).save(folder / ("more" if i % 2 else ".") / f"{i:02d}.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("nothing")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", PROGRAM, f"--workdir={learnt}", f"--images={folder}", f"--port={port}"]
+    variables = os.environ | {"JAX_PLATFORMS": "cpu", "GRADIO_TEMP_DIR": str(home / "uploads")}
+    log = home / "log"
+    with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=variables) as process:
+        try:
+            wait(lambda: process.poll() is not None or "the page is at" in log.read_text())
+            assert process.poll() is None, log.read_text()
+            url = f"http://127.0.0.1:{port}/"
+            assert f"the page is at {url}" in log.read_text()
+            yield SimpleNamespace(
+                url=url, port=port, log=log, home=home, folder=folder, predictor=predictor
+            )
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def browser(require):
+    webdriver = require("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = installed("chromium")
+    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,1200"):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    service = webdriver.ChromeService(installed("chromedriver"))
+    with webdriver.Chrome(options=options, service=service) as chrome:
+        yield chrome
+
+
+@pytest.fixture
+def page(served, browser):
+    browser.get(served.url)
+    wait(lambda: browser.find_elements("css selector", "#upload input[type=file]"))
+    return browser
+
+
+def wait(condition):
+    """What the condition gives, once that is something."""
+    end = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+    return value
+
+
+def each(browser, selector: str, what: str) -> list:
+    """A property of all elements that fit, read at one moment, for the page may be drawn anew at any time."""
+    script = f"return [...document.querySelectorAll(arguments[0])].map(element => element.{what})"
+    return browser.execute_script(script, selector)
+
+
+def texts(browser, selector: str) -> list[str]:
+    return [text.strip() for text in each(browser, selector, "innerText")]
+
+
+def drop(browser, path):
+    zone = browser.find_element("css selector", "#upload button")
+    browser.execute_script(DROP, zone, path.name, base64.b64encode(path.read_bytes()).decode())
+
+
+def message(browser) -> str:
+    """The message that came up, which is then closed."""
+    (text,) = wait(lambda: [text for text in texts(browser, ".toast-body") if text])
+    each(browser, ".toast-close", "click()")
+    wait(lambda: not texts(browser, ".toast-body"))
+    return text
+
+
+def test_drop_type_and_read(page, served):
+    names = ["red circle", "<b>bold</b> star", "/etc/hostname", "blue fish"]
+    picture = served.folder / "04.png"
+    page.find_element("css selector", "#names textarea").send_keys(", ".join([*names, " ", names[0]]))
+    drop(page, picture)
+    scores = wait(lambda: texts(page, "#scores .score"))
+    (expected,) = served.predictor.classify(picture, names)
+    scores = list(map(float, scores))
+    assert dict(zip(texts(page, "#scores .name"), scores)) == pytest.approx(dict(expected), abs=1e-3)
+    assert scores == sorted(scores, reverse=True)
+    lengths = each(page, "#scores .bar", "offsetWidth")
+    assert len(lengths) == 4 and lengths == sorted(lengths, reverse=True) and lengths[0] > 100
+    wait(lambda: each(page, "#shown img", "naturalWidth") == [256])  # 16 pixels, enlarged
+
+    box = page.find_element("css selector", "#names textarea")
+    box.clear()
+    box.send_keys("a heart\na ring")
+    page.find_element("css selector", "#name-it").click()
+    wait(lambda: sorted(texts(page, "#scores .name")) == ["a heart", "a ring"])
+
+
+def test_search(page, served):
+    query = page.find_element("css selector", "#query textarea, #query input")
+    query.send_keys("a red star\n")
+    captions = wait(lambda: texts(page, "#found .caption-label"))
+    paths = sorted(served.folder.rglob("*.png"))
+    paths.remove(served.folder / "broken.png")
+    expected = served.predictor.search("a red star", paths, top_k=len(paths))
+    by_name = {paths[i].name: score for i, score in expected}
+    found = [re.fullmatch(r"(\S+)\s+(-?\d\.\d{3})", caption).groups() for caption in captions]
+    names, scores = [name for name, _ in found], [float(score) for _, score in found]
+    assert len(set(names)) == 12 and len(by_name) == 20
+    np.testing.assert_allclose(scores, [by_name[name] for name in names], atol=1e-3)
+    np.testing.assert_allclose(scores, [score for _, score in expected[:12]], atol=1e-3)  # best first
+    assert "left out" in served.log.read_text() and "broken.png" in served.log.read_text()
+    assert "20 of 21 images" in served.log.read_text()
+
+
+def test_bad_uploads_get_a_message_and_the_server_goes_on(page, served, tmp_path):
+    (tmp_path / "large.png").write_bytes(bytes(21 << 20))
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "cut.png").write_bytes((served.folder / "00.png").read_bytes()[:200])
+    (tmp_path / "notes.txt").write_text("nothing")
+    Image.new("1", (1 << 14, (1 << 12) + 1)).save(tmp_path / "wide.png")
+    page.find_element("css selector", "#name-it").click()
+    assert "Drop an image first" in message(page)
+    expected = {
+        "large.png": 'exceed the maximum allowed size of 20.0 Mb: "large.png"',
+        "broken.png": "This file can't be used: it is no image",
+        "cut.png": "This file can't be used: the image cannot be decoded",
+        "notes.txt": "Invalid file type: notes.txt",
+        "wide.png": "16384 × 4097 pixels, more than the 67,108,864 allowed",
+    }
+    for name, words in expected.items():
+        page.get(served.url)
+        wait(lambda: page.find_elements("css selector", "#upload input[type=file]"))
+        page.find_element("css selector", "#upload input[type=file]").send_keys(str(tmp_path / name))
+        assert words in message(page)
+        assert texts(page, "#scores .name") == []
+    page.get(served.url)
+    wait(lambda: page.find_elements("css selector", "#upload input[type=file]"))
+    drop(page, served.folder / "00.png")
+    wait(lambda: texts(page, "#scores") == ["Type names, with commas between them."])
+    page.find_element("css selector", "#names textarea").send_keys("x" * 501)
+    page.find_element("css selector", "#name-it").click()
+    assert "At most 1,000 names of 500 characters" in message(page)
+    assert "Traceback" not in served.log.read_text()
+
+
+def ask(url: str, data: bytes | None = None, kind: str = "application/json") -> tuple[int, str]:
+    request = urllib.request.Request(url, data, {"Content-Type": kind} if data else {})
+    with contextlib.ExitStack() as stack:
+        try:
+            answer = stack.enter_context(urllib.request.urlopen(request, timeout=PATIENCE))
+        except urllib.error.HTTPError as error:
+            answer = stack.enter_context(error)
+        return answer.status, answer.read().decode(errors="replace")
+
+
+def test_no_file_is_handed_out_or_read_by_its_path(served):
+    secret = served.home / "secret.png"
+    shutil.copyfile(served.folder / "00.png", secret)
+    for path in (secret, served.folder / "00.png", "/etc/passwd", "setup.py"):
+        assert ask(f"{served.url}gradio_api/file={path}")[0] in (403, 404)
+    for path in (secret, served.folder / "00.png"):
+        data = {"data": [{"path": str(path), "meta": {"_type": "gradio.FileData"}}, "a cat, a dog"]}
+        status, answer = ask(f"{served.url}gradio_api/call/classify", json.dumps(data).encode())
+        assert status == 200
+        status, answer = ask(f"{served.url}gradio_api/call/classify/{json.loads(answer)['event_id']}")
+        assert "event: error" in answer and "a cat" not in answer
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    body = head + bytes(21 << 20) + b"\r\n--x--\r\n"
+    assert ask(f"{served.url}gradio_api/upload", body, "multipart/form-data; boundary=x")[0] == 413
+
+
+def test_it_asks_no_other_host_and_answers_this_machine_alone(page, served):
+    asked = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    asked = [event["params"] for event in asked if event["method"] == "Network.requestWillBeSent"]
+    urls = [event["request"]["url"] for event in asked]
+    assert len(urls) > 10
+    assert [url for url in urls if not url.startswith((served.url, "data:", f"blob:{served.url}"))] == []
+    assert "ASKED" not in served.log.read_text()
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.2", served.port), timeout=5):
+        pass
