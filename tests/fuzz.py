@@ -21,11 +21,11 @@ import time
 import warnings
 from pathlib import Path
 
+import broken
 import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
-import broken
 from zslflax.data import images, storage, tar_format, webdataset
 
 HANG = 30  # seconds that nothing may take

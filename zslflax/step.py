@@ -6,7 +6,15 @@ import optax
 
 from zslflax import objectives
 from zslflax.objectives import LOG_SCALE_RANGE, SOFT_TARGETS, Embeddings
-from zslflax.state import Tree, TrainState, merge, student_variables, teacher_variables, trainable, update_average
+from zslflax.state import (
+    TrainState,
+    Tree,
+    merge,
+    student_variables,
+    teacher_variables,
+    trainable,
+    update_average,
+)
 
 AXIS = "data"  # the mapped axis: the global batch is spread over it
 

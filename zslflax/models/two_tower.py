@@ -120,7 +120,7 @@ def image_tower(name: str, dtype: Any, axis_name: str | None) -> nn.Module:
     """A ResNet or a ViT by its name."""
     if name in RESNETS:
         return ResNet(*RESNETS[name], dtype=dtype, axis_name=axis_name)
-    if name == "resnet_nano":  # the quick start's: 8 layers, 0.7 million parameters
+    if name == "resnet_nano":  # the quick start's: 8 layers, 0.3 million parameters
         return ResNet((1, 1, 1), False, dtype=dtype, axis_name=axis_name, stem_width=32, small=True)
     if name in VITS:
         return ViT(*VITS[name], dtype=dtype)
