@@ -9,6 +9,7 @@ from PIL import Image
 from zslflax import config as configs
 from zslflax import evaluate as evaluation
 from zslflax import predict, train
+from zslflax.data.images import decode
 from zslflax.predict import Predictor
 
 IDS = ["n02084071", "n02121808", "n02958343"]
@@ -73,7 +74,7 @@ def test_retrieval_of_captions(tiny, predictors, tmp_path):
     (test,) = evaluation.open_sets(tiny)
     predictor = predictors[""]
     metrics = evaluation.evaluate({"": predictor}, [test], tiny, workdir=tmp_path)
-    images = np.concatenate([predictor.encode_image(evaluation.images.decode(test.source[i]["image"])) for i in range(24)])
+    images = np.concatenate([predictor.encode_image(decode(test.source[i]["image"])) for i in range(24)])
     texts = predictor.encode_text([test.source[i]["text"][0] for i in range(24)])
     places = [int(np.sum(row > row[i])) for i, row in enumerate(images @ texts.T)]
     for k in (1, 5, 10):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from zslflax import parallel, pictures
-from zslflax.data import images, pairs, scenes
+from zslflax.data import pairs, samples, scenes
 from zslflax.predict import Predictor
 from zslflax.zeroshot.classifier import class_embeddings, top_k
 from zslflax.zeroshot.hierarchy import Hierarchy
@@ -155,7 +155,7 @@ def embed(predictors: dict[str, Predictor], test: TestSet, config) -> Embedded:
 def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test: TestSet, config, resamples: int):
     """One predictor's metrics on one test set, and its answers: for each shown image [(name, score, true), …]."""
     encode_text = share_among_hosts(predictor.encode_text)
-    metrics, answers = {}, {}
+    metrics, candidates = {}, None
     captions = [caption for of_image in embedded.captions for caption in of_image]
     if captions:
         owner = np.repeat(np.arange(len(image_emb)), [len(of_image) for of_image in embedded.captions])
@@ -163,7 +163,7 @@ def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test:
         recalls = retrieval_recall(image_emb, text_emb, owner, resamples=resamples)
         metrics |= {f"retrieval/{name}": value for name, value in recalls.items()}
         truth = [set(np.flatnonzero(owner == i)) for i in shown(len(image_emb))]
-        answers = best_names(image_emb, text_emb, captions, truth)
+        candidates = text_emb, captions, truth
     if test.labels is not None and any(embedded.labels):
         space = test.labels
         check_labels(test, embedded)
@@ -184,8 +184,8 @@ def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test:
             results = measure(embed_names(space.synonyms))
             metrics |= {f"synonyms/{name}": value for name, value in results.items()}
         truth = [set(embedded.labels[i]) for i in shown(len(image_emb))]
-        answers = best_names(image_emb, class_emb, space.names, truth)
-    return metrics, answers
+        candidates = class_emb, space.names, truth
+    return metrics, best_names(image_emb, *candidates) if candidates else []
 
 
 def share_among_hosts(encode_text):
@@ -226,12 +226,9 @@ def best_names(image_emb, text_emb, names: Sequence[str], truth: list[set[int]])
 
 def draw(test: TestSet, embedded: Embedded, answers):
     """The picture of the shown images, their answers and their true names or captions."""
-    rows, pixels, true_names = shown(len(embedded.index)), [], []
-    for i in rows:
-        picture = test.source[int(embedded.index[i])]["image"]
-        pixels.append(images.decode(picture) if isinstance(picture, bytes) else picture)
-        named = test.labels is not None and any(embedded.labels)
-        true_names.append([test.labels.names[c] for c in embedded.labels[i]] if named else list(embedded.captions[i]))
+    rows, named = shown(len(embedded.index)), test.labels is not None and any(embedded.labels)
+    pixels = [samples.pixels(test.source[int(embedded.index[i])]) for i in rows]
+    true_names = [[test.labels.names[c] for c in embedded.labels[i]] if named else embedded.captions[i] for i in rows]
     return pictures.prediction_grid(pixels, answers, true_names)
 
 

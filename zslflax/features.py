@@ -2,6 +2,7 @@
 
 import copy
 
+import jax
 import numpy as np
 
 from zslflax import parallel
@@ -51,7 +52,7 @@ class TextFeatures:
         for width in np.unique(widths):
             own = rows[widths == width]
             inputs = tokens[own, :width], mask[own, :width]
-            size = ROWS * parallel.local_devices()
+            size = ROWS * jax.local_device_count()
             outputs |= zip(own.tolist(), parallel.in_batches(self.function, self.variables, inputs, size))
         return [outputs[row] for row in rows.tolist()]
 

@@ -62,7 +62,11 @@ def map_train_step(**fixed):
 
 def replicate(tree, devices: int | None = None):
     """Puts arrays whole on each of this host's devices (default: all), as `map_train_step` returns them."""
-    return jax.device_put(tree, NamedSharding(Mesh(np.array(jax.local_devices()[:devices]), (AXIS,)), PartitionSpec()))
+    return jax.device_put(tree, NamedSharding(local_mesh(devices), PartitionSpec()))
+
+
+def local_mesh(devices: int | None = None) -> Mesh:
+    return Mesh(np.array(jax.local_devices()[:devices]), (AXIS,))
 
 
 def map_embed(function):
@@ -80,11 +84,6 @@ def in_batches(function, variables, arrays, size: int) -> np.ndarray:
     return np.concatenate(outputs)[:total]
 
 
-def local_devices() -> int:
-    """The number of this host's devices."""
-    return jax.local_device_count()
-
-
 def shard(arrays):
     """Splits the leading axis of every array over this host's devices: [b, …] → [devices, b / devices, …]."""
     devices = jax.local_device_count()
@@ -96,7 +95,7 @@ def to_devices(batches: Iterator, size: int = 2) -> Iterator:
 
     A batch is a dict of arrays, sharded as `shard` does; the entry `errors`, if any, stays on the host.
     """
-    sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
+    sharding = NamedSharding(local_mesh(), PartitionSpec(AXIS))
     queue = collections.deque()
     for batch in batches:
         errors = batch.pop("errors", ())

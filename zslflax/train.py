@@ -245,7 +245,7 @@ def with_packed_text(config, sources, tokenizer, batches):
         rows * width / captions,
         config.model.text.max_tokens,
     )
-    return packing.pack_batches(batches, rows, width, parallel.local_devices())
+    return packing.pack_batches(batches, rows, width, jax.local_device_count())
 
 
 def describe(config, state, frozen: tuple[str, ...], sources) -> None:
