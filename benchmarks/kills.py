@@ -87,9 +87,7 @@ class Run:
     def finish(self, seconds: float) -> None:
         code = self.start().wait(seconds)
         if code:
-            raise RuntimeError(
-                f"the run ended with code {code}:\n{(self.folder / 'log').read_text()[-3000:]}"
-            )
+            raise RuntimeError(f"the run ended with code {code}:\n{(self.folder / 'log').read_text()[-3000:]}")
 
     def seen(self, kind: str) -> int:
         """How often this kind of thing is seen to have begun, from the files that are there."""
@@ -107,8 +105,7 @@ class Run:
         lines = [{k: v for k, v in line.items() if not k.endswith(MEASURED)} for line in lines]
         steps = checkpoint.available(self.workdir)
         states = {
-            step: checkpoint.restore_parts(self.workdir, step, tuple(TrainState.__dataclass_fields__))
-            for step in steps
+            step: checkpoint.restore_parts(self.workdir, step, tuple(TrainState.__dataclass_fields__)) for step in steps
         }
         return {
             "lines": lines,
@@ -177,9 +174,7 @@ def differences(undisturbed: dict, run: dict) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, default=24, help="of a run")
     parser.add_argument("--minutes", type=float, default=20.0, help="after which no more kills are begun")

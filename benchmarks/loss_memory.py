@@ -121,17 +121,13 @@ def measure(name: str, form: str, n: int, width: int, block: int, patience: floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES)
     parser.add_argument("--forms", nargs="+", default=("plain", "streamed"), choices=("plain", "streamed"))
     parser.add_argument("--sizes", nargs="+", type=int, default=(1024, 2048, 4096, 8192, 16384), help="pairs")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--block", type=int, default=default_config().objective.block)
-    parser.add_argument(
-        "--patience", type=float, default=20.0, help="seconds for the calls of one measurement"
-    )
+    parser.add_argument("--patience", type=float, default=20.0, help="seconds for the calls of one measurement")
     parser.add_argument("--plan-only", action="store_true", help="compile, but do not run")
     parser.add_argument("--one", action="store_true", help="measure here the one combination that is given")
     args = parser.parse_args()

@@ -69,9 +69,7 @@ def measure(args) -> None:
     sizes = {"layers": args.layers, "width": args.width, "heads": args.width // 64, "hidden": 4 * args.width}
     model = Bert(BertConfig(**sizes), args.dtype)
     variables = jax.jit(model.init)(jax.random.key(0), text[:1], mask[:1])
-    inputs = jax.device_put(
-        ((text, mask), tuple(packed[name] for name in ("text", "text_segment", "text_position")))
-    )
+    inputs = jax.device_put(((text, mask), tuple(packed[name] for name in ("text", "text_segment", "text_position"))))
     device = jax.devices()[0]
     for name, functions in passes(model, args.pairs).items():
         compiled = [jax.jit(f).lower(variables, *x).compile() for f, x in zip(functions, inputs)]
@@ -95,9 +93,7 @@ def measure(args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768, help="a multiple of 64, the width of a head")
     parser.add_argument("--pairs", type=int, default=64, help="of one device")

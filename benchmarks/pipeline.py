@@ -46,9 +46,7 @@ SHARDS, PER_SHARD = 4, 256
 BATCH = 128
 CORES = len(os.sched_getaffinity(0))
 WARM_UP = 4 * BATCH  # images before the clock starts
-WORDS = (
-    "a the of in with small large red blue green dog street house tree water boat people sky photo".split()
-)
+WORDS = "a the of in with small large red blue green dog street house tree water boat people sky photo".split()
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenCLIP's
 MAX_TOKENS = 60
 

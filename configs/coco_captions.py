@@ -1,7 +1,7 @@
 """COCO captions through TFDS on one GPU: a first real run, with image-text retrieval on the validation images.
 
-    tfds build coco_captions --file_format=array_record    # downloads 25 GB, once; needs TensorFlow
-    python -m zslflax.main --config=configs/coco_captions.py
+tfds build coco_captions --file_format=array_record    # downloads 25 GB, once; needs TensorFlow
+python -m zslflax.main --config=configs/coco_captions.py
 """
 
 from zslflax.config import default_config, eval_set, set_objective

@@ -1,6 +1,6 @@
 """ResNet-50 and a Sentence-BERT encoder, whose weights the Hub holds as safetensors: r50_declutr.py with another text tower.
 
-    python -m zslflax.main --config=configs/r50_sbert.py --config.data.train='cc3m/{00000..00331}.tar'
+python -m zslflax.main --config=configs/r50_sbert.py --config.data.train='cc3m/{00000..00331}.tar'
 """
 
 from zslflax.config import default_config, eval_set, set_objective

@@ -1,6 +1,6 @@
 """ViT-B/16 and DeCLUTR, with AdamW: the method on the image tower that is usual today.
 
-    python -m zslflax.main --config=configs/vit_b16_declutr.py --config.data.train='cc3m/{00000..00331}.tar'
+python -m zslflax.main --config=configs/vit_b16_declutr.py --config.data.train='cc3m/{00000..00331}.tar'
 """
 
 from zslflax.config import default_config, eval_set, set_objective

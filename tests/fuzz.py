@@ -46,9 +46,7 @@ RECORDS = st.lists(
         st.tuples(st.integers(-5, 1 << 70), st.sampled_from([b"path", b"size"]), st.binary(max_size=9)).map(
             lambda r: b"%d %s=%s\n" % r
         ),
-        st.tuples(st.sampled_from([b"path", b"GNU.sparse.name"]), st.binary(max_size=30)).map(
-            lambda r: pax(*r)
-        ),
+        st.tuples(st.sampled_from([b"path", b"GNU.sparse.name"]), st.binary(max_size=30)).map(lambda r: pax(*r)),
         st.integers(-3, 1 << 70).map(lambda n: pax(b"size", b"%d" % n)),
     ),
     max_size=4,
@@ -87,9 +85,7 @@ def member(kind: int, name: bytes, size: bytes | None, body: bytes, magic: bytes
 MEMBERS = st.builds(
     member,
     KINDS,
-    st.one_of(
-        st.sampled_from([b"a.jpg", b"a.txt", b"b.jpg", b"b.json", b"../c.jpg"]), st.binary(max_size=100)
-    ),
+    st.one_of(st.sampled_from([b"a.jpg", b"a.txt", b"b.jpg", b"b.json", b"../c.jpg"]), st.binary(max_size=100)),
     st.one_of(st.none(), st.none(), st.none(), SIZES),
     st.one_of(RECORDS, st.sampled_from([broken.JPEG, b"a dog"]), st.binary(max_size=600)),
     st.sampled_from([b"ustar\x0000", b"ustar  \0", bytes(8)]),
@@ -97,9 +93,7 @@ MEMBERS = st.builds(
 )
 TARS = st.one_of(
     st.tuples(st.lists(MEMBERS, max_size=12).map(b"".join), CHANGES, st.floats(0, 1)),
-    st.tuples(
-        st.sampled_from([data for data, *_ in broken.bad_shards().values()]), CHANGES, st.floats(0.5, 1)
-    ),
+    st.tuples(st.sampled_from([data for data, *_ in broken.bad_shards().values()]), CHANGES, st.floats(0.5, 1)),
 ).map(lambda parts: changed(*parts))
 PICTURES = [data for data, _ in broken.bad_images().values() if 0 < len(data) < 20_000] + [
     broken.encode(broken.picture(), format, **options)
@@ -115,9 +109,7 @@ PICTURES = [data for data, _ in broken.bad_images().values() if 0 < len(data) < 
         ("GIF", {"save_all": True, "append_images": [broken.picture(seed=1)]}),
     ]
 ]
-FILES = st.tuples(st.sampled_from(PICTURES), CHANGES, st.floats(0.3, 1) | st.just(1.0)).map(
-    lambda p: changed(*p)
-)
+FILES = st.tuples(st.sampled_from(PICTURES), CHANGES, st.floats(0.3, 1) | st.just(1.0)).map(lambda p: changed(*p))
 
 
 def check_tar(data: bytes, folder: Path) -> None:
@@ -131,9 +123,7 @@ def check_tar(data: bytes, folder: Path) -> None:
     assert len(found) <= len(data) // 512
     places = [offset for _, offset, _ in found if offset != tar_format.UNREADABLE]
     assert places == sorted(set(places)) and all(512 <= place for place in places)
-    assert all(
-        0 <= size <= tar_format.LARGEST and len(name) <= tar_format.LONGEST_NAME for name, _, size in found
-    )
+    assert all(0 <= size <= tar_format.LARGEST and len(name) <= tar_format.LONGEST_NAME for name, _, size in found)
     storage.open_file.cache_clear()
     try:
         source = webdataset.WebDataset(str(path))
@@ -151,9 +141,7 @@ def check_tar(data: bytes, folder: Path) -> None:
 def check_whole_tar(names: list[str], bodies: list[bytes], format: int) -> None:
     """Whatever `tarfile` writes is found where it finds it."""
     file = io.BytesIO()
-    with tarfile.open(
-        fileobj=file, mode="w", format=format, encoding="utf-8", errors="surrogateescape"
-    ) as tar:
+    with tarfile.open(fileobj=file, mode="w", format=format, encoding="utf-8", errors="surrogateescape") as tar:
         for name, body in zip(names, bodies):
             try:
                 broken.add(tar, name, body)
@@ -162,10 +150,7 @@ def check_whole_tar(names: list[str], bodies: list[bytes], format: int) -> None:
     file.seek(0)
     with tarfile.open(fileobj=file, encoding="utf-8", errors="surrogateescape") as tar:
         expected = [(m.name.rstrip("/"), m.offset_data, m.size) for m in tar if m.isreg()]
-    found = [
-        (name.decode(errors="surrogateescape").rstrip("/"), *rest)
-        for name, *rest in tar_format.members(file, "")
-    ]
+    found = [(name.decode(errors="surrogateescape").rstrip("/"), *rest) for name, *rest in tar_format.members(file, "")]
     assert found == expected  # but for slashes at the end, which tarfile takes from some
 
 
@@ -191,15 +176,11 @@ def check_json(text: bytes, described: bytes, label: bytes) -> None:
     assert all(type(c) is str for c in captions) and all(type(c) is int for c in labels)
 
 
-TEXT = st.text(
-    st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1, max_size=300
-)
+TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1, max_size=300)
 NAMES = st.lists(TEXT, max_size=5)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["caption", "label", "labels"]), inner)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["caption", "label", "labels"]), inner),
 ).map(lambda value: json.dumps(value).encode())
 
 
@@ -225,9 +206,7 @@ def properties(folder: Path, keep=lambda data: None) -> dict:
     any_bytes = st.none() | st.binary(max_size=30)
     return {
         "tars": hypothesis.given(TARS)(tars),
-        "whole tars": hypothesis.given(NAMES, st.lists(st.binary(max_size=1100), max_size=5), formats)(
-            whole_tars
-        ),
+        "whole tars": hypothesis.given(NAMES, st.lists(st.binary(max_size=1100), max_size=5), formats)(whole_tars),
         "pictures": hypothesis.given(FILES)(pictures),
         "descriptions": hypothesis.given(any_bytes, any_bytes | JSON, any_bytes)(descriptions),
     }

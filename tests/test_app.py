@@ -76,9 +76,7 @@ def served(require, learnt, tmp_path_factory):
             assert process.poll() is None, log.read_text()
             url = f"http://127.0.0.1:{port}/"
             assert f"the page is at {url}" in log.read_text()
-            yield SimpleNamespace(
-                url=url, port=port, log=log, home=home, folder=folder, predictor=predictor
-            )
+            yield SimpleNamespace(url=url, port=port, log=log, home=home, folder=folder, predictor=predictor)
         finally:
             process.kill()
 

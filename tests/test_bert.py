@@ -159,9 +159,7 @@ def test_dropout_acts_in_training_alone():
     assert np.abs(first - other).max() > 1e-2
     np.testing.assert_array_equal(first, again)
     without = Bert(dataclasses.replace(model.config, dropout=0.0))
-    outputs = [
-        jax.jit(partial(m.apply, train=t))(variables, ids, mask) for m, t in ((without, True), (model, False))
-    ]
+    outputs = [jax.jit(partial(m.apply, train=t))(variables, ids, mask) for m, t in ((without, True), (model, False))]
     np.testing.assert_allclose(*outputs, atol=1e-6)
 
 

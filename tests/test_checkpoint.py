@@ -89,7 +89,12 @@ manager.close()
 def test_written_by_four_devices_read_by_others_and_back(tmp_path, devices):
     write(tmp_path, [7])
     paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     arguments = [sys.executable, "-c", RESTORE, str(tmp_path), str(devices)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -200,7 +205,9 @@ def test_where_all_are_damaged_nothing_is_touched(two, tmp_path):
     for step in "12":
         damage(tmp_path / "checkpoints" / step / "run" / "metadata", "truncated")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"(?s)none of the checkpoints in .* can be restored; nothing has been changed.*2: .*1: "):
+    with pytest.raises(
+        ValueError, match=r"(?s)none of the checkpoints in .* can be restored; nothing has been changed.*2: .*1: "
+    ):
         restored_newest(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
     with pytest.raises(ValueError, match=r"the checkpoint .*/checkpoints/2 cannot be read"):
@@ -217,7 +224,9 @@ def test_a_folder_without_a_checkpoint_in_it_is_set_aside(two, tmp_path):
 
 def test_the_metrics_since_the_last_report_travel_with_the_state(tmp_path):
     values = np.random.default_rng(0).standard_normal(3, np.float32)
-    recent = [{"loss": jnp.asarray(value), "bad_step": jnp.int32(-1)} for value in values] + [{"loss": np.float32("nan"), "bad_step": np.int32(5)}]
+    recent = [{"loss": jnp.asarray(value), "bad_step": jnp.int32(-1)} for value in values] + [
+        {"loss": np.float32("nan"), "bad_step": np.int32(5)}
+    ]
     manager = checkpoint.manager(tmp_path, "eval/hit")
     checkpoint.save(manager, state_at(3), recent=recent)
     manager.wait_until_finished()

@@ -71,6 +71,9 @@ assert not found, found
 
 
 def test_training_imports_neither_tensorflow_nor_torch(tmp_path):
-    arguments, environment = [sys.executable, "-c", IMPORTS, str(tmp_path), MINILM], {**os.environ, "JAX_PLATFORMS": "cpu"}
+    arguments, environment = (
+        [sys.executable, "-c", IMPORTS, str(tmp_path), MINILM],
+        {**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

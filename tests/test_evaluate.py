@@ -1,6 +1,5 @@
 """Evaluation of test sets against figures worked out one image at a time through the `Predictor`."""
 
-
 import cv2
 import numpy as np
 import pytest
@@ -46,7 +45,9 @@ def folder(tmp_path):
 
 def test_hits_of_a_folder_by_class(tiny, predictors, folder):
     with tiny.unlocked():
-        tiny.eval.sets = {"pets": configs.eval_set(data=f"folder:{folder / 'images'}", classes=str(folder / "words.txt"))}
+        tiny.eval.sets = {
+            "pets": configs.eval_set(data=f"folder:{folder / 'images'}", classes=str(folder / "words.txt"))
+        }
     tiny.eval.templates = ("a photo of a {}.", "{}")
     metrics = evaluation.evaluate(predictors, evaluation.open_sets(tiny), tiny, folder, resamples=50)
     for who, predictor in predictors.items():
@@ -78,7 +79,9 @@ def test_retrieval_of_captions(tiny, predictors, tmp_path):
     texts = predictor.encode_text([test.source[i]["text"][0] for i in range(24)])
     places = [int(np.sum(row > row[i])) for i, row in enumerate(images @ texts.T)]
     for k in (1, 5, 10):
-        assert metrics[f"eval/test/retrieval/image_to_text@{k}"] == pytest.approx(np.mean(np.array(places) < k), abs=1 / 24 + 1e-9)
+        assert metrics[f"eval/test/retrieval/image_to_text@{k}"] == pytest.approx(
+            np.mean(np.array(places) < k), abs=1 / 24 + 1e-9
+        )
 
 
 def test_a_label_that_is_no_number_of_a_name(tiny, predictors, tmp_path):

@@ -66,9 +66,7 @@ def check(objective, form, scale, d, n, **fields):
     for name, (v, t, valid) in batches(n, d).items():
         taught = Embeddings(v[None], t[None]) if objective in SOFT_TARGETS else None
         student = Embeddings(v[None], t[None])
-        (loss, rows), grads = gradients(objective, form, tuple(fields.items()))(
-            params, student, taught, valid[None]
-        )
+        (loss, rows), grads = gradients(objective, form, tuple(fields.items()))(params, student, taught, valid[None])
         for what, x in {"loss": loss, "rows": rows, "gradients": grads}.items():
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(x)), (name, what, n, d)
         if not valid.any():

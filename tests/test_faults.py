@@ -9,9 +9,9 @@ import signal
 import jax
 import numpy as np
 import pytest
-
 from test_checkpoint import reads_damage, unfinished_reads  # noqa: F401, the second is its fixture
 from test_train import assert_same_bits, lines, saved
+
 from zslflax import checkpoint
 from zslflax import evaluate as evaluation
 from zslflax import train as training
@@ -54,9 +54,7 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_bits(tiny, whole, tmp_
         with monkeypatch.context() as context:
             at_batch(context, batch, lambda: os.kill(os.getpid(), number))
             training.train(tiny, parts)
-        assert (
-            checkpoint.available(parts)[-1] == step
-        )  # between two reports, before the first, and at an evaluation
+        assert checkpoint.available(parts)[-1] == step  # between two reports, before the first, and at an evaluation
         assert f"stopped and saved at step {step} of 6; the same command goes on" in caplog.text
         training.train(tiny, parts)
         assert_same_run(whole, parts)
@@ -138,9 +136,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_at_once(tiny, tmp_path):
         training.train(tiny, tmp_path / "file" / "run")
 
 
-def test_a_shard_that_is_cut_off_ends_the_run_with_its_name_and_the_last_checkpoint_stays(
-    tiny, tmp_path, monkeypatch
-):
+def test_a_shard_that_is_cut_off_ends_the_run_with_its_name_and_the_last_checkpoint_stays(tiny, tmp_path, monkeypatch):
     c = tiny.data.scenes
     folder = scenes.ensure(c.root, train=c.train, test=c.test, size=c.size).path
     shard = tmp_path / "shard.tar"
@@ -173,9 +169,7 @@ def test_another_config_goes_on_when_told(tiny, whole, caplog):
         training.train(tiny, whole)
     tiny.steps = 7
     training.train(tiny, whole, changed=True)
-    assert (
-        checkpoint.available(whole)[-1] == 7 and "optimizer.learning_rate: 0.01 there, 0.5 now" in caplog.text
-    )
+    assert checkpoint.available(whole)[-1] == 7 and "optimizer.learning_rate: 0.01 there, 0.5 now" in caplog.text
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(tiny, tmp_path):
@@ -202,9 +196,7 @@ def plant(monkeypatch, *steps):
 def test_steps_that_are_not_finite_are_dropped_and_counted_up_to_a_number(tiny, tmp_path, monkeypatch):
     tiny.freeze, tiny.model.text.keep_features, tiny.eval.sets.test.data = (("text/tower", -1),), 100, ""
     plant(monkeypatch, 4, 5)
-    with pytest.raises(
-        FloatingPointError, match="step 4 is not finite; the state before it is saved as step 3"
-    ):
+    with pytest.raises(FloatingPointError, match="step 4 is not finite; the state before it is saved as step 3"):
         training.train(tiny, tmp_path / "stop")
     tiny.optimizer.max_bad_steps = 1
     with pytest.raises(FloatingPointError, match="step 5 is not finite, after 1 that were dropped"):

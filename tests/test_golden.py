@@ -10,8 +10,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-
 from test_step import AXIS, MODEL, batch_of, config_of
+
 from zslflax import objectives, optimizer, parallel
 from zslflax import state as states
 from zslflax.objectives import OBJECTIVES

@@ -53,7 +53,10 @@ def test_the_argument_selects_the_objective(parse, objective):
     [
         ("--config.batch_sizes=3", r"--config.batch_sizes: there is no such field; nearest: .*batch_size"),
         ("--config.data.trian=x", r"--config.data.trian: there is no such field; nearest: data.train"),
-        ("--config.eval.sets.tset.data=x", r"eval.sets.tset.data: there is no such field; nearest: eval.sets.test.data"),
+        (
+            "--config.eval.sets.tset.data=x",
+            r"eval.sets.tset.data: there is no such field; nearest: eval.sets.test.data",
+        ),
     ],
 )
 def test_a_mistyped_field_is_named_with_the_nearest(parse, argument, message):
@@ -83,7 +86,11 @@ def test_a_wrong_type_is_named(parse):
         ("eval.resize", 0.9, "eval.resize is 0.9, expected at least 1"),
         ("optimizer.warmup_steps", 5_000, r"optimizer.warmup_steps is 5000, expected 0 to \d+, for steps is"),
         ("optimizer.max_bad_steps", -1, "optimizer.max_bad_steps is -1"),
-        ("freeze", (("image", -1),), "freeze has 'image' for ever, but model.image.pretrained is empty.*nearest that works"),
+        (
+            "freeze",
+            (("image", -1),),
+            "freeze has 'image' for ever, but model.image.pretrained is empty.*nearest that works",
+        ),
         ("freeze", (("image/tower[", 3),), r"freeze: 'image/tower\[' is not a regular expression"),
     ],
 )
@@ -100,7 +107,9 @@ def test_what_contradicts_itself_is_refused(parse, field, value, message):
 
 def test_a_batch_that_the_devices_cannot_share(parse):
     c = parse("--config.batch_size=256")
-    with pytest.raises(ValueError, match="batch_size is 256, which 3 devices cannot share evenly; nearest that works: 255"):
+    with pytest.raises(
+        ValueError, match="batch_size is 256, which 3 devices cannot share evenly; nearest that works: 255"
+    ):
         configs.check_devices(c, 3)
 
 
@@ -117,7 +126,14 @@ def test_json_and_back(parse):
 
 
 def test_a_person_sees_a_message_and_a_programmer_the_traceback(tmp_path):
-    arguments = [sys.executable, "-m", "zslflax.main", f"--config={CONFIGS / 'demo.py'}", f"--workdir={tmp_path}", "--mode=evaluate"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "zslflax.main",
+        f"--config={CONFIGS / 'demo.py'}",
+        f"--workdir={tmp_path}",
+        "--mode=evaluate",
+    ]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     person = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
     assert person.returncode == 1 and "has no config.json" in person.stderr and "Traceback" not in person.stderr

@@ -50,9 +50,7 @@ def test_figures_of_clean_and_of_shuffled_pairs():
     assert clean["batches"][512]["off_diagonal_max"] == pytest.approx(1 / others, rel=1e-5)
     assert clean["duplicate_captions"] == pytest.approx(4 / 600)
     assert clean["most_frequent_captions"] == {"the same": 2, "twice": 2}
-    few = noise.analyse(
-        noise.Pairs(np.arange(3), image_emb[:3], image_emb[[1, 2, 0]], captions[:3]), scale=8.0
-    )
+    few = noise.analyse(noise.Pairs(np.arange(3), image_emb[:3], image_emb[[1, 2, 0]], captions[:3]), scale=8.0)
     assert list(few["batches"]) == [3]  # all of them, where there are fewer than the smallest batch
     assert few["batches"][3]["on_diagonal_mean"] == pytest.approx(1 / (np.exp(8.0) + 2), rel=1e-5)
     assert few["batches"][3]["off_diagonal_max"] == pytest.approx(np.exp(8.0) / (np.exp(8.0) + 2), rel=1e-5)
@@ -134,9 +132,7 @@ def test_what_is_left_out(tmp_path, caplog):
     assert [[source[i] for i in range(len(source))] for source in left] == [["a:0", "a:1"], [], ["c:0"]]
     assert "2 of 5 training samples are left out, of the 3" in caplog.text
     assert exclude.leave_out([a, b], "") == [a, b]
-    with pytest.raises(
-        ValueError, match="none of the 3 names .*with names like 'c:0', those of the file like 'a:2"
-    ):
+    with pytest.raises(ValueError, match="none of the 3 names .*with names like 'c:0', those of the file like 'a:2"):
         exclude.leave_out([c], str(file))
     file.write_text("score,caption\n0.1,x\n")
     with pytest.raises(ValueError, match=r"has the columns \['score', 'caption'\], expected one called name"):

@@ -171,6 +171,8 @@ def test_a_fixed_low_temperature_follows_the_teacher_to_one_caption(pairs):
     entropy = {}
     for temperature in (1e-3, 1e3):
         objective = make("self_distillation", teacher_temperature=temperature)
-        t, _ = objectives.soft_targets(objective, Embeddings(*map(jnp.asarray, pairs[1])), lambda x: x, pairing, columns)
+        t, _ = objectives.soft_targets(
+            objective, Embeddings(*map(jnp.asarray, pairs[1])), lambda x: x, pairing, columns
+        )
         entropy[temperature] = float(jnp.mean(jnp.sum(jax.scipy.special.entr(t), axis=-1)))
     assert entropy[1e-3] < 0.01 and entropy[1e3] == pytest.approx(np.log(N), rel=1e-3)

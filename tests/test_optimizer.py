@@ -97,7 +97,9 @@ def test_freezing_for_ever_and_until_a_step(params, name):
 
 def test_a_thawed_parameter_starts_without_momentum(params):
     """What is frozen until step 3 moves from then on as if its optimiser had just been made."""
-    frozen = run(config_with(learning_rate=0.1, momentum=0.9, freeze=(("image/tower", 3),)), params, steps=4, total=10**9)
+    frozen = run(
+        config_with(learning_rate=0.1, momentum=0.9, freeze=(("image/tower", 3),)), params, steps=4, total=10**9
+    )
     step_3 = np.random.default_rng(3)
     gradients = jax.tree.map(lambda x: step_3.normal(size=x.shape).astype(np.float32), params)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, params["image"]["tower"], gradients["image"]["tower"])

@@ -220,9 +220,7 @@ def tower(request):
     model = Bert(KINDS[request.param])
     variables = jax.jit(model.init)(jax.random.key(0), *padded([4]))
     # A position or a type that moves a vector by 0.02 would hardly be missed.
-    return model, jax.tree.map(
-        lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), variables
-    )
+    return model, jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), variables)
 
 
 LENGTHS = [12, 1, 0, 7, 12, 3, 1, 9, 5, 2, 11, 4, 6, 0, 8, 10]
@@ -318,9 +316,7 @@ def test_a_run_has_the_losses_of_one_with_padded_captions(tiny, tmp_path, frozen
 def test_a_row_holds_the_longest_caption():
     c = default_config()
     c.model.text.pretrained, c.model.text.pack = "somewhere", 59
-    with pytest.raises(
-        ValueError, match="model.text.pack is 59, expected 0 .* at least model.text.max_tokens, 60"
-    ):
+    with pytest.raises(ValueError, match="model.text.pack is 59, expected 0 .* at least model.text.max_tokens, 60"):
         validate(c)
     for fine in (0, 60, 128):
         c.model.text.pack = fine

@@ -280,9 +280,7 @@ def test_evaluation_drops_nothing_and_all_hosts_have_as_many_batches(size, hosts
             assert batch["label"] == [(i % 3, 7) if ok else () for i, ok in zip(batch["index"], readable)]
             assert batch["text"] == [(f"0 {i} 0",) if ok else () for i, ok in zip(batch["index"], readable)]
             assert (batch["image"][~readable] == 0).all()
-            assert [name for name, _ in batch["errors"]] == ["shard0.tar:0002"] * int(
-                (batch["index"] == 2).sum()
-            )
+            assert [name for name, _ in batch["errors"]] == ["shard0.tar:0002"] * int((batch["index"] == 2).sum())
     assert sorted(seen) == list(range(size))
 
 

@@ -58,9 +58,7 @@ def test_an_embedding_does_not_depend_on_its_batch(predictor, pictures):
     for rows in ([4], [10, 0], [*range(11)] * 5):
         some = predictor.encode_image([pictures[i] for i in rows])
         np.testing.assert_allclose(some, whole[rows], atol=2e-6)
-    np.testing.assert_array_equal(
-        predictor.encode_image(pictures[::-1])[::-1], whole
-    )  # in batches of one size
+    np.testing.assert_array_equal(predictor.encode_image(pictures[::-1])[::-1], whole)  # in batches of one size
     texts = predictor.encode_text([f"{i} red circles" for i in range(40)])
     np.testing.assert_allclose(predictor.encode_text("7 red circles"), texts[7:8], atol=2e-6)
 
@@ -108,22 +106,16 @@ def test_what_is_no_image(predictor, tmp_path):
     for wrong in (np.zeros((9, 9, 3), np.float32), np.zeros((9, 9, 2), np.uint8), np.zeros(9, np.uint8)):
         with pytest.raises(ValueError, match=r"expected an image as uint8 \[h, w\]"):
             predictor.encode_image([wrong])
-    with pytest.raises(
-        ValueError, match=r"prepared images uint8 \[b, 16, 16, 3\], found uint8 \[2, 20, 20, 3\]"
-    ):
+    with pytest.raises(ValueError, match=r"prepared images uint8 \[b, 16, 16, 3\], found uint8 \[2, 20, 20, 3\]"):
         predictor.encode_image(np.zeros((2, 20, 20, 3), np.uint8))
 
 
 def test_classify_and_search_are_brute_force(predictor, pictures):
     templates = ["a {}", "two {}s"]
-    classes = np.stack(
-        [predictor.encode_text([t.format(name) for t in templates]).mean(axis=0) for name in NAMES]
-    )
+    classes = np.stack([predictor.encode_text([t.format(name) for t in templates]).mean(axis=0) for name in NAMES])
     classes /= np.linalg.norm(classes, axis=1, keepdims=True)
     image_emb = predictor.encode_image(pictures)
-    for row, answer in zip(
-        image_emb @ classes.T, predictor.classify(pictures, NAMES, templates=templates, top_k=2)
-    ):
+    for row, answer in zip(image_emb @ classes.T, predictor.classify(pictures, NAMES, templates=templates, top_k=2)):
         assert [name for name, _ in answer] == [NAMES[i] for i in np.argsort(-row)[:2]]
         np.testing.assert_allclose([score for _, score in answer], np.sort(row)[:0:-1], atol=1e-5)
     assert len(predictor.classify(pictures[0], NAMES)[0]) == 3  # of three names
@@ -157,9 +149,7 @@ def test_an_exported_folder_gives_the_same_bits(predictor, exported, pictures):
         8,
     )
     files = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
-    tokenizer = {
-        f"text_encoder/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "identity.json")
-    }
+    tokenizer = {f"text_encoder/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "identity.json")}
     assert files == {"README.md", "config.json", "model.safetensors"} | tokenizer
 
 
@@ -204,9 +194,7 @@ def test_an_exported_folder_loads_without_orbax_torch_or_tensorflow(exported):
         "print({name.partition('.')[0] for name in sys.modules} & "
         "{'orbax', 'torch', 'tensorflow', 'tensorflow_datasets', 'grain', 'transformers'})"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program, exported], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", program, exported], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 
 
@@ -226,9 +214,7 @@ def test_another_tokenizer_is_refused(workdir, exported, tmp_path, kind):
 
 
 def test_what_is_no_model(exported, workdir, tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="no config.json: expected the --workdir of a training run, or an exp"
-    ):
+    with pytest.raises(FileNotFoundError, match="no config.json: expected the --workdir of a training run, or an exp"):
         Predictor.restore(tmp_path)
     with pytest.raises(FileNotFoundError, match="no complete checkpoint of step 2; found steps 3, 4"):
         Predictor.restore(workdir, step=2)

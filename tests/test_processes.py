@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from zslflax import checkpoint, evaluate, stop
-from zslflax import workdir as workdirs
 from zslflax import train as training
+from zslflax import workdir as workdirs
 from zslflax.data import pairs
 from zslflax.models import resnet
 from zslflax.state import TrainState

@@ -91,9 +91,7 @@ def torchvision_name(name):
     if not block:
         return name
     stage, index, rest = block.groups()
-    rest = rest.replace("shortcut.convolution", "downsample.0").replace(
-        "shortcut.normalization", "downsample.1"
-    )
+    rest = rest.replace("shortcut.convolution", "downsample.0").replace("shortcut.normalization", "downsample.1")
     rest = re.sub(r"layer\.(\d)\.convolution", lambda m: f"conv{int(m[1]) + 1}", rest)
     rest = re.sub(r"layer\.(\d)\.normalization", lambda m: f"bn{int(m[1]) + 1}", rest)
     return f"layer{int(stage) + 1}.{index}.{rest}"
@@ -103,9 +101,7 @@ def torchvision_names(blocks, bottleneck):
     """Every name in torchvision's published state_dict of a ResNet."""
 
     def norm(prefix):
-        return [
-            f"{prefix}.{x}" for x in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-        ]
+        return [f"{prefix}.{x}" for x in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
 
     names = ["conv1.weight", *norm("bn1"), "fc.weight", "fc.bias"]
     for stage, count in enumerate(blocks, 1):
@@ -171,9 +167,7 @@ def test_four_devices_have_the_outputs_gradients_and_statistics_of_one():
 def test_statistics_move_a_tenth_of_the_way_to_the_batch():
     images = pictures(4, 16)
     variables = jax.jit(tiny().init)(jax.random.key(0), images)
-    _, updated = jax.jit(lambda v, x: tiny().apply(v, x, train=True, mutable=["batch_stats"]))(
-        variables, images
-    )
+    _, updated = jax.jit(lambda v, x: tiny().apply(v, x, train=True, mutable=["batch_stats"]))(variables, images)
     kernel = variables["params"]["conv1"]["kernel"]
     x = jax.lax.conv_general_dilated(
         images, kernel, (2, 2), ((3, 3), (3, 3)), dimension_numbers=("NHWC", "HWIO", "NHWC")

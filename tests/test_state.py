@@ -42,10 +42,15 @@ def test_against_a_written_out_average():
 def test_a_frozen_tower_has_no_average_and_is_the_students(params):
     tx = optax.sgd(0.1, momentum=0.9)
     state = states.create({"params": params, "batch_stats": {}}, tx, ema=True, frozen=("text",))
-    assert set(state.teacher_params["text"]) == {"projection"} and set(state.teacher_params["image"]) == {"tower", "projection"}
+    assert set(state.teacher_params["text"]) == {"projection"} and set(state.teacher_params["image"]) == {
+        "tower",
+        "projection",
+    }
     state = state.replace(teacher_params=jax.tree.map(lambda x: x * 0, state.teacher_params))
     variables = states.teacher_variables(state)["params"]
-    assert float(variables["text"]["tower"]["kernel"][0]) == 3.0 and float(variables["image"]["tower"]["kernel"][0]) == 0.0
+    assert (
+        float(variables["text"]["tower"]["kernel"][0]) == 3.0 and float(variables["image"]["tower"]["kernel"][0]) == 0.0
+    )
     assert jax.tree.structure(variables) == jax.tree.structure(params)
 
 

@@ -208,7 +208,9 @@ def test_a_frozen_teacher_of_another_architecture(variables):
     v, t = (other.apply(taught, *x, method=m) for x, m in (
         ((batch["image"],), "encode_image"), ((batch["text"], batch["text_mask"]), "encode_text")))  # fmt: skip
     soft = [jax.nn.softmax(s / 0.1, axis=-1) for s in (v @ t.T, t @ v.T)]
-    assert metrics["soft_entropy"] == pytest.approx(np.mean([-np.sum(p * np.log(p), -1) for p in map(np.asarray, soft)]), rel=1e-4)
+    assert metrics["soft_entropy"] == pytest.approx(
+        np.mean([-np.sum(p * np.log(p), -1) for p in map(np.asarray, soft)]), rel=1e-4
+    )
 
 
 def test_a_step_that_is_not_finite_changes_nothing(variables):

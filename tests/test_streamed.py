@@ -94,9 +94,7 @@ def assert_equal(ours, plain, tolerance=1e-5):
     """To a share of an array's largest value: a sum's rounding follows its terms, not what they leave."""
     assert jax.tree.structure(ours) == jax.tree.structure(plain)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
-        np.testing.assert_allclose(
-            a, b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(b).max(initial=0.0))
-        )
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(b).max(initial=0.0)))
 
 
 @pytest.mark.parametrize(
@@ -117,9 +115,7 @@ def test_equals_the_plain_form(objective, devices, block=5):
 
 
 @pytest.mark.parametrize("objective", VARIANTS, ids=lambda o: o.name)
-@pytest.mark.parametrize(
-    "case", ["none valid", "one valid", "two valid", "identical", "a device without any"]
-)
+@pytest.mark.parametrize("case", ["none valid", "one valid", "two valid", "identical", "a device without any"])
 def test_degenerate_batches_equal_too(objective, case):
     valid = {
         "none valid": np.zeros(N, bool),
@@ -170,9 +166,7 @@ def test_potentials_equal_the_plain_ones():
         rows = {"teacher": image, "valid": valid, "index": index}
         columns = {"teacher": text, "valid": valid, "index": index}
         gathered = jax.tree.map(lambda x: jax.lax.all_gather(x, "data", tiled=True), columns)
-        return transport.streamed_potentials(
-            rows, gathered, 5, remove_diagonal=True, block=4, axis_name="data"
-        )
+        return transport.streamed_potentials(rows, gathered, 5, remove_diagonal=True, block=4, axis_name="data")
 
     split = jax.tree.map(lambda x: jnp.asarray(x).reshape(4, -1, *x.shape[1:]), (image, text, valid, index))
     f, g = jax.pmap(potentials, "data", out_axes=(0, None))(*split)

@@ -29,9 +29,7 @@ def write(folder, features, examples, *, file_format="array_record", config=None
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
 
         def _info(self):
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features(tfds.features))
-            )
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features(tfds.features)))
 
         def _split_generators(self, _):
             return {split: self._generate_examples(rows) for split, rows in examples.items()}
@@ -133,9 +131,7 @@ def test_configs(tmp_path):
 
 def test_tfrecords_alone_give_the_command_that_converts_them(tmp_path):
     """Written as ArrayRecord and then described as TFRecord, which tfds writes with TensorFlow only."""
-    write(
-        tmp_path, flat, {"train": [{"photo": io.BytesIO(jpeg(1)), "caption": "x", "label": 0, "coarse": 0}]}
-    )
+    write(tmp_path, flat, {"train": [{"photo": io.BytesIO(jpeg(1)), "caption": "x", "label": 0, "coarse": 0}]})
     folder = tmp_path / "tiny" / "1.0.0"
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
@@ -186,8 +182,6 @@ def test_training_needs_captions(tmp_path):
 
 
 def test_none_of_this_imports_tensorflow(tmp_path):
-    write(
-        tmp_path, flat, {"train": [{"photo": io.BytesIO(jpeg(1)), "caption": "x", "label": 0, "coarse": 0}]}
-    )
+    write(tmp_path, flat, {"train": [{"photo": io.BytesIO(jpeg(1)), "caption": "x", "label": 0, "coarse": 0}]})
     assert images.decode(TfdsSource("tiny", "train", tmp_path)[0]["image"]).shape == (9, 9, 3)
     assert "tensorflow" not in sys.modules

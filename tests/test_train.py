@@ -181,7 +181,14 @@ def test_two_sets_one_of_captions_alone(tiny, tmp_path):
     c = tiny.data.scenes
     captioned = scenes.ensure(c.root, train=c.train, test=c.test, size=c.size).train
     with tiny.unlocked():
-        tiny.eval.sets.captions = {"data": captioned, "names": "", "unseen": "", "synonyms": "", "classes": "", "wordnet": ""}
+        tiny.eval.sets.captions = {
+            "data": captioned,
+            "names": "",
+            "unseen": "",
+            "synonyms": "",
+            "classes": "",
+            "wordnet": "",
+        }
     tiny.steps = tiny.eval.every = 2
     training.train(tiny, tmp_path)
     names = {name.rpartition("/")[2] for name in lines(tmp_path)[-1] if name.startswith("eval/captions/")}

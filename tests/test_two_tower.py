@@ -59,9 +59,7 @@ def test_the_tree_of_parameters(built):
     assert variables["params"]["image"]["projection"]["kernel"].shape == (128, 12)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     with_statistics = jax.eval_shape(residual().init, jax.random.key(0), *inputs())
-    assert {side: set(parts) for side, parts in with_statistics["batch_stats"].items()} == {
-        "image": {"tower"}
-    }
+    assert {side: set(parts) for side, parts in with_statistics["batch_stats"].items()} == {"image": {"tower"}}
 
 
 def test_pixels_are_normalised_per_channel(built):
@@ -99,9 +97,7 @@ def test_without_train_an_image_is_embedded_alone():
     variables = jax.jit(model.init)(jax.random.key(0), image, text, mask)
     encode = jax.jit(lambda image: model.apply(variables, image, method="encode_image"))
     np.testing.assert_allclose(encode(image)[:1], encode(image[:1]), atol=1e-5)
-    train = lambda image: model.apply(
-        variables, image, train=True, method="encode_image", mutable=["batch_stats"]
-    )
+    train = lambda image: model.apply(variables, image, train=True, method="encode_image", mutable=["batch_stats"])
     together, updated = jax.jit(train)(image)
     assert np.abs(together[:1] - jax.jit(train)(image[:1])[0]).max() > 1e-3
     before = variables["batch_stats"]["image"]["tower"]["bn1"]["mean"]
@@ -137,9 +133,7 @@ def test_build_takes_the_towers_of_the_config(built):
 def test_build_refuses_what_it_does_not_have():
     config = model_config()
     config.image.name = "resnet52"
-    with pytest.raises(
-        ValueError, match="model.image.name is 'resnet52'; expected one of resnet18.*vit_nano4"
-    ):
+    with pytest.raises(ValueError, match="model.image.name is 'resnet52'; expected one of resnet18.*vit_nano4"):
         two_tower.build(config)
     with pytest.raises(ValueError, match="model.text.max_tokens is 513; the encoder has 512 positions"):
         two_tower.build(model_config(max_tokens=513))

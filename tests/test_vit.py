@@ -103,9 +103,7 @@ def timm_weights(torch, original):
         weights[name] = value
     for i in range(DEPTH):
         for leaf in ("weight", "bias"):
-            parts = [
-                weights.pop(f"blocks.{i}.attention.attention.{x}.{leaf}") for x in ("query", "key", "value")
-            ]
+            parts = [weights.pop(f"blocks.{i}.attention.attention.{x}.{leaf}") for x in ("query", "key", "value")]
             weights[f"blocks.{i}.attn.qkv.{leaf}"] = torch.cat(parts)
     return weights
 
@@ -164,9 +162,7 @@ def test_tiny_at_its_real_size_through_load_image(require, tmp_path):
     model = ViT(*VITS["vit_ti16"])
     variables = pretrained.load_image(tmp_path, "vit_ti16", shapes(model, 224), 224)
     images = pictures(1, 224)
-    np.testing.assert_allclose(
-        jax.jit(model.apply)(variables, images), features(original, images), rtol=0, atol=1e-4
-    )
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, images), features(original, images), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 7), (14, 24), (7, 4), (14, 7), (5, 1)])
@@ -174,9 +170,7 @@ def test_positions_are_resized_as_timm_does(require, old, new):
     torch = require("torch")
     table = np.random.default_rng(0).normal(size=(1, 1 + old**2, 6)).astype(np.float32)
     grid = torch.tensor(table[:, 1:].reshape(1, old, old, 6)).permute(0, 3, 1, 2)
-    wanted = torch.nn.functional.interpolate(
-        grid, (new, new), mode="bicubic", antialias=True, align_corners=False
-    )
+    wanted = torch.nn.functional.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
     resized = pretrained.resize_positions(table, new)
     np.testing.assert_array_equal(resized[:, 0], table[:, 0])
     grid = resized[:, 1:].reshape(1, new, new, 6).transpose(0, 3, 1, 2)
@@ -209,9 +203,7 @@ def test_another_resolution_agrees_with_transformers_on_smooth_positions(require
     theirs = features(original, images, interpolate_pos_encoding=True)
     apply = jax.jit(small().apply)
     np.testing.assert_allclose(apply(variables, images), theirs, atol=2e-3)
-    grid = (
-        variables["params"]["position"][:, 1:].reshape(1, 12, 12, WIDTH).swapaxes(1, 2).reshape(1, 144, WIDTH)
-    )
+    grid = variables["params"]["position"][:, 1:].reshape(1, 12, 12, WIDTH).swapaxes(1, 2).reshape(1, 144, WIDTH)
     variables["params"]["position"][:, 1:] = grid
     assert np.abs(apply(variables, images) - theirs).max() > 1e-2  # transposed positions would be noticed
 
@@ -223,9 +215,7 @@ def test_parameters_are_as_many_as_published(name):
 
 
 def test_size_that_patches_do_not_fill_is_refused():
-    with pytest.raises(
-        ValueError, match="36 × 36 pixels: expected multiples of the patch's 8.*model.image.size"
-    ):
+    with pytest.raises(ValueError, match="36 × 36 pixels: expected multiples of the patch's 8.*model.image.size"):
         shapes(small(), 36)
 
 

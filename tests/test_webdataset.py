@@ -377,9 +377,7 @@ def test_patterns_globs_and_lists(tmp_path):
 
 def test_a_shard_that_is_named_twice_counts_twice(tmp_path):
     path = write(tmp_path / "a.tar", samples(range(3)))
-    assert [record["text"] for record in WebDataset([path, path])] == 2 * [
-        (f"caption {i}",) for i in range(3)
-    ]
+    assert [record["text"] for record in WebDataset([path, path])] == 2 * [(f"caption {i}",) for i in range(3)]
 
 
 def test_the_home_folder(home):

@@ -137,9 +137,7 @@ def page(predictor: Predictor, folder: Path | None) -> gr.Blocks:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m zslflax.app", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--workdir", required=True, help="of a training run; or an exported folder, or a Hub id"
-    )
+    parser.add_argument("--workdir", required=True, help="of a training run; or an exported folder, or a Hub id")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="whose images can be searched")
     parser.add_argument("--host", default="127.0.0.1", help="to serve on; default: this machine alone")
     parser.add_argument("--port", type=int, default=7860)

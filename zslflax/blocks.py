@@ -61,9 +61,7 @@ def sweep(visit, block: int, rows: dict, columns: dict, row_sums, column_sums, t
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], tree)
 
     b, n = rows["valid"].shape[0], columns["valid"].shape[0]
-    rows, columns, row_sums, column_sums = (
-        split(tree, block) for tree in (rows, columns, row_sums, column_sums)
-    )
+    rows, columns, row_sums, column_sums = (split(tree, block) for tree in (rows, columns, row_sums, column_sums))
     (column_sums, totals), row_sums = jax.lax.scan(over_rows, (column_sums, totals), (rows, row_sums))
     return join(row_sums, b), join(column_sums, n), totals
 

@@ -31,9 +31,7 @@ def manager(workdir: str | Path, best: str = "", read_only: bool = False) -> ocp
     best_fn = None
     if best:
         best_fn = lambda metrics: metrics[best]
-        kept.append(
-            checkpoint_managers.BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False)
-        )
+        kept.append(checkpoint_managers.BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
         best_fn=best_fn,
@@ -63,9 +61,7 @@ def save(
         if not metrics:
             return
         checkpoints.delete(step)
-    recent = [
-        {name: value.item() for name, value in of_step.items()} for of_step in jax.device_get(list(recent))
-    ]
+    recent = [{name: value.item() for name, value in of_step.items()} for of_step in jax.device_get(list(recent))]
     arguments = ocp.args.Composite(
         state=ocp.args.StandardSave(parallel.to_global(state)),
         run=ocp.args.JsonSave({"fingerprints": fingerprints(vars(state)), "recent": recent}),
@@ -148,9 +144,7 @@ def set_aside(checkpoints: ocp.CheckpointManager, steps: list[int], reasons: dic
         kept.parent.mkdir(exist_ok=True)
         (folder / str(step)).rename(kept)
         reason = reasons.get(step, "another process cannot read it")
-        log.error(
-            "the checkpoint %s is damaged, moved to %s, and not used: %s", folder / str(step), kept, reason
-        )
+        log.error("the checkpoint %s is damaged, moved to %s, and not used: %s", folder / str(step), kept, reason)
     parallel.agree(True)  # all wait for the main process
     checkpoints.reload()
 
@@ -181,9 +175,7 @@ def fingerprints(parts: dict[str, Any]) -> dict[str, int]:
     Weights that are odd have inverses mod 2³²: no change of a single word goes unnoticed, and of any other
     damage one in 2³². The sum does not depend on the order of the arrays, nor on the devices that hold them.
     """
-    sums = jax.device_get(
-        {name: [_fingerprint(x) for x in jax.tree.leaves(tree)] for name, tree in parts.items()}
-    )
+    sums = jax.device_get({name: [_fingerprint(x) for x in jax.tree.leaves(tree)] for name, tree in parts.items()})
     return {name: sum(map(int, of_part)) % 2**32 for name, of_part in sums.items()}
 
 

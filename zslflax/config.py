@@ -36,9 +36,13 @@ def default_config() -> ConfigDict:
     c.model.text.pretrained = ""  # a BERT or RoBERTa, likewise; its config.json gives the sizes
     c.model.text.tokenizer = ""  # likewise; "" is the folder of the pretrained encoder
     c.model.text.max_tokens = 60  # longer captions are truncated; special tokens counted
-    c.model.text.pack = 0  # tokens in a row that several training captions share, at least max_tokens; 0: a row for each
+    c.model.text.pack = (
+        0  # tokens in a row that several training captions share, at least max_tokens; 0: a row for each
+    )
     c.model.text.dropout = 0.1
-    c.model.text.keep_features = 0  # captions whose features are kept and not computed again, if the text tower is frozen
+    c.model.text.keep_features = (
+        0  # captions whose features are kept and not computed again, if the text tower is frozen
+    )
     # Sizes of a BERT without pretrained weights; the vocabulary must hold the tokenizer's.
     c.model.text.scratch = ConfigDict({"layers": 12, "width": 768, "heads": 12, "vocab_size": 30_522})
 
@@ -79,7 +83,9 @@ def default_config() -> ConfigDict:
     c.optimizer.no_decay = (r".*/(bias|scale)$", "objective/")  # patterns of parameters without weight decay
     c.optimizer.rate_factors = ()  # ((pattern, factor), ...): of the learning rate; the first match counts
     c.optimizer.clip_norm = 0.0  # of the whole gradient; 0: no clipping
-    c.optimizer.max_bad_steps = 0  # whose update is not finite: so many in a run are dropped and counted, one more stops it
+    c.optimizer.max_bad_steps = (
+        0  # whose update is not finite: so many in a run are dropped and counted, one more stops it
+    )
 
     c.data = ConfigDict()
     c.data.train = ("scenes",)  # "scenes", tar shards "path/{00000..00331}.tar" (globs too), "tfds:NAME/SPLIT"
@@ -246,9 +252,14 @@ def validate(c: ConfigDict) -> None:
     low, high = c.data.crop_scale
     expect(0 < low <= high <= 1, f"data.crop_scale is {(low, high)}, expected 0 < smallest ≤ largest ≤ 1, of the area")
     expect(0 <= c.data.max_bad <= 1, f"data.max_bad is {c.data.max_bad}, expected a share, from 0 to 1")
-    expect(c.eval.resize >= 1, f"eval.resize is {c.eval.resize}, expected at least 1, or the crop is larger than the image")
+    expect(
+        c.eval.resize >= 1, f"eval.resize is {c.eval.resize}, expected at least 1, or the crop is larger than the image"
+    )
     warmup = c.optimizer.warmup_steps
-    expect(0 <= warmup < c.steps, f"optimizer.warmup_steps is {warmup}, expected 0 to {c.steps - 1}, for steps is {c.steps}")
+    expect(
+        0 <= warmup < c.steps,
+        f"optimizer.warmup_steps is {warmup}, expected 0 to {c.steps - 1}, for steps is {c.steps}",
+    )
     bad = c.optimizer.max_bad_steps
     expect(bad >= 0, f"optimizer.max_bad_steps is {bad}, expected 0 (the first one stops the run) or more")
     for modality in ("image", "text"):

@@ -75,9 +75,7 @@ def open_set(name: str, test, config) -> TestSet:
 def label_space(test, own: list[str] | None, wordnet: WordNet | None) -> LabelSpace | None:
     """The classes of one of the config's test sets; None where neither the config nor the source names any."""
     if test.names or test.classes or own is not None:
-        return LabelSpace.read(
-            test.names, test.unseen, test.synonyms, classes=test.classes, own=own, wordnet=wordnet
-        )
+        return LabelSpace.read(test.names, test.unseen, test.synonyms, classes=test.classes, own=own, wordnet=wordnet)
     if test.data == "scenes":
         unseen = members(scenes.NAMES, [scenes.NAMES[i] for i in scenes.UNSEEN])
         return LabelSpace(scenes.NAMES, unseen, scenes.SYNONYMS)
@@ -218,10 +216,7 @@ def shown(n: int) -> np.ndarray:
 def best_names(image_emb, text_emb, names: Sequence[str], truth: list[set[int]]) -> list[list[tuple[str, float, bool]]]:
     """For each shown image its best names: (name, score, whether it is true)."""
     scores, ids = top_k(image_emb[shown(len(image_emb))], text_emb, min(ANSWERS, len(names)))
-    return [
-        [(names[i], float(s), int(i) in true) for s, i in zip(*row)]
-        for *row, true in zip(scores, ids, truth)
-    ]
+    return [[(names[i], float(s), int(i) in true) for s, i in zip(*row)] for *row, true in zip(scores, ids, truth)]
 
 
 def draw(test: TestSet, embedded: Embedded, answers):

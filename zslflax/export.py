@@ -86,8 +86,7 @@ def load_model(folder: Path) -> tuple:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (KeyError, TypeError, SafetensorError) as error:
         raise ValueError(
-            f"{folder} is no model that zslflax exported, or its {WEIGHTS} is damaged: "
-            f"{type(error).__name__}: {error}"
+            f"{folder} is no model that zslflax exported, or its {WEIGHTS} is damaged: {type(error).__name__}: {error}"
         ) from error
     return config, {"batch_stats": {}} | unflatten_dict(tensors, sep="/"), step
 

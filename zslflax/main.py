@@ -11,8 +11,12 @@ from zslflax import config as configs
 from zslflax import parallel, program, telemetry
 from zslflax.train import evaluate, train
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with an argument after a colon if it takes one.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes, and where it resumes. Default: runs/<config.name>.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/, with an argument after a colon if it takes one."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run writes, and where it resumes. Default: runs/<config.name>."
+)
 MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "evaluate: the newest checkpoint, without training.")
 STEP = flags.DEFINE_integer("step", None, "With --mode=evaluate: the step of the checkpoint.")
 CHANGED = flags.DEFINE_bool("changed", False, "Go on in a workdir whose checkpoints are another config's.")

@@ -58,9 +58,7 @@ def embed(predictor: Predictor, source: Sequence, name: str) -> Pairs:
     return Pairs(found.index[kept], found.image[""][kept], np.concatenate(parts), captions)
 
 
-def agreement(
-    image_emb: np.ndarray, text_emb: np.ndarray, scale: float, size: int, seed: int = 0
-) -> dict[str, float]:
+def agreement(image_emb: np.ndarray, text_emb: np.ndarray, scale: float, size: int, seed: int = 0) -> dict[str, float]:
     """The softmaxed similarities of shuffled batches, images → captions.
 
     Args:
@@ -124,24 +122,16 @@ def draw(found: Pairs, worst: np.ndarray, source: Sequence):
     rows = []
     for i, *others in zip(worst, best, ids):
         own = (found.captions[i], float(scores[i]), True)
-        rows.append(
-            [own] + [(captions[c], float(s), False) for s, c in zip(*others) if captions[c] != own[0]]
-        )
+        rows.append([own] + [(captions[c], float(s), False) for s, c in zip(*others) if captions[c] != own[0]])
     shown = [samples.pixels(source[int(found.number[i])]) for i in worst]
     return pictures.prediction_grid(shown, rows, [(found.captions[i],) for i in worst])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m zslflax.noise", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--workdir", required=True, help="of a training run; or an exported folder, or a Hub id"
-    )
-    parser.add_argument(
-        "--data", required=True, help="a source of pairs, as the config's data.train has them"
-    )
-    parser.add_argument(
-        "--worst", type=float, default=0.1, help="share of the pairs in noise.csv (default 0.1)"
-    )
+    parser.add_argument("--workdir", required=True, help="of a training run; or an exported folder, or a Hub id")
+    parser.add_argument("--data", required=True, help="a source of pairs, as the config's data.train has them")
+    parser.add_argument("--worst", type=float, default=0.1, help="share of the pairs in noise.csv (default 0.1)")
     parser.add_argument("--to", help="folder of noise.json, noise.csv and noise.png; default: WORKDIR/noise")
     args = parser.parse_args()
     if not 0.0 < args.worst < 1.0:

@@ -91,7 +91,9 @@ def build(config, params: Any, steps: int) -> optax.GradientTransformation:
     def unfrozen(inner: optax.GradientTransformation) -> optax.GradientTransformation:
         """`inner` for what is free; zero for what is frozen, which `inner` never sees."""
         later = {
-            step: optax.set_to_zero() if step == FOR_EVER else optax.conditionally_mask(inner, partial(operator.le, step))
+            step: optax.set_to_zero()
+            if step == FOR_EVER
+            else optax.conditionally_mask(inner, partial(operator.le, step))
             for step in set(jax.tree.leaves(until)) - {0}
         }
         return optax.partition({0: inner, **later}, until)

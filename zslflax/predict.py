@@ -44,9 +44,7 @@ class Predictor:
         self.config, self.model, self.tokenizer, self.step = config, model, tokenizer, step
         self.variables = parallel.replicate(variables)
         self.text_features = text_features or TextFeatures(model, self.variables, KEPT_TEXTS)
-        map_method = lambda method: parallel.map_embed(
-            lambda variables, x: model.apply(variables, x, method=method)
-        )
+        map_method = lambda method: parallel.map_embed(lambda variables, x: model.apply(variables, x, method=method))
         self._encode_image, self._project_text = map_method("encode_image"), map_method("project_text")
 
     def with_variables(self, variables, step: int) -> "Predictor":
@@ -81,9 +79,7 @@ class Predictor:
             )
         if (folder / export.WEIGHTS).is_file():
             if step is not None or use != "teacher":
-                raise ValueError(
-                    f"{folder} is an exported model, which has no steps and no student beside it"
-                )
+                raise ValueError(f"{folder} is an exported model, which has no steps and no student beside it")
             config, variables, step = export.load_model(folder)
         else:
             config, variables, step = read_run(folder, step, use)
@@ -129,9 +125,7 @@ class Predictor:
             return self._in_batches(self._encode_image, pictures)
         one = isinstance(pictures, (str, Path, Image.Image, np.ndarray))
         prepared = [self.prepare(picture) for picture in ([pictures] if one else pictures)]
-        return self._in_batches(
-            self._encode_image, np.stack(prepared) if prepared else np.empty((0, size, size, 3))
-        )
+        return self._in_batches(self._encode_image, np.stack(prepared) if prepared else np.empty((0, size, size, 3)))
 
     def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """Unit embeddings of texts, fp32 [b, d]; texts beyond the maximum number of tokens are truncated."""
@@ -206,8 +200,7 @@ def read_image(picture) -> np.ndarray:
     array = np.asarray(picture)
     if array.dtype != np.uint8 or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4)):
         raise ValueError(
-            "expected an image as uint8 [h, w], [h, w, 3] or [h, w, 4], "
-            f"found {array.dtype} {list(array.shape)}"
+            f"expected an image as uint8 [h, w], [h, w, 3] or [h, w, 4], found {array.dtype} {list(array.shape)}"
         )
     return array if array.shape[2:] == (3,) else np.array(images.to_rgb(Image.fromarray(array)))
 
@@ -233,9 +226,7 @@ def read_run(workdir: Path, step: int | None, use: str) -> tuple:
     steps = checkpoint.available(workdir)
     if not steps or step not in (None, *steps):
         found = f"found steps {', '.join(map(str, steps))}" if steps else "found none"
-        raise FileNotFoundError(
-            f"{workdir} has no complete checkpoint{f' of step {step}' if step else ''}; {found}"
-        )
+        raise FileNotFoundError(f"{workdir} has no complete checkpoint{f' of step {step}' if step else ''}; {found}")
     step = steps[-1] if step is None else step
     config = from_json((workdir / "config.json").read_text())
     names = ("params", "batch_stats", "teacher_params", "teacher_batch_stats")
@@ -259,18 +250,12 @@ def bars(rows: Sequence[tuple[str, float]], width: int = 30) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m zslflax.predict", description=__doc__.partition("\n")[0])
     parser.add_argument("images", nargs="*", metavar="IMAGE")
-    parser.add_argument(
-        "--workdir", required=True, help="of a training run; or an exported folder, or a Hub id"
-    )
+    parser.add_argument("--workdir", required=True, help="of a training run; or an exported folder, or a Hub id")
     parser.add_argument("--names", help='"a cat,a dog", or a file with one name a line')
-    parser.add_argument(
-        "--templates", help='prompts, "a photo of a {}.", or a file of them; default: the run\'s'
-    )
+    parser.add_argument("--templates", help='prompts, "a photo of a {}.", or a file of them; default: the run\'s')
     parser.add_argument("--top", type=int, default=5, help="names for each image")
     parser.add_argument("--png", metavar="FILE", help="draw the answers there instead of in the terminal")
-    parser.add_argument(
-        "--export", metavar="FOLDER", help="write the model there, to be used without the run"
-    )
+    parser.add_argument("--export", metavar="FOLDER", help="write the model there, to be used without the run")
     args = parser.parse_args()
     if not args.export and not (args.images and args.names):
         parser.error("give images and --names, or --export")

@@ -18,7 +18,9 @@ def plain_errors():
         yield
     except Exception as error:
         plain = isinstance(error, (ValueError, OSError, FloatingPointError)) and not os.environ.get("ZSLFLAX_TRACEBACK")
-        message = f"zslflax: {error}\n(ZSLFLAX_TRACEBACK=1 shows where it was raised)" if plain else traceback.format_exc()
+        message = (
+            f"zslflax: {error}\n(ZSLFLAX_TRACEBACK=1 shows where it was raised)" if plain else traceback.format_exc()
+        )
         if jax.distributed.is_initialized():
             print(message, file=sys.stderr, flush=True)
             os._exit(1)

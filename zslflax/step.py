@@ -31,9 +31,7 @@ def features(model, variables: Tree, batch, modality: str, *, train: bool, rngs=
         inputs = batch["text"], batch["text_mask"]
     if not train:
         return model.apply(variables, *inputs, train=False, method=method), variables["batch_stats"]
-    outputs, updated = model.apply(
-        variables, *inputs, train=True, method=method, mutable=["batch_stats"], rngs=rngs
-    )
+    outputs, updated = model.apply(variables, *inputs, train=True, method=method, mutable=["batch_stats"], rngs=rngs)
     return outputs, {**variables["batch_stats"], **updated.get("batch_stats", {})}
 
 
@@ -99,7 +97,13 @@ def train_step(
         variables = {**student, "params": merge(state.params, trained_params)}
         student_emb, batch_stats = embed(model, variables, batch, shared, train=trained, rngs={"dropout": key})
         rows = objectives.pair_losses(
-            config.objective, trained_params["objective"], student_emb, taught, batch["mask"], step=state.step, axis_name=AXIS
+            config.objective,
+            trained_params["objective"],
+            student_emb,
+            taught,
+            batch["mask"],
+            step=state.step,
+            axis_name=AXIS,
         )
         means = jax.tree.map(lambda row: jnp.sum(mask * row) / pairs, rows)  # this device's part of the global mean
         return means["loss"], (means, batch_stats)
@@ -130,7 +134,9 @@ def train_step(
     if "text_truncated" in batch:
         metrics["truncated"] = jax.lax.psum(jnp.sum(batch["text_truncated"].astype(jnp.float32)), AXIS)
     scales = state.params["objective"].items()
-    scales = {name.replace("log_scale", "scale"): jnp.exp(value) for name, value in scales if name.endswith("log_scale")}
+    scales = {
+        name.replace("log_scale", "scale"): jnp.exp(value) for name, value in scales if name.endswith("log_scale")
+    }
     return state, metrics | scales | {"grad_norm": grad_norm, "pairs": pairs} | {
         "bad_steps": state.bad_steps,
         "bad_step": state.bad_step,

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from zslflax import parallel
 
 log = logging.getLogger("zslflax")
-STOPPED = 128 + signal.SIGTERM  # exit status of several processes that saved and stopped: their launcher starts them again
+STOPPED = (
+    128 + signal.SIGTERM
+)  # exit status of several processes that saved and stopped: their launcher starts them again
 
 
 class _Interrupted(BaseException):
@@ -41,9 +43,7 @@ class Stop:
         signal.signal(number, self._before[number])
         name = signal.Signals(number).name
         if number == signal.SIGINT:
-            log.warning(
-                "%s: saving after this step, then stopping; once more stops at once, without saving", name
-            )
+            log.warning("%s: saving after this step, then stopping; once more stops at once, without saving", name)
         else:
             log.warning("%s: saving after this step, then stopping", name)
         if parallel.several():

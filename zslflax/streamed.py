@@ -199,9 +199,7 @@ def teach(fixed: Fixed, objective, teacher, rows: dict, columns: dict) -> tuple[
     if otter:
         # Nothing of the student goes along: of a loop that a gradient enters, jax computes beforehand what
         # does not change from one iteration to the next, and those are all blocks of u.
-        sides = [
-            {"teacher": z} | {k: side[k] for k in ("valid", "index")} for z, side in ((x, rows), (y, columns))
-        ]
+        sides = [{"teacher": z} | {k: side[k] for k in ("valid", "index")} for z, side in ((x, rows), (y, columns))]
         f, g = streamed_potentials(
             *sides,
             objective.sinkhorn_iterations,

@@ -193,9 +193,7 @@ def class_number(field: str, file: Path, line: int) -> int:
         if (label := int(label)) < 0:
             raise ValueError
     except ValueError:
-        raise ValueError(
-            f"{file}, line {line}: found {field!r}, expected CLASS:CONFIDENCE, such as 5193:0.9"
-        ) from None
+        raise ValueError(f"{file}, line {line}: found {field!r}, expected CLASS:CONFIDENCE, such as 5193:0.9") from None
     return label
 
 
@@ -219,17 +217,13 @@ def read_columns(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, list
         reader = csv.reader(lines)
         header = [name.strip() for name in next(reader, [])]
         if missing := [column for column in columns if column not in header]:
-            raise ValueError(
-                f"{file} has no column {', '.join(missing)}; found: {', '.join(header) or 'nothing'}"
-            )
+            raise ValueError(f"{file} has no column {', '.join(missing)}; found: {', '.join(header) or 'nothing'}")
         at = [header.index(column) for column in columns]
         for row in reader:
             if len(row) == len(header):
                 yield reader.line_num, [row[i].strip() for i in at]
             elif row:
-                raise ValueError(
-                    f"{file}, line {reader.line_num} has {len(row)} fields, the header {len(header)}"
-                )
+                raise ValueError(f"{file}, line {reader.line_num} has {len(row)} fields, the header {len(header)}")
 
 
 def in_order(of_id: dict[str, object]) -> list:

@@ -38,9 +38,7 @@ def leave_out(sources: Sequence, file: str) -> list:
     with open(Path(file).expanduser(), newline="", encoding="utf-8") as lines:
         table = csv.DictReader(lines)
         if "name" not in (table.fieldnames or ()):
-            raise ValueError(
-                f"data.exclude: {file} has the columns {table.fieldnames}, expected one called name"
-            )
+            raise ValueError(f"data.exclude: {file} has the columns {table.fieldnames}, expected one called name")
         excluded = {row["name"] for row in table}
     remaining = []
     for source in sources:

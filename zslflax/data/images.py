@@ -68,9 +68,7 @@ def decode_any(data: bytes) -> np.ndarray:
     except BadSample:
         raise
     except UnidentifiedImageError:
-        raise BadSample(
-            f"it is no image: it starts with {data[:8]!r}" if data else "the image is empty"
-        ) from None
+        raise BadSample(f"it is no image: it starts with {data[:8]!r}" if data else "the image is empty") from None
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise BadSample(f"the image cannot be decoded: {error or type(error).__name__}") from error
 

@@ -58,9 +58,7 @@ def open_tfds(spec: str, data_config, split: str):
     """A dataset of tensorflow_datasets: "tfds:coco_captions/train", "tfds:NAME/CONFIG:VERSION/SPLIT"."""
     name, slash, part = spec.removeprefix("tfds:").rpartition("/")
     if not (spec.startswith("tfds:") and name and part):
-        raise ValueError(
-            f"the source {spec!r} is not of the form tfds:NAME/SPLIT, such as tfds:coco_captions/train"
-        )
+        raise ValueError(f"the source {spec!r} is not of the form tfds:NAME/SPLIT, such as tfds:coco_captions/train")
     return TfdsSource(name, part, data_dir=data_config.tfds_dir or None, require_captions=split == "train")
 
 
@@ -248,18 +246,14 @@ class Chunks:
         return self.prepare(self.rows(step, start, stop))
 
 
-def stream(
-    rows, prepare, per_host: int, steps: range, threads: int, workers: int, enough: int
-) -> Iterator[dict]:
+def stream(rows, prepare, per_host: int, steps: range, threads: int, workers: int, enough: int) -> Iterator[dict]:
     """Batches `steps` of `per_host` rows each, prepared ahead by threads, or by workers with threads each.
 
     Raises:
         ValueError: there were `enough` samples and none was readable; the reasons and the first names.
     """
     parts = -(-per_host // CHUNK)
-    chunks = grain.MapDataset.range(steps.start * parts, steps.stop * parts).map(
-        Chunks(rows, prepare, per_host, parts)
-    )
+    chunks = grain.MapDataset.range(steps.start * parts, steps.stop * parts).map(Chunks(rows, prepare, per_host, parts))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + parts if threads else 0)
     chunks = chunks.to_iter_dataset(options)
     if workers:

@@ -327,11 +327,7 @@ def place(classes: list[int], rng: random.Random) -> tuple[Placed, ...]:
     for _ in range(40):
         centres = [(rng.uniform(0.53 * s, 1 - 0.53 * s), rng.uniform(0.53 * s, 1 - 0.53 * s)) for s in sides]
         gap = min(
-            (
-                math.dist(centres[i], centres[j]) / (sides[i] + sides[j])
-                for i in range(len(sides))
-                for j in range(i)
-            ),
+            (math.dist(centres[i], centres[j]) / (sides[i] + sides[j]) for i in range(len(sides)) for j in range(i)),
             default=1.0,
         )
         if gap > best_gap:
@@ -339,8 +335,7 @@ def place(classes: list[int], rng: random.Random) -> tuple[Placed, ...]:
         if gap > 0.5:  # circles would not touch
             break
     return tuple(
-        Placed(c, x, y, side, rng.uniform(0, 2 * math.pi))
-        for c, (x, y), side in zip(classes, best, sides, strict=True)
+        Placed(c, x, y, side, rng.uniform(0, 2 * math.pi)) for c, (x, y), side in zip(classes, best, sides, strict=True)
     )
 
 

@@ -84,14 +84,10 @@ def find_folder(name: str, root: Path) -> Path:
     Found by its files and not by tfds.builder, whose code for many datasets needs TensorFlow.
     """
     path, _, version = name.partition(":")
-    folders = [
-        info.parent for info in (root / path).rglob("dataset_info.json") if is_version(info.parent.name)
-    ]
+    folders = [info.parent for info in (root / path).rglob("dataset_info.json") if is_version(info.parent.name)]
     folders = [folder for folder in folders if not version or folder.name == version]
     if not folders:
-        prepared = sorted(
-            {p.parent.parent.relative_to(root).as_posix() for p in root.glob("*/**/dataset_info.json")}
-        )
+        prepared = sorted({p.parent.parent.relative_to(root).as_posix() for p in root.glob("*/**/dataset_info.json")})
         raise ValueError(
             f"there is no prepared dataset {name!r} in {root}, only: {', '.join(prepared) or 'none'}; "
             "set data.tfds_dir, or prepare it, where TensorFlow is installed:\n"

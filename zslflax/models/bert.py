@@ -63,9 +63,7 @@ class BertConfig:
                 raise ValueError(f"config.json has {field} {values[field]!r}; only {wanted!r} is implemented")
         missing = [field for field in HF_SIZES.values() if field not in values]
         if missing:
-            raise ValueError(
-                f"config.json lacks {', '.join(missing)}; take the one published with the weights"
-            )
+            raise ValueError(f"config.json lacks {', '.join(missing)}; take the one published with the weights")
         return cls(
             **{ours: values[theirs] for ours, theirs in HF_SIZES.items()},
             first_position=values.get("pad_token_id", 1) + 1 if kind == "roberta" else 0,

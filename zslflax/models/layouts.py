@@ -20,11 +20,7 @@ class Layout(NamedTuple):
 
 def torchvision_resnet(path: str) -> str:
     path = re.sub(r"layer(\d+)_(\d+)/", r"layer\1/\2/", path)
-    return (
-        path.replace("downsample_conv", "downsample/0")
-        .replace("downsample_bn", "downsample/1")
-        .replace("/", ".")
-    )
+    return path.replace("downsample_conv", "downsample/0").replace("downsample_bn", "downsample/1").replace("/", ".")
 
 
 def hf_resnet(path: str) -> str:

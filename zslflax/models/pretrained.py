@@ -130,15 +130,11 @@ def resize_positions(table: np.ndarray, side: int) -> np.ndarray:
     """
     old = round((table.shape[1] - 1) ** 0.5)
     if old**2 != table.shape[1] - 1:
-        raise ValueError(
-            f"position embeddings {table.shape}: expected one for the class token and those of a square"
-        )
+        raise ValueError(f"position embeddings {table.shape}: expected one for the class token and those of a square")
     if old == side:
         return table
     grid = table[:, 1:].reshape(1, old, old, -1)
-    grid = np.asarray(
-        jax.image.resize(jnp.asarray(grid), (1, side, side, grid.shape[-1]), "cubic", antialias=True)
-    )
+    grid = np.asarray(jax.image.resize(jnp.asarray(grid), (1, side, side, grid.shape[-1]), "cubic", antialias=True))
     return np.concatenate([table[:, :1], grid.reshape(1, side**2, -1)], axis=1)
 
 
@@ -211,9 +207,7 @@ def detect(location: Path, names, layouts: tuple[Layout, ...]) -> tuple[Layout, 
     expected = " or ".join(layout.anchor for layout in layouts)
     if found:
         prefixes = ", ".join(repr(prefix) for _, prefix in found)
-        raise ValueError(
-            f"{location} holds several encoders, after the prefixes {prefixes}; expected one {expected}"
-        )
+        raise ValueError(f"{location} holds several encoders, after the prefixes {prefixes}; expected one {expected}")
     some = ", ".join(sorted(names)[:12])
     raise ValueError(f"{location}: expected a weight named {expected} (after any prefix), found {some} …")
 
@@ -234,9 +228,7 @@ def tensor_files(folder: Path) -> dict[str, tuple[Path, str]]:
         paths = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
         absent = [path.name for path in paths if not path.is_file()]
         if absent:
-            raise FileNotFoundError(
-                f"{index} names files that are not there: {', '.join(absent)}; copy them as well"
-            )
+            raise FileNotFoundError(f"{index} names files that are not there: {', '.join(absent)}; copy them as well")
     elif (folder / "model.safetensors").is_file():
         paths = [folder / "model.safetensors"]
     else:
@@ -256,10 +248,7 @@ def no_weights(folder: Path, several: list[Path]) -> str:
     """What to say of a folder without model.safetensors."""
     if several:
         names = ", ".join(path.name for path in several)
-        return (
-            f"{folder} has several safetensors ({names}) and no index; name the one that is meant "
-            "model.safetensors"
-        )
+        return f"{folder} has several safetensors ({names}) and no index; name the one that is meant model.safetensors"
     others = [path for kind in ("*.bin", "*.pth", "*.pt") for path in sorted(folder.glob(kind))]
     source = others[0] if others else folder / "pytorch_model.bin"
     start = f"{folder} has weights in PyTorch's own format only ({source.name})"

@@ -79,7 +79,9 @@ class ResNet(nn.Module):
         )
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
         side, near = (3, 1) if self.small else (7, 3)
-        x = conv(self.stem_width, (side, side), (2, 2), ((near, near), (near, near)), name="conv1")(x.astype(self.dtype))
+        x = conv(self.stem_width, (side, side), (2, 2), ((near, near), (near, near)), name="conv1")(
+            x.astype(self.dtype)
+        )
         x = nn.relu(norm(name="bn1")(x))
         if not self.small:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))

@@ -18,9 +18,7 @@ class Attention(nn.Module):
         """`mask`: bool, broadcast to [b, heads, t, t]: whether a position (third axis) attends to another (fourth)."""
         b, t, w = x.shape
         qkv = nn.Dense(3 * w, dtype=self.dtype, name="qkv")(x)
-        q, k, v = jnp.split(
-            qkv.reshape(b, t, 3 * self.heads, w // self.heads), 3, axis=2
-        )  # (b, t, heads, w / heads)
+        q, k, v = jnp.split(qkv.reshape(b, t, 3 * self.heads, w // self.heads), 3, axis=2)  # (b, t, heads, w / heads)
         y = jax.nn.dot_product_attention(q, k, v, mask=mask)
         return nn.Dense(w, dtype=self.dtype, name="out")(y.reshape(b, t, w))
 

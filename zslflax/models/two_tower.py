@@ -52,9 +52,7 @@ class TwoTower(nn.Module):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __call__(
-        self, image: jax.Array, text: jax.Array, text_mask: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, image: jax.Array, text: jax.Array, text_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.encode_image(image), self.encode_text(text, text_mask)
 
     def image_features(self, image: jax.Array, train: bool = False) -> jax.Array:
@@ -132,8 +130,6 @@ def image_tower(name: str, dtype: Any, axis_name: str | None) -> nn.Module:
 def text_config(config) -> BertConfig:
     """The text tower's sizes: those of the pretrained folder's config.json, or the config's own."""
     if config.pretrained:
-        return BertConfig.from_hf(
-            json.loads((locate(config.pretrained) / "config.json").read_text()), config.dropout
-        )
+        return BertConfig.from_hf(json.loads((locate(config.pretrained) / "config.json").read_text()), config.dropout)
     s = config.scratch
     return BertConfig(s.vocab_size, s.width, s.layers, s.heads, 4 * s.width, dropout=config.dropout)

@@ -59,14 +59,10 @@ class ViT(nn.Module):
                 f"{self.patch}; change model.image.size"
             )
         patch = (self.patch, self.patch)
-        x = nn.Conv(self.width, patch, patch, "VALID", dtype=self.dtype, name="patch_embed")(
-            x.astype(self.dtype)
-        )
+        x = nn.Conv(self.width, patch, patch, "VALID", dtype=self.dtype, name="patch_embed")(x.astype(self.dtype))
         x = x.reshape(x.shape[0], -1, self.width)  # (b, patches, width), row by row
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        x = jnp.concatenate(
-            [jnp.broadcast_to(cls, (x.shape[0], 1, self.width)).astype(self.dtype), x], axis=1
-        )
+        x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)).astype(self.dtype), x], axis=1)
         position = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
         x = x + position.astype(self.dtype)
         for i in range(self.depth):

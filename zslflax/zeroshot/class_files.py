@@ -34,9 +34,7 @@ def read_classes(spec: str) -> tuple[list[str], dict[str, str]]:
             if "" in row:
                 raise ValueError(f"{path}, line {number}: the {'name' if row[0] else 'id'} is empty: {row}")
             if row[0] in lines:
-                raise ValueError(
-                    f"{path}, line {number}: the id {row[0]!r} is that of line {lines[row[0]]} too"
-                )
+                raise ValueError(f"{path}, line {number}: the id {row[0]!r} is that of line {lines[row[0]]} too")
             lines[row[0]] = ids[row[0]] = number
             if fields == 2:
                 names.setdefault(*row)

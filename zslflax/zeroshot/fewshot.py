@@ -19,9 +19,7 @@ TOLERANCE = 1e-6  # largest component of the gradient of the mean loss, at which
 PROBE_C = tuple(10.0**i for i in range(-1, 6))
 
 
-def episodes(
-    labels, ways: int, shots: int, queries: int, number: int, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def episodes(labels, ways: int, shots: int, queries: int, number: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Draws N-way K-shot episodes: image numbers int64 [number, ways, shots] and [number, ways, queries].
 
     An episode has `ways` different classes and `shots + queries` different images of each; both uniformly,
@@ -32,9 +30,7 @@ def episodes(
     """
     labels, size = np.asarray(labels), shots + queries
     if min(ways, shots, queries, number) < 1:
-        raise ValueError(
-            f"expected at least one of each, found {ways=}, {shots=}, {queries=}, {number} episodes"
-        )
+        raise ValueError(f"expected at least one of each, found {ways=}, {shots=}, {queries=}, {number} episodes")
     images = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     enough = [of_class for of_class in images if len(of_class) >= size]
     if len(enough) < ways:
@@ -44,10 +40,7 @@ def episodes(
         )
     rng = np.random.default_rng(seed)
     drawn = np.array(
-        [
-            [rng.choice(enough[c], size, False) for c in rng.choice(len(enough), ways, False)]
-            for _ in range(number)
-        ]
+        [[rng.choice(enough[c], size, False) for c in rng.choice(len(enough), ways, False)] for _ in range(number)]
     )
     return drawn[:, :, :shots], drawn[:, :, shots:]
 
@@ -218,7 +211,5 @@ def check(embeddings, labels, among=None) -> tuple[np.ndarray, np.ndarray]:
     if labels.min() < 0:
         raise ValueError(f"expected labels from 0 on, found {labels.min()}")
     if among is not None and len(unknown := np.setdiff1d(labels, among)):
-        raise ValueError(
-            f"{len(unknown)} classes have test images and no training image; the first is {unknown[0]}"
-        )
+        raise ValueError(f"{len(unknown)} classes have test images and no training image; the first is {unknown[0]}")
     return unit(embeddings), labels.astype(np.int64)

@@ -49,9 +49,7 @@ class Hierarchy:
             frontier = {n for node in frontier for n in self.neighbours[node] if n not in seen}
             seen |= frontier
         if len(found) < k:
-            raise ValueError(
-                f"only {len(found)} classes are connected with {self.ids[label]!r}, too few for k = {k}"
-            )
+            raise ValueError(f"only {len(found)} classes are connected with {self.ids[label]!r}, too few for k = {k}")
         return found
 
 

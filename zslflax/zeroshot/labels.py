@@ -184,9 +184,7 @@ def numbered_lines(path: str) -> list[tuple[int, str]]:
     if not lines:
         raise ValueError(f"{path} is empty; expected one entry a line")
     if "" in lines:
-        raise ValueError(
-            f"{path}, line {lines.index('') + 1} is empty: fill or remove it (lines are labels, in order)"
-        )
+        raise ValueError(f"{path}, line {lines.index('') + 1} is empty: fill or remove it (lines are labels, in order)")
     return list(enumerate(lines, start=1))
 
 

@@ -105,9 +105,7 @@ def average_precisions(image_emb, class_emb, labels, class_block: int = 256, neg
 def check_range(image: np.ndarray, label: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Pairs as they are; an error where a label is none of the classes."""
     if len(label) and (label.min() < 0 or label.max() >= classes):
-        raise ValueError(
-            f"expected labels below {classes}, the number of classes, found {label.min()} … {label.max()}"
-        )
+        raise ValueError(f"expected labels below {classes}, the number of classes, found {label.min()} … {label.max()}")
     return image, label
 
 

@@ -30,9 +30,7 @@ def retrieval_recall(
     if text_image.shape != (m,) or m == 0:
         raise ValueError(f"expected the image of each of {m} captions (≥ 1), found shape {text_image.shape}")
     if text_image.min() < 0 or text_image.max() >= n:
-        raise ValueError(
-            f"expected captions of {n} images, found rows {text_image.min()} … {text_image.max()}"
-        )
+        raise ValueError(f"expected captions of {n} images, found rows {text_image.min()} … {text_image.max()}")
     captioned = np.unique(text_image)
     _, texts = top_k(np.asarray(image_emb)[captioned], text_emb, min(max(ks), m))
     _, images = top_k(text_emb, image_emb, min(max(ks), n))
