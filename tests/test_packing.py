@@ -11,6 +11,7 @@ from zslflax import train as training
 from zslflax.config import default_config, validate
 from zslflax.data import packing
 from zslflax.data.images import BadSample
+from zslflax.data.lengths import count_lengths
 from zslflax.data.text import Tokenizer
 from zslflax.models import pretrained
 from zslflax.models.bert import Bert, BertConfig
@@ -191,13 +192,13 @@ def words(captions):
 
 @pytest.mark.parametrize("hosts", [1, 3])
 def test_lengths_are_counted_over_the_hosts(hosts, monkeypatch):
-    count = lambda sources, h: packing.count_lengths(
+    count = lambda sources, h: count_lengths(
         sources, (), words, seed=0, process_index=h, process_count=hosts, threads=2
     )
     total = sum(count([Captions(30), Captions(5)], h) for h in range(hosts))
     read = [i for i in (*range(30), *range(5)) if i % 5 != 4]
     np.testing.assert_array_equal(total, np.bincount([i % 7 + 1 for i in read], minlength=TOKENS + 1))
-    monkeypatch.setattr(packing, "SAMPLE", 10)
+    monkeypatch.setattr("zslflax.data.lengths.SAMPLE", 10)
     assert 3 <= sum(count([Captions(1000)], h).sum() for h in range(hosts)) <= 10
 
 

@@ -16,6 +16,7 @@ from zslflax import evaluate as evaluation
 from zslflax import state as states
 from zslflax import workdir as workdirs
 from zslflax.data import exclude, packing, pairs
+from zslflax.data.lengths import count_lengths
 from zslflax.features import TextFeatures
 from zslflax.models import pretrained
 from zslflax.predict import Predictor
@@ -231,7 +232,7 @@ def with_text_features(batches, text_features: TextFeatures):
 def with_packed_text(config, sources, tokenizer, batches):
     """The same batches with each device's captions in as few rows as the lengths of the training captions allow."""
     options = dict(seed=config.seed, process_index=jax.process_index(), process_count=jax.process_count())
-    counts = packing.count_lengths(sources, config.data.weights, tokenizer, threads=config.data.threads, **options)
+    counts = count_lengths(sources, config.data.weights, tokenizer, threads=config.data.threads, **options)
     counts = parallel.gather_hosts(counts[None]).sum(axis=0)  # one shape on all hosts, whatever each could read
     captions, width = config.batch_size // jax.device_count(), config.model.text.pack
     rows = packing.rows_needed(counts, captions, width)

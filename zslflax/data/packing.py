@@ -4,56 +4,12 @@ The number of rows follows from the lengths of the training captions alone; shap
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 
 import numpy as np
 
-from zslflax.data.images import BadSample
-from zslflax.data.pairs import global_order
-from zslflax.data.samples import AUGMENTATION_STREAM, draw_caption
-
 SAMPLE = 4_096  # captions whose lengths are looked at
 SIGMAS = 6.0  # above the mean; a normal variable is higher once in a billion draws
-
-
-def count_lengths(
-    sources: Sequence,
-    weights: Sequence[float],
-    tokenizer,
-    *,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 8,
-) -> np.ndarray:
-    """How many of the first training captions have 0, 1, … max_tokens tokens: int64 [max_tokens + 1].
-
-    Of the first `SAMPLE` positions of the global order, or of one epoch if that is fewer, host h of H reads
-    h, h + H, …; the sum of what all hosts return does not depend on how many they are. Samples that cannot
-    be read are left out.
-
-    Args:
-        sources, weights, tokenizer, seed: as `train_batches` takes them.
-        process_index, process_count: h and H.
-        threads: that read.
-    """
-    sizes = [len(source) for source in sources]
-    order = global_order(sizes, weights, seed)
-
-    def caption(position: int) -> str | None:
-        source, index = order[position]
-        try:
-            rng = np.random.default_rng([AUGMENTATION_STREAM, seed, position])
-            return draw_caption(sources[source][index], rng)
-        except BadSample:
-            return None
-
-    positions = range(process_index, min(SAMPLE, sum(sizes)), process_count)
-    with ThreadPoolExecutor(max(threads, 1)) as pool:
-        captions = [caption for caption in pool.map(caption, positions) if caption is not None]
-    _, mask = tokenizer(captions)
-    return np.bincount(mask.sum(axis=1), minlength=mask.shape[1] + 1)
 
 
 def rows_needed(counts: np.ndarray, captions: int, width: int) -> int:
