@@ -125,9 +125,11 @@ class Bert(nn.Module):
         """
         together = segment[:, None, :, None] == segment[:, None, None, :]
         x = self.last_layer(text, position, together, train).astype(jnp.float32)
-        total = partial(jax.ops.segment_sum, segment_ids=segment.reshape(-1), num_segments=texts + 1)
+        # Padding has an index out of range, which is dropped: summed, it would be thousands of additions to one row.
+        owner = jnp.where(segment > 0, segment - 1, texts).reshape(-1)
+        total = partial(jax.ops.segment_sum, segment_ids=owner, num_segments=texts)
         tokens = total(jnp.ones(segment.size, jnp.float32))
-        return total(x.reshape(-1, x.shape[-1]))[1:] / jnp.maximum(tokens[1:, None], 1e-9)
+        return total(x.reshape(-1, x.shape[-1])) / jnp.maximum(tokens[:, None], 1e-9)
 
     @nn.compact
     def last_layer(self, text: jax.Array, position: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
