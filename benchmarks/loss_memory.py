@@ -9,7 +9,8 @@ One device holds the global batch; each measurement has a process of its own and
     peak_mb      largest memory in use during the first call above what was in use before it (the inputs),
                  gradients included: resident memory of the process on a CPU (Linux), the allocator's on a GPU
     xla_temp_mb  what XLA's own plan of the compiled step reserves for intermediate values
-    seconds      median of the calls after the first (of the only one where it took longer than `--patience`)
+    seconds      median of the calls after the first (of the only one where it took longer than `--patience`): five, or
+                 as many as take half a second
 
 A step that XLA plans to need more than 0.8 of the free memory does not run: its line has the plan alone.
 """
@@ -109,7 +110,7 @@ def measure(name: str, form: str, n: int, width: int, block: int, patience: floa
     forget_peak(device)
     before, _ = memory_in_use(device)
     seconds = []
-    while not seconds or (sum(seconds) < patience and len(seconds) < 6):
+    while not seconds or (sum(seconds) < patience and (len(seconds) < 6 or sum(seconds[1:]) < 0.5)):
         start = time.perf_counter()
         outputs = jax.block_until_ready(compiled(*inputs))
         seconds.append(time.perf_counter() - start)
