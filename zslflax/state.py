@@ -5,6 +5,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = Any  # a nested dict of arrays
 
@@ -68,6 +69,24 @@ def trainable(params: Tree, frozen: tuple[str, ...]) -> Tree:
 def merge(params: Tree, part: Tree) -> Tree:
     """`params` with the groups' entries that `part` has in place of its own: undoes `trainable`."""
     return {group: {**entries, **part.get(group, {})} for group, entries in params.items()}
+
+
+def without_shared(teacher: Tree, params: Tree, frozen: tuple[str, ...]) -> Tree:
+    """The variables of another run's model without the frozen towers that are the student's own, bit for bit."""
+    if not teacher:
+        return teacher
+    towers = ((modality, teacher["params"][modality]["tower"], params[modality]["tower"]) for modality in frozen)
+    return {
+        **teacher,
+        "params": trainable(teacher["params"], tuple(m for m, own, other in towers if equal(own, other))),
+    }
+
+
+def equal(a: Tree, b: Tree) -> bool:
+    """Whether two trees have the same structure and the same values."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 def update_average(average: Tree, student: Tree, decay: float, updates: jax.Array) -> Tree:

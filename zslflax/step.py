@@ -64,7 +64,8 @@ def train_step(
 
     Args:
         state: the same on every device.
-        teacher: variables of a frozen teacher ({} unless teacher.kind is "checkpoint").
+        teacher: variables of a frozen teacher ({} unless teacher.kind is "checkpoint"), without the frozen towers that it
+            shares with the student.
         batch: `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `mask` bool [b]. The text may be
             packed instead, as `data.packing.pack` does it; of a frozen text tower, its output `text_features` fp32 [b, f]
             may stand in for it.
@@ -158,7 +159,8 @@ def keep_finite(state: TrainState, following: TrainState, finite: jax.Array, all
 def teach(state: TrainState, teacher: Tree, batch, shared: dict, *, model, config, teacher_model) -> Embeddings:
     """The teacher's embeddings of this device's pairs; a frozen tower's output is shared with the student."""
     if config.teacher.kind == "checkpoint":
-        return embed(teacher_model, teacher, batch, {}, train=())[0]
+        shared = {modality: x for modality, x in shared.items() if "tower" not in teacher["params"][modality]}
+        return embed(teacher_model, teacher, batch, shared, train=())[0]
     batch_norm = config.teacher.batch_norm
     train = ("image",) if batch_norm == "batch" and state.teacher_batch_stats else ()
     return embed(model, teacher_variables(state, batch_norm), batch, shared, train=train)[0]

@@ -28,21 +28,26 @@ log = logging.getLogger("zslflax")
 COUNTS = ("bad_steps", "bad_step")  # metrics that count through the whole run
 
 
-def train(config, workdir: Path, changed: bool = False) -> None:
+def train(config, workdir: Path, changed: bool = False, *, text_features=None, measure=None) -> None:
     """Trains until `config.steps`, from the newest checkpoint in `workdir` where there is one, or until it is asked to stop.
 
     Start-up takes the parameters from, in this order:
         1. the newest checkpoint of `workdir` that is whole;
         2. the pretrained towers that the config names, the rest at random from `config.seed`.
 
-    `changed` lets a run go on whose config differs from that of the checkpoint.
+    Args:
+        config: the whole config.
+        workdir: where the run writes, and where it resumes.
+        changed: lets a run go on whose config differs from that of the checkpoint.
+        text_features: of a text tower that is frozen for ever, what earlier runs with the same one have kept.
+        measure: more to find out at each evaluation, from {"": the shipped predictor, "student/": the student} to metrics.
     """
     with workdirs.locked(workdir):
         workdirs.prepare(config, workdir, changed)
-        restore_and_train(config, workdir)
+        restore_and_train(config, workdir, text_features, measure)
 
 
-def restore_and_train(config, workdir: Path) -> None:
+def restore_and_train(config, workdir: Path, text_features=None, measure=None) -> None:
     """Puts everything together for `take_steps`."""
     model, tokenizer = predict.build_model(config)
     teacher_model, teacher = load_teacher(config, tokenizer)
@@ -60,8 +65,9 @@ def restore_and_train(config, workdir: Path) -> None:
         elif parallel.is_main():
             export.save_text_encoder(config, tokenizer, workdir / export.TEXT_FOLDER)
         describe(config, state, frozen, sources)
+        teacher = parallel.replicate(states.without_shared(teacher, state.params, frozen))
 
-        first, text_features = int(state.step), kept_text_features(config, model, state, frozen)
+        first, text_features = int(state.step), text_features or kept_text_features(config, model, state, frozen)
         batches = train_batches(config, sources, tokenizer, first)
         if "text" in frozen and config.model.text.keep_features:
             batches = with_text_features(batches, text_features)
@@ -70,7 +76,7 @@ def restore_and_train(config, workdir: Path) -> None:
         update = parallel.map_train_step(model=model, tx=tx, config=config, frozen=frozen, teacher_model=teacher_model)
         step = lambda state, batch: update(state, teacher, batch)
         predictor = Predictor(config, model, None, tokenizer, text_features=text_features)
-        evaluate_state = functools.partial(evaluate_train_state, predictor, test_sets, workdir)
+        evaluate_state = functools.partial(evaluate_train_state, predictor, test_sets, workdir, measure)
         reporter = Reporter(workdir, first - len(recent), config.steps, parallel.is_main())
         with contextlib.closing(reporter), Stop() as stop:
             last, complete = take_steps(
@@ -284,7 +290,7 @@ def average(metrics: list[dict]) -> dict[str, float]:
     return means
 
 
-def evaluate_train_state(predictor: Predictor, test_sets, workdir: Path, state) -> dict[str, float]:
+def evaluate_train_state(predictor: Predictor, test_sets, workdir: Path, measure, state) -> dict[str, float]:
     """Evaluates the teacher and the student as they are; without an EMA there is only the student."""
     step = int(state.step)
     predictors = {"": predictor.with_variables(states.student_variables(state), step)}
@@ -294,7 +300,7 @@ def evaluate_train_state(predictor: Predictor, test_sets, workdir: Path, state) 
     metrics = evaluation.evaluate(predictors, test_sets, predictor.config, workdir)
     if metrics:
         log.info("step %d\n%s", step, evaluation.table(metrics))
-    return metrics
+    return metrics | measure(predictors) if measure else metrics
 
 
 def stop_at_bad_step(checkpoints, state) -> None:
