@@ -4,17 +4,17 @@
     python benchmarks/study.py --folder=runs/study --parts short         # one noise level, two methods, minutes
     python benchmarks/study_report.py runs/study/results.jsonl           # tables and figures
 
-The pairs are the built-in scenes, of which a share `noise` has the caption of another picture; which ones is known. Each
-run is `zslflax.train.train` on the quick start's config with what is written here, and adds a line to results.jsonl. Several
-processes may share a folder, and a core each is the best use of a CPU.
+The pairs are the built-in scenes, of which a share `noise` has the caption of another picture; which ones is
+known. Each run is `zslflax.train.train` on the quick start's config with what is written here, and adds a line to
+results.jsonl. Several processes may share a folder, and a core each is the best use of a CPU.
 
-    search        every method's learning rate × its own parameter, four runs each, judged on a validation split: pictures
-                  of another seed, which no other part sees
+    search        every method's learning rate × its own parameter, four runs each, judged on a validation split:
+                  pictures of another seed, which no other part sees
     grid          every method with the values found × noise × dataset size × seeds, judged on the test split
     generations   a frozen teacher from a finished run teaches a fresh student, which teaches the next
     cold          self-distillation with sharper soft labels, and with and without a ramp, from the first step
 
-All runs of a part have the same steps, batch size and schedule. A seed is that of parameters, order and augmentation; the
+All runs have the same steps, batch size and schedule. A seed is that of parameters, order and augmentation; the
 pictures are the same for all.
 """
 
@@ -214,7 +214,7 @@ class Probe:
             "probe/mismatched/given": on_given[wrong].mean(),
             "probe/mismatched/true": p[wrong, -1].mean(),
             "probe/mismatched/true_is_likelier": (p[wrong, -1] > on_given[wrong]).mean(),
-            # Captions that share the soft labels: e to the entropy of the mean row. 1: all pictures are taught one caption.
+            # Captions that share the soft labels, e to the entropy of the mean row; 1: all pictures are taught one.
             "probe/captions_in_use": np.exp(-np.sum(marginal * np.log(np.maximum(marginal, 1e-30)))),
         }
 

@@ -1,0 +1,258 @@
+"""Tables and figures of what benchmarks/study.py measured.
+
+    pip install matplotlib
+    python benchmarks/study_report.py runs/study/results.jsonl --figures=docs/study
+
+Prints the tables in Markdown. An interval is the mean's over seeds at 95%, by Student's t; a difference is that of
+runs with the same seed, so that what a seed does to every method alike is taken out of it.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+BASELINE = "info_nce"
+LABELS = {
+    "info_nce": "InfoNCE",
+    "label_smoothing": "label smoothing",
+    "self_distillation": "self-distillation, image-text",
+    "self_distillation_within": "self-distillation, with image-image and text-text",
+    "otter": "OTTER",
+    "sigmoid": "sigmoid",
+}
+COLOURS = dict(zip(LABELS, ("#57606a", "#9a6700", "#54aeff", "#0550ae", "#116329", "#a40e26"), strict=True))
+TEACHER, STUDENT = "eval/test/hit@1", "eval/test/student/hit@1"
+
+
+def interval(values) -> tuple[float, float]:
+    """The mean, and half the width of its 95% interval (NaN for a single value)."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return values.mean(), np.nan
+    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+
+
+def shown(values, sign: bool = False) -> str:
+    """A mean with its interval, in per cent or points."""
+    if not len(values):
+        return "–"
+    mean, half = (100 * x for x in interval(values))
+    return (f"{mean:+.1f}" if sign else f"{mean:.1f}") + ("" if np.isnan(half) else f" ± {half:.1f}")
+
+
+class Results:
+    """The lines of results.jsonl by part, method, noise, size and seed."""
+
+    def __init__(self, path: Path):
+        self.lines = [json.loads(line) for line in path.read_text().splitlines()]
+        self.cells = defaultdict(dict)
+        for line in self.of("grid"):
+            self.cells[line["method"], line["noise"], line["size"]][line["seed"]] = line
+
+    def of(self, part: str) -> list[dict]:
+        return [line for line in self.lines if line["part"] == part]
+
+    def values(self, method, noise, size, metric=TEACHER) -> list[float]:
+        return [line[metric] for line in self.cells[method, noise, size].values()]
+
+    def gains(self, method, noise, size, metric=TEACHER) -> list[float]:
+        """Differences to the baseline's runs of the same seeds."""
+        own, baseline = self.cells[method, noise, size], self.cells[BASELINE, noise, size]
+        return [own[seed][metric] - baseline[seed][metric] for seed in sorted({*own} & {*baseline})]
+
+    def levels(self, size: int | None = None) -> list[tuple[int, float]]:
+        found = {(s, noise) for (_, noise, s), cell in self.cells.items() if cell and size in (None, s)}
+        return sorted(found, key=lambda level: (-level[0], level[1]))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def search_table(results: Results) -> str:
+    rows = [
+        [
+            LABELS[line["method"]],
+            f"{line['rate']:g}",
+            f"{line['value']:g}",
+            f"{100 * line['eval/validation/hit@1']:.1f}",
+        ]
+        for line in sorted(results.of("search"), key=lambda line: list(LABELS).index(line["method"]))
+    ]
+    return table(["method", "learning rate", "own parameter", "validation hit@1"], rows)
+
+
+def grid_tables(results: Results, size: int, metric: str = TEACHER) -> str:
+    noises = [noise for _, noise in results.levels(size)]
+    header = ["method", *(f"noise {noise:g}" for noise in noises)]
+    rows = [
+        [label, *(shown(results.values(m, noise, size, metric)) for noise in noises)] for m, label in LABELS.items()
+    ]
+    gains = [
+        [label, *(shown(results.gains(m, noise, size, metric), sign=True) for noise in noises)]
+        for m, label in LABELS.items()
+        if m != BASELINE
+    ]
+    return table(header, rows) + "\n" + table(["difference to InfoNCE, same seeds", *header[1:]], gains)
+
+
+def shipping_table(results: Results) -> str:
+    """The teacher's advantage over the student in every run of the grid."""
+    rows = []
+    for method, label in LABELS.items():
+        lines = [line for (m, _, _), cell in results.cells.items() if m == method for line in cell.values()]
+        ahead = [line[TEACHER] - line[STUDENT] for line in lines]
+        rows.append([label, f"{len(lines)}", shown(ahead, sign=True), f"{100 * np.mean(np.greater(ahead, 0)):.0f}%"])
+    return table(["method", "runs", "teacher − student, points", "teacher ahead in"], rows)
+
+
+def generation_table(results: Results) -> str:
+    """Each generation's student; the first is its own EMA's pupil."""
+    first = results.cells["self_distillation", 0.4, 20_000]
+    rows = [["1, EMA teacher: the student", shown([line[STUDENT] for line in first.values()]), ""]]
+    rows += [["1: the teacher", shown([line[TEACHER] for line in first.values()]), ""]]
+    for generation in sorted({line["generation"] for line in results.of("generations")}):
+        lines = [line for line in results.of("generations") if line["generation"] == generation]
+        gains = [line[TEACHER] - first[line["seed"]][TEACHER] for line in lines if line["seed"] in first]
+        rows.append(
+            [f"{generation}, frozen teacher", shown([line[TEACHER] for line in lines]), shown(gains, sign=True)]
+        )
+    return table(["generation", "hit@1", "to the first teacher"], rows)
+
+
+def cold_table(results: Results) -> str:
+    rows = [
+        [
+            f"{line['value']:g}",
+            "none" if line["ramp"] == 0 else "a fifth of the steps",
+            f"{100 * line[TEACHER]:.1f}",
+            f"{line['history'][0]['probe/captions_in_use']:.0f}",
+            f"{line['probe/captions_in_use']:.0f}",
+        ]
+        for line in sorted(results.of("cold"), key=lambda line: (line["value"], line["ramp"] is None))
+    ]
+    return table(["temperature", "ramp", "hit@1", "captions in use, first look", "at the end"], rows)
+
+
+def draw_noise(results: Results, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    sizes = sorted({size for size, _ in results.levels()}, reverse=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    size = sizes[0]
+    noises = np.array([noise for _, noise in results.levels(size)])
+    for i, (method, label) in enumerate(LABELS.items()):
+        shift = 0.006 * (i - 2.5)  # so that the intervals can be told apart
+        for axis, values in ((axes[0], results.values), (axes[1], results.gains)):
+            if axis is axes[1] and method == BASELINE:
+                continue
+            means = np.array([interval(values(method, noise, size)) for noise in noises]) * 100
+            axis.errorbar(
+                noises + shift,
+                means[:, 0],
+                means[:, 1],
+                color=COLOURS[method],
+                label=label,
+                capsize=2,
+                marker="o",
+                ms=4,
+            )
+    axes[0].set(ylabel="flat hit@1, %", xlabel="share of captions that are another picture's", title=f"{size:,} pairs")
+    axes[1].set(ylabel="difference to InfoNCE, points", xlabel="share of captions that are another picture's")
+    axes[1].set(title="the same, paired over seeds")
+    axes[1].axhline(0, color=COLOURS[BASELINE], lw=1)
+    axes[0].legend(fontsize=7, frameon=False)
+    finish(figure, axes, path)
+
+
+def draw_sizes(results: Results, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    noises = sorted({noise for _, noise in results.levels()})
+    sizes = sorted({size for size, _ in results.levels()})
+    both = [noise for noise in noises if all((size, noise) in results.levels() for size in sizes)]
+    figure, axes = plt.subplots(
+        1, len(both), figsize=(4.4 * len(both), 3.6), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, noise in zip(axes[0], both, strict=True):
+        for i, (method, label) in enumerate(LABELS.items()):
+            if method == BASELINE:
+                continue
+            means = np.array([interval(results.gains(method, noise, size)) for size in sizes]) * 100
+            places = np.arange(len(sizes)) + 0.03 * (i - 3)
+            axis.errorbar(
+                places, means[:, 0], means[:, 1], color=COLOURS[method], label=label, capsize=2, marker="o", ms=4
+            )
+        axis.axhline(0, color=COLOURS[BASELINE], lw=1)
+        axis.set(title=f"noise {noise:g}", xlabel="training pairs", xticks=range(len(sizes)))
+        axis.set_xticklabels([f"{size:,}" for size in sizes])
+    axes[0][0].set_ylabel("difference to InfoNCE, points of hit@1")
+    axes[0][0].legend(fontsize=7, frameon=False)
+    finish(figure, axes[0], path)
+
+
+def draw_probe(results: Results, path: Path) -> None:
+    """What the average model says of clean and mismatched pairs while it trains; means over seeds."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for method in ("info_nce", "self_distillation", "self_distillation_within"):
+        runs = [line["history"] for line in results.of("grid") if line["method"] == method and line["history"]]
+        if not runs:
+            continue
+        steps = [point["step"] for point in runs[0]]
+        mean = lambda name: np.mean([[point[f"probe/{name}"] for point in run] for run in runs], axis=0)
+        style = {"color": COLOURS[method], "marker": "o", "ms": 3}
+        axes[0].plot(steps, mean("clean/entropy"), **style, label=f"{LABELS[method]}: clean")
+        axes[0].plot(steps, mean("mismatched/entropy"), **style, ls="--", label="mismatched")
+        axes[1].plot(steps, mean("mismatched/true"), **style, label=f"{LABELS[method]}: the picture's own caption")
+        axes[1].plot(steps, mean("mismatched/given"), **style, ls="--", label="the given one")
+    axes[0].set(ylabel="entropy of the soft label, nats", xlabel="step")
+    axes[1].set(ylabel="probability, mismatched pairs", xlabel="step")
+    for axis in axes:
+        axis.legend(fontsize=7, frameon=False)
+    finish(figure, axes, path)
+
+
+def finish(figure, axes, path: Path) -> None:
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--figures", type=Path, help="folder for noise.png, size.png and soft_labels.png")
+    arguments = parser.parse_args()
+    results = Results(arguments.results)
+    print(f"{len(results.lines)} runs\n\nSearch\n\n{search_table(results)}")
+    for size in sorted({size for size, _ in results.levels()}, reverse=True):
+        print(f"hit@1 of the teacher, {size:,} pairs\n\n{grid_tables(results, size)}")
+        print(
+            f"hit@1, pairs of colour and shape never trained\n\n{grid_tables(results, size, 'eval/test/unseen/hit@1')}"
+        )
+    if results.cells:
+        print(f"Teacher or student\n\n{shipping_table(results)}")
+    if results.of("generations"):
+        print(f"Generations\n\n{generation_table(results)}")
+    if results.of("cold"):
+        print(f"Cold start\n\n{cold_table(results)}")
+    if arguments.figures:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        draw_noise(results, arguments.figures / "noise.png")
+        draw_sizes(results, arguments.figures / "size.png")
+        draw_probe(results, arguments.figures / "soft_labels.png")
+
+
+if __name__ == "__main__":
+    main()
