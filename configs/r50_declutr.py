@@ -4,9 +4,9 @@
         --config.data.train='cc3m/{00000..00331}.tar' --config.model.image.pretrained=microsoft/resnet-50
 
 An argument after a colon selects the objective: info_nce, label_smoothing, self_distillation (default), otter, sigmoid.
-Numbers marked (release) are those of the authors' own training scripts, published with OTTER (arXiv 2112.09445). That code
-sums the two directions and gathers negatives without gradient; here the loss is their mean with exact gradients, so the
-effective learning rate is half of theirs at equal numbers.
+Numbers marked (release) are those of the authors' own training scripts, published with OTTER (arXiv 2112.09445). That
+code sums the two directions and gathers negatives without gradient; here the loss is their mean with exact gradients,
+so the effective learning rate is half of theirs at equal numbers.
 """
 
 from zslflax.config import default_config, eval_set, set_objective

@@ -1,4 +1,4 @@
-"""ResNet-50 and a Sentence-BERT encoder, whose weights the Hub holds as safetensors: r50_declutr.py with another text tower.
+"""ResNet-50 and a Sentence-BERT, which the Hub holds as safetensors: r50_declutr.py with another text tower.
 
 python -m zslflax.main --config=configs/r50_sbert.py --config.data.train='cc3m/{00000..00331}.tar'
 """

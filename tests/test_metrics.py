@@ -43,7 +43,7 @@ def test_hit_at_k_is_brute_force(seed):
     found = hit_at_k(ids, labels, (1, 2, 5, 10))
     for k in (1, 2, 5, 10):
         assert found[f"hit@{k}"] == pytest.approx(hits_by_loop(image_emb, class_emb, labels, k), abs=1e-12)
-    assert found["labelled"] == sum(map(bool, labels)) and found["unlabelled"] == sum(not l for l in labels)
+    assert found["labelled"] == sum(map(bool, labels)) and found["unlabelled"] == sum(not true for true in labels)
 
 
 def test_unlabelled_images_change_the_counts_alone():
@@ -101,7 +101,7 @@ def test_zero_shot_metrics_are_the_parts_over_all_names(seed):
         for k in (1, 5):
             expected = hits_by_loop(image_emb, class_emb, labels, k, chosen)
             assert found[f"{kind}hit@{k}"] == pytest.approx(expected, abs=1e-12)
-        assert found[f"{kind}labelled"] == sum(bool(l) and chosen(l) for l in labels)
+        assert found[f"{kind}labelled"] == sum(bool(true) and chosen(true) for true in labels)
     precisions = average_precisions(image_emb, class_emb, labels)
     assert found["mAP"] == pytest.approx(np.nanmean(precisions))
     assert found["seen/mAP"] == pytest.approx(np.nanmean(precisions[~unseen]))
@@ -188,7 +188,7 @@ def test_hierarchical_precision_is_reported_seen_and_unseen_apart():
     found = zero_shot_metrics(image_emb, class_emb, labels, unseen, (1, 2, 5, 20), hierarchy=hierarchy)
     _, ids = top_k(image_emb, class_emb, 5)
     expected = hierarchical_precision(ids, labels, hierarchy, (1, 2, 5))
-    only_unseen = [bool(l) and all(unseen[label] for label in l) for l in labels]
+    only_unseen = [bool(true) and all(unseen[label] for label in true) for true in labels]
     for column, k in enumerate((1, 2, 5)):
         assert found[f"hierarchical@{k}"] == pytest.approx(np.nanmean(expected[:, column]))
         assert found[f"unseen/hierarchical@{k}"] == pytest.approx(np.mean(expected[only_unseen, column]))

@@ -38,7 +38,7 @@ def pairs():
 
 @functools.cache
 def mapped(objective, devices):
-    """(params, student, teacher, valid) → (averaged metrics, gradient of the parameters), gradient of the embeddings."""
+    """(params, student, teacher, valid) → (mean metrics, gradient of the parameters), gradient of the embeddings."""
 
     def local(params, student, taught, valid):
         weight = valid.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Packed captions: the layout against invariants, the number of rows against simulation, the tower against padded rows."""
+"""Packed captions: the layout against invariants, the number of rows against simulation, the tower against padding."""
 
 import json
 

@@ -35,7 +35,7 @@ def reference(require, folder, size, eps=1e-6):
     )
     model = transformers.ViTForImageClassification(config).eval()
     with torch.no_grad():
-        for name, value in model.named_parameters():
+        for value in model.parameters():
             value.add_(torch.randn_like(value) * (0.15 if value.ndim == 2 else 0.3))
     model.save_pretrained(folder)
     return model

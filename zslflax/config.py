@@ -1,4 +1,4 @@
-"""Every field that a config has, with its default, unit and source; and the checks made before anything is allocated."""
+"""Every field that a config has, with its default, unit and source; and the checks made before anything is made."""
 
 import difflib
 import json
@@ -36,18 +36,14 @@ def default_config() -> ConfigDict:
     c.model.text.pretrained = ""  # a BERT or RoBERTa, likewise; its config.json gives the sizes
     c.model.text.tokenizer = ""  # likewise; "" is the folder of the pretrained encoder
     c.model.text.max_tokens = 60  # longer captions are truncated; special tokens counted
-    c.model.text.pack = (
-        0  # tokens in a row that several training captions share, at least max_tokens; 0: a row for each
-    )
+    c.model.text.pack = 0  # tokens in a row that training captions share, at least max_tokens; 0: a row for each
     c.model.text.dropout = 0.1
-    c.model.text.keep_features = (
-        0  # captions whose features are kept and not computed again, if the text tower is frozen
-    )
+    c.model.text.keep_features = 0  # captions whose features are computed once, if the text tower is frozen
     # Sizes of a BERT without pretrained weights; the vocabulary must hold the tokenizer's.
     c.model.text.scratch = ConfigDict({"layers": 12, "width": 768, "heads": 12, "vocab_size": 30_522})
 
-    # ((pattern, until step), ...): patterns are regular expressions matched from the start of a parameter's path, such as
-    # "image/tower" or "text/tower/layer_[0-5]"; -1 is for ever. A tower frozen for ever runs once, without gradient.
+    # ((pattern, until step), ...): patterns are regular expressions matched from the start of a parameter's path, such
+    # as "image/tower" or "text/tower/layer_[0-5]"; -1 is for ever. A tower frozen for ever runs once, without gradient.
     c.freeze = ()
 
     c.objective = ConfigDict()
@@ -68,8 +64,8 @@ def default_config() -> ConfigDict:
     c.teacher = ConfigDict()
     c.teacher.kind = "ema"  # ema: the average of the student | checkpoint: another run's model | none
     c.teacher.decay = 0.999  # of the average, warmed up as min(decay, (1 + k) / (10 + k)) over updates k
-    # What the EMA teacher's batch normalisation uses in its forward pass: the statistics of the batch, the average of the
-    # student's running statistics (ema), or the student's running statistics as they are (student).
+    # What the EMA teacher's batch normalisation uses in its forward pass: the statistics of the batch, the average of
+    # the student's running statistics (ema), or the student's running statistics as they are (student).
     c.teacher.batch_norm = "batch"
     c.teacher.workdir = ""  # checkpoint: the other run's workdir
 
@@ -83,9 +79,7 @@ def default_config() -> ConfigDict:
     c.optimizer.no_decay = (r".*/(bias|scale)$", "objective/")  # patterns of parameters without weight decay
     c.optimizer.rate_factors = ()  # ((pattern, factor), ...): of the learning rate; the first match counts
     c.optimizer.clip_norm = 0.0  # of the whole gradient; 0: no clipping
-    c.optimizer.max_bad_steps = (
-        0  # whose update is not finite: so many in a run are dropped and counted, one more stops it
-    )
+    c.optimizer.max_bad_steps = 0  # not finite: so many in a run are dropped and counted, one more stops it
 
     c.data = ConfigDict()
     c.data.train = ("scenes",)  # "scenes", tar shards "path/{00000..00331}.tar" (globs too), "tfds:NAME/SPLIT"
@@ -233,12 +227,12 @@ def validate(c: ConfigDict) -> None:
     )
     expect(
         bool(c.model.text.pretrained or c.model.text.tokenizer),
-        "model.text.pretrained and model.text.tokenizer are both empty; a text tower from scratch still needs a tokenizer",
+        "model.text.pretrained and model.text.tokenizer are both empty; a tower from scratch still needs a tokenizer",
     )
     expect(
         c.model.text.pack == 0 or c.model.text.pack >= c.model.text.max_tokens,
-        f"model.text.pack is {c.model.text.pack}, expected 0 (a row for each caption) or at least model.text.max_tokens, "
-        f"{c.model.text.max_tokens}",
+        f"model.text.pack is {c.model.text.pack}, expected 0 (a row for each caption) or at least "
+        f"model.text.max_tokens, {c.model.text.max_tokens}",
     )
     expect(
         len(c.data.weights) in (0, len(c.data.train)),
@@ -267,8 +261,9 @@ def validate(c: ConfigDict) -> None:
             whole = matches(pattern, f"{modality}/tower/") and until < 0
             expect(
                 not whole or bool(c.model[modality].pretrained),
-                f"freeze has {pattern!r} for ever, but model.{modality}.pretrained is empty: a tower of random weights would "
-                f"never learn; nearest that works: give model.{modality}.pretrained, or take the pattern out of freeze",
+                f"freeze has {pattern!r} for ever, but model.{modality}.pretrained is empty: a tower of random weights "
+                f"would never learn; nearest that works: give model.{modality}.pretrained, or take the pattern out "
+                "of freeze",
             )
 
 

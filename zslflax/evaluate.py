@@ -203,8 +203,8 @@ def check_labels(test: TestSet, embedded: Embedded) -> None:
     for index, labels in zip(embedded.index, embedded.labels):
         if labels and not 0 <= min(labels) <= max(labels) < len(test.labels):
             raise ValueError(
-                f"eval.sets.{test.name}: sample {test.source[int(index)]['name']} has the label {max(labels)}, but there "
-                f"are {len(test.labels)} names, 0 … {len(test.labels) - 1}; labels count from 0 in the order of the names"
+                f"eval.sets.{test.name}: sample {test.source[int(index)]['name']} has the label {max(labels)}, but "
+                f"there are {len(test.labels)} names, 0 … {len(test.labels) - 1}; labels count from 0 in their order"
             )
 
 

@@ -123,7 +123,7 @@ def hits(logits: jax.Array, pairing: jax.Array, columns: jax.Array) -> jax.Array
 
 
 def softmax_rows(objective, params, s, soft, pairing, columns) -> dict[str, jax.Array]:
-    """One direction of a cross-entropy objective; `s` are the student's similarities, `soft` the soft labels or None."""
+    """One direction of a cross-entropy objective; `s`: the student's similarities, `soft`: the soft labels or None."""
     logits = jnp.exp(params["hard_log_scale"]) * s
     smoothing = objective.smoothing if objective.name == "label_smoothing" else 0.0
     hard = cross_entropy(logits, smoothed_targets(pairing, columns, smoothing), columns)

@@ -45,8 +45,9 @@ def match(params: Any, patterns: tuple[tuple[str, Any], ...], default: Any, fiel
     if unmatched := [pattern for pattern, _ in patterns if pattern not in matched]:
         every = jax.tree.leaves(named)
         raise ValueError(
-            f"config: {field}: no parameter matches {', '.join(map(repr, unmatched))}; patterns are matched from the start "
-            f"of paths such as {', '.join(every[:: max(1, len(every) // 8)])}; nearest: {nearest(unmatched[0], every)}"
+            f"config: {field}: no parameter matches {', '.join(map(repr, unmatched))}; patterns are matched from the "
+            f"start of paths such as {', '.join(every[:: max(1, len(every) // 8)])}; "
+            f"nearest: {nearest(unmatched[0], every)}"
         )
     return tree
 
@@ -78,8 +79,8 @@ def build(config, params: Any, steps: int) -> optax.GradientTransformation:
     """The whole update: freeze, clip, precondition and decay, then scale each group by its learning rate.
 
     It applies to `state.trainable(params, frozen_towers(...))`, while `params` and the patterns are of the whole.
-    A parameter that is frozen until step k has no optimiser statistics before k. Weight decay follows the usual forms: added
-    to the gradient for SGD (as torch does), decoupled for AdamW and LAMB.
+    A parameter that is frozen until step k has no optimiser statistics before k. Weight decay follows the usual forms:
+    added to the gradient for SGD (as torch does), decoupled for AdamW and LAMB.
     """
     o = config.optimizer
     frozen = frozen_towers(params, config.freeze)

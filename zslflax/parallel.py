@@ -1,4 +1,4 @@
-"""Devices and processes: the one place that names pmap's mapping, the hosts, and what goes from a host to its devices."""
+"""Devices and processes: the one place that names pmap's mapping, the hosts, and what goes from host to device."""
 
 import collections
 import functools

@@ -18,8 +18,8 @@ class TrainState(flax.struct.PyTreeNode):
         params: the student's, fp32: {"image": {"tower", "projection"}, "text": {"tower", "projection"}, "objective"}.
         batch_stats: running statistics of the student's batch normalisation ({} without).
         opt_state: the optimiser's.
-        teacher_params: moving average of `params`, without "objective" and without towers that are frozen for ever, which
-            it shares with the student; {} unless teacher.kind is "ema".
+        teacher_params: moving average of `params`, without "objective" and without towers that are frozen for ever,
+            which it shares with the student; {} unless teacher.kind is "ema".
         teacher_batch_stats: moving average of `batch_stats`.
         bad_steps: int32 scalar, the number of steps whose loss, gradient or update was not finite and was dropped.
         bad_step: int32 scalar, the one that was too many, -1 if none. From then on the state stays as it was before it.

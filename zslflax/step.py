@@ -64,11 +64,11 @@ def train_step(
 
     Args:
         state: the same on every device.
-        teacher: variables of a frozen teacher ({} unless teacher.kind is "checkpoint"), without the frozen towers that it
-            shares with the student.
-        batch: `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `mask` bool [b]. The text may be
-            packed instead, as `data.packing.pack` does it; of a frozen text tower, its output `text_features` fp32 [b, f]
-            may stand in for it.
+        teacher: variables of a frozen teacher ({} unless teacher.kind is "checkpoint"), without the frozen towers that
+            it shares with the student.
+        batch: `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `mask` bool [b]. The text may
+            be packed instead, as `data.packing.pack` does it; of a frozen text tower, its output `text_features` fp32
+            [b, f] may stand in for it.
         model: the `TwoTower`; `teacher_model` that of a frozen teacher.
         tx: from `optimizer.build`.
         config: the whole config.
@@ -145,7 +145,7 @@ def train_step(
 
 
 def keep_finite(state: TrainState, following: TrainState, finite: jax.Array, allowed: int) -> TrainState:
-    """`following` after a step that was finite; else `state`, one step on, or not even that after `allowed` such steps."""
+    """`following` after a step that was finite; else `state`, one step on, or not even that after `allowed` of them."""
     tolerated = state.bad_steps < allowed
     dropped = state.replace(
         step=jnp.where(tolerated, state.step + 1, state.step),
@@ -167,7 +167,7 @@ def teach(state: TrainState, teacher: Tree, batch, shared: dict, *, model, confi
 
 
 def keep_scales(params: Tree) -> Tree:
-    """Puts the learnt log-scales back into their range; a clamp in the forward pass would cut their gradient instead."""
+    """Puts the learnt log-scales back into their range; a clamp in the forward pass would cut their gradient off."""
     kept = {
         name: jnp.clip(value, *LOG_SCALE_RANGE) if name.endswith("log_scale") else value
         for name, value in params["objective"].items()

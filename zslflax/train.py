@@ -29,7 +29,7 @@ COUNTS = ("bad_steps", "bad_step")  # metrics that count through the whole run
 
 
 def train(config, workdir: Path, changed: bool = False, *, text_features=None, measure=None) -> None:
-    """Trains until `config.steps`, from the newest checkpoint in `workdir` where there is one, or until it is asked to stop.
+    """Trains until `config.steps` or a request to stop, from the newest checkpoint in `workdir` where there is one.
 
     Start-up takes the parameters from, in this order:
         1. the newest checkpoint of `workdir` that is whole;
@@ -187,14 +187,14 @@ def load_teacher(config, tokenizer):
     taught = Predictor.restore(config.teacher.workdir)
     if taught.tokenizer.identity != tokenizer.identity:
         raise ValueError(
-            f"the teacher in {config.teacher.workdir} reads captions with the tokenizer {taught.tokenizer.identity}, the "
-            f"student with {tokenizer.identity}; both see the same tokens, so give the student the teacher's tokenizer "
-            "(model.text.tokenizer, model.text.max_tokens)"
+            f"the teacher in {config.teacher.workdir} reads captions with the tokenizer {taught.tokenizer.identity}, "
+            f"the student with {tokenizer.identity}; both see the same tokens, so give the student the teacher's "
+            "tokenizer (model.text.tokenizer, model.text.max_tokens)"
         )
     if taught.config.model.image.size != config.model.image.size:
         raise ValueError(
-            f"the teacher in {config.teacher.workdir} sees images of {taught.config.model.image.size} pixels, the student of "
-            f"{config.model.image.size}; set model.image.size to the teacher's"
+            f"the teacher in {config.teacher.workdir} sees images of {taught.config.model.image.size} pixels, the "
+            f"student of {config.model.image.size}; set model.image.size to the teacher's"
         )
     log.info("teacher: step %d of %s, frozen", taught.step, config.teacher.workdir)
     return taught.model, taught.variables
@@ -220,7 +220,7 @@ def train_batches(config, sources, tokenizer, start_step: int):
 
 
 def kept_text_features(config, model, state, frozen: tuple[str, ...]) -> TextFeatures:
-    """The features of captions, for as long as the text tower stays the same: for ever, or until the next evaluation."""
+    """Features of captions, for as long as the text tower stays the same: for ever, or until the next evaluation."""
     capacity = max(config.model.text.keep_features, predict.KEPT_TEXTS)
     if "text" not in frozen:
         return TextFeatures(model, None, capacity)
@@ -243,7 +243,8 @@ def with_packed_text(config, sources, tokenizer, batches):
     captions, width = config.batch_size // jax.device_count(), config.model.text.pack
     rows = packing.rows_needed(counts, captions, width)
     log.info(
-        "captions of %.1f tokens on average: those of a device are packed into %d rows of %d, %.1f tokens each instead of %d",
+        "captions of %.1f tokens on average: those of a device are packed into %d rows of %d, "
+        "%.1f tokens each instead of %d",
         counts @ np.arange(len(counts)) / max(counts.sum(), 1),
         rows,
         width,
@@ -310,7 +311,8 @@ def stop_at_bad_step(checkpoints, state) -> None:
     step, dropped = int(state.bad_step), int(state.bad_steps)
     before = f", after {dropped} that were dropped" if dropped else ""
     raise FloatingPointError(
-        f"the loss, the gradient or the update of step {step + 1} is not finite{before}; the state before it is saved as step {step}. "
+        f"the loss, the gradient or the update of step {step + 1} is not finite{before}; "
+        f"the state before it is saved as step {step}. "
         "Lower optimizer.learning_rate, set optimizer.clip_norm, or use compute_dtype float32"
     )
 

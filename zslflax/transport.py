@@ -14,7 +14,7 @@ def similarity(queries: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def column_potential(similarity: jax.Array, valid: jax.Array, regulariser: float, iterations: int) -> jax.Array:
-    """The column potential g of the transport plan P_ij = exp(f_i + S_ij / λ + g_j) after a number of Sinkhorn iterations.
+    """The column potential g of the transport plan P_ij = exp(f_i + S_ij / λ + g_j) after so many Sinkhorn iterations.
 
     The plan maximises <P, S> + λ H(P) among those with uniform row and column sums (OTTER, arXiv 2112.09445,
     equation 5; Cuturi 2013). One iteration scales the rows to their sums, then the columns, as OTTER's release does.

@@ -56,7 +56,7 @@ def open_scenes(spec: str, data_config, split: str):
 
 def open_tfds(spec: str, data_config, split: str):
     """A dataset of tensorflow_datasets: "tfds:coco_captions/train", "tfds:NAME/CONFIG:VERSION/SPLIT"."""
-    name, slash, part = spec.removeprefix("tfds:").rpartition("/")
+    name, _, part = spec.removeprefix("tfds:").rpartition("/")
     if not (spec.startswith("tfds:") and name and part):
         raise ValueError(f"the source {spec!r} is not of the form tfds:NAME/SPLIT, such as tfds:coco_captions/train")
     return TfdsSource(name, part, data_dir=data_config.tfds_dir or None, require_captions=split == "train")

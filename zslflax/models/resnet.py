@@ -55,8 +55,8 @@ class ResNet(nn.Module):
         axis_name: the mapped axis over which batch statistics are synchronised in training; `None` where
             there is none.
         stem_width: channels after the first convolution; stage i has stem_width · 2^i (· 4 if bottleneck).
-        small: for pictures of 32 pixels: a first convolution of 3×3 and no pooling after it, so that the first stage sees
-            half the picture's resolution instead of a quarter.
+        small: for pictures of 32 pixels: a first convolution of 3×3 and no pooling after it, so that the first stage
+            sees half the picture's resolution instead of a quarter.
     """
 
     stages: tuple[int, ...]

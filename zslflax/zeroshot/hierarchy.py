@@ -76,7 +76,7 @@ def hierarchical_precision(ids, labels, hierarchy: Hierarchy, ks=(1, 2, 5, 10, 2
     if max(ks) > ids.shape[1] or min(ks) < 1:
         raise ValueError(f"expected 1 ≤ k ≤ {ids.shape[1]}, the number of ids per image, found {tuple(ks)}")
     largest = max(ks)
-    sets = {label: hierarchy.nearer(label, largest) for label in {l for of_image in labels for l in of_image}}
+    sets = {label: hierarchy.nearer(label, largest) for label in set().union(*labels)}
     result = np.full((len(ids), len(ks)), np.nan)
     for i, of_image in enumerate(labels):
         if of_image:

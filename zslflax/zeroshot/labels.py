@@ -111,7 +111,7 @@ class LabelSpace:
                 f"none of the source's {len(classes)} classes, such as {classes[0]!r}, is in the label space; "
                 + (f"its ids are such as {self.ids[0]!r}" if self.ids else "it has no ids, only names")
             )
-        found = [tuple(place[l] for l in of_image if place[l] is not None) for of_image in labels]
+        found = [tuple(place[label] for label in of_image if place[label] is not None) for of_image in labels]
         return found, len(given) - sum(map(len, found))
 
 
