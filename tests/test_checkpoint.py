@@ -120,6 +120,14 @@ def two(tmp_path_factory):
     return folder
 
 
+def test_parts_are_read_alone_and_without_a_warning(two, caplog):
+    parts = checkpoint.restore_parts(two, 2, ("params", "step", "batch_stats"))
+    expected = state_at(2)
+    for name, part in parts.items():
+        jax.tree.map(np.testing.assert_array_equal, part, getattr(expected, name))
+    assert set(parts) == {"params", "step", "batch_stats"} and not caplog.records
+
+
 @pytest.fixture
 def unfinished_reads():
     """Orbax leaves coroutines unawaited where a read fails; Python says so when they are collected, here."""

@@ -200,15 +200,16 @@ def restore_parts(workdir: str | Path, step: int, names: tuple[str, ...]) -> dic
     """
     folder = (Path(workdir) / FOLDER / str(step)).absolute()
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(folder / "state").item_metadata.tree
+        # A `Checkpointer` would warn that the item has no metadata of its own: they are the whole checkpoint's.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            saved = handler.metadata(folder / "state").tree
             item = {name: saved[name] for name in names if name in saved}
             arguments = ocp.args.PyTreeRestore(
                 item=item,
                 partial_restore=True,
                 restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item),
             )
-            restored = checkpointer.restore(folder / "state", args=arguments)
+            restored = handler.restore(folder / "state", args=arguments)
         check(restored, folder)
     except Exception as error:  # Orbax, TensorStore and their parsers raise many kinds
         raise ValueError(f"the checkpoint {folder} cannot be read: {error}") from error
