@@ -47,6 +47,7 @@ setup(
         + NOTEBOOKS
         + [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "torch",
             "POT>=0.9.5",

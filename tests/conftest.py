@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,10 +14,17 @@ from zslflax.models import vit
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
-# What was compiled in an earlier run, or in the same one by a run that stopped and went on, is not compiled again.
+# What was compiled in an earlier run, or in the same one by another test, is not compiled again.
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
+# With a limit to its size jax locks the cache, so that no process reads what another has written by half; the
+# environment is for the processes that tests start.
+jax.config.update("jax_compilation_cache_max_size", 1 << 30)
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 30)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+TINY_TOWER = (8, 16, 1, 2)  # patch, width, depth, heads
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,9 +52,27 @@ def scenes_root(tmp_path_factory):
 
 @pytest.fixture
 def tiny(scenes_root, monkeypatch):
-    """A config that trains six steps in a moment: tiny towers from scratch, a real tokenizer, few scenes."""
-    monkeypatch.setitem(vit.VITS, "vit_nano4", (8, 16, 1, 2))
+    """A config that trains six steps in a moment: tiny towers from scratch, a real tokenizer, few scenes.
+
+    A step is compiled once for all tests that leave towers, optimiser, objective, batch size and steps as they are.
+    """
+    monkeypatch.setitem(vit.VITS, "vit_nano4", TINY_TOWER)
     return tiny_config(scenes_root)
+
+
+@pytest.fixture(scope="session")
+def finished(scenes_root):
+    """The workdir of a `tiny` run, which nobody may change."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setitem(vit.VITS, "vit_nano4", TINY_TOWER)
+        training.train(tiny_config(scenes_root), scenes_root / "finished")
+    return scenes_root / "finished"
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """The same as a copy, with which a test may do anything."""
+    return shutil.copytree(finished, tmp_path / "finished")
 
 
 def tiny_config(scenes_root):

@@ -6,21 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_objectives import make
 
 from zslflax import objectives
-from zslflax.config import default_config, set_objective
 from zslflax.objectives import LOG_SCALE_RANGE, OBJECTIVES, SOFT_TARGETS, Embeddings
 
 pytestmark = pytest.mark.usefixtures("strict_types")
 SHAPES = [(1, 1), (2, 3), (8, 4)]  # pairs, width
 FORMS = {"plain": 0, "streamed": 2}  # objective.block
-
-
-def make(name, form, **fields):
-    config = default_config()
-    set_objective(config, name)
-    config.objective.update(block=FORMS[form], **fields)
-    return config.objective
 
 
 def unit(x):
@@ -45,7 +38,7 @@ def batches(n, d):
 
 @functools.cache
 def gradients(name, form, fields):
-    objective = make(name, form, **dict(fields))
+    objective = make(name, block=FORMS[form], **dict(fields))
 
     def local(params, student, teacher, valid):
         def loss(params, student):
@@ -61,7 +54,7 @@ def gradients(name, form, fields):
 
 
 def check(objective, form, scale, d, n, **fields):
-    params = objectives.init_params(make(objective, form, **fields))
+    params = objectives.init_params(make(objective, **fields))
     params = {k: jnp.float32(scale) if k.endswith("log_scale") else v for k, v in params.items()}
     for name, (v, t, valid) in batches(n, d).items():
         taught = Embeddings(v[None], t[None]) if objective in SOFT_TARGETS else None

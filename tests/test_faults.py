@@ -40,9 +40,9 @@ def assert_same_run(whole, workdir):
 
 
 @pytest.fixture
-def whole(tiny, tmp_path):
-    training.train(tiny, tmp_path / "whole")
-    return tmp_path / "whole"
+def whole(workdir):
+    """A run that met nothing."""
+    return workdir
 
 
 def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_bits(tiny, whole, tmp_path, monkeypatch, caplog):

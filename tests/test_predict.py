@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from zslflax import export, predict
-from zslflax import train as training
 from zslflax.predict import Predictor
 
 NAMES = ["red circle", "blue square", "a cat"]
@@ -20,21 +19,13 @@ NAMES = ["red circle", "blue square", "a cat"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A place for one run and its export, which all tests here share."""
+    """A place for an export, which all tests here share."""
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture
-def workdir(tiny, runs):
-    tiny.steps = tiny.eval.every = 4
-    if not (runs / "run").is_dir():
-        training.train(tiny, runs / "run")
-    return runs / "run"
-
-
-@pytest.fixture
-def predictor(workdir):
-    return Predictor.restore(workdir)
+def predictor(tiny, finished):
+    return Predictor.restore(finished)
 
 
 @pytest.fixture
@@ -139,7 +130,7 @@ def test_names_and_prompts_that_are_none(predictor, pictures):
 
 def test_an_exported_folder_gives_the_same_bits(predictor, exported, pictures):
     again = Predictor.restore(exported)
-    assert again.step == 4 and again.tokenizer.identity == predictor.tokenizer.identity
+    assert again.step == 6 and again.tokenizer.identity == predictor.tokenizer.identity
     np.testing.assert_array_equal(again.encode_image(pictures), predictor.encode_image(pictures))
     np.testing.assert_array_equal(again.encode_text(NAMES), predictor.encode_text(NAMES))
     assert again.classify(pictures, NAMES) == predictor.classify(pictures, NAMES)  # with the run's prompts
@@ -153,11 +144,11 @@ def test_an_exported_folder_gives_the_same_bits(predictor, exported, pictures):
     assert files == {"README.md", "config.json", "model.safetensors"} | tokenizer
 
 
-def test_an_export_tells_nothing_of_the_machine_that_trained_it(workdir, exported, scenes_root):
-    assert str(scenes_root) in (workdir / "config.json").read_text()
+def test_an_export_tells_nothing_of_the_machine_that_trained_it(finished, exported, scenes_root):
+    assert str(scenes_root) in (finished / "config.json").read_text()
     for path in exported.rglob("*.*"):
         assert str(scenes_root) not in path.read_text(errors="replace")
-        assert str(workdir) not in path.read_text(errors="replace")
+        assert str(finished) not in path.read_text(errors="replace")
 
 
 def test_an_export_can_be_exported_and_moved(predictor, exported, tmp_path):
@@ -199,8 +190,8 @@ def test_an_exported_folder_loads_without_orbax_torch_or_tensorflow(exported):
 
 
 @pytest.mark.parametrize("kind", ["run", "exported"])
-def test_another_tokenizer_is_refused(workdir, exported, tmp_path, kind):
-    folder = shutil.copytree({"run": workdir, "exported": exported}[kind], tmp_path / "copy")
+def test_another_tokenizer_is_refused(finished, exported, tmp_path, kind):
+    folder = shutil.copytree({"run": finished, "exported": exported}[kind], tmp_path / "copy")
     path = folder / "text_encoder" / "tokenizer.json"
     rules = json.loads(path.read_text())
     vocabulary = rules["model"]["vocab"]
@@ -213,11 +204,11 @@ def test_another_tokenizer_is_refused(workdir, exported, tmp_path, kind):
         Predictor.restore(folder)
 
 
-def test_what_is_no_model(exported, workdir, tmp_path):
+def test_what_is_no_model(exported, finished, tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json: expected the --workdir of a training run, or an exp"):
         Predictor.restore(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no complete checkpoint of step 2; found steps 3, 4"):
-        Predictor.restore(workdir, step=2)
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint of step 2; found steps 3, 6"):
+        Predictor.restore(finished, step=2)
     for wrong in ({"step": 4}, {"use": "student"}):
         with pytest.raises(ValueError, match="no steps and no student"):
             Predictor.restore(exported, **wrong)
@@ -257,7 +248,7 @@ def test_the_command_line(predictor, exported, pictures, tmp_path, monkeypatch, 
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.width > 600 and len(picture.getcolors(1 << 20)) > 100
     run_program(monkeypatch, capsys, f"--workdir={exported}", f"--export={tmp_path / 'copy'}")
-    assert Predictor.restore(tmp_path / "copy").step == 4
+    assert Predictor.restore(tmp_path / "copy").step == 6
     with pytest.raises(SystemExit):
         run_program(monkeypatch, capsys, f"--workdir={exported}")
     assert "give images and --names" in capsys.readouterr().err

@@ -8,22 +8,14 @@ import ml_collections
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from test_objectives import make
 
 from zslflax import objectives, transport
-from zslflax.config import default_config, set_objective
 from zslflax.objectives import OBJECTIVES, SOFT_TARGETS, Embeddings
 
 pytestmark = pytest.mark.usefixtures("strict_types")
 N, D, WIDE = 24, 5, 7
 STEP = jnp.int32(3)
-
-
-def make(name, **fields):
-    config = default_config()
-    set_objective(config, name)
-    for field, value in fields.items():
-        config.objective[field] = value
-    return config.objective
 
 
 DEFAULTS = [make(name) for name in OBJECTIVES]
@@ -78,14 +70,12 @@ def mapped(objective, devices):
 
 def run(objective, block, student, teacher, valid, devices):
     """(values of the valid rows, gradients of the parameters, gradients of the embeddings), NumPy."""
-    objective = objective.copy_and_resolve_references()
-    objective.block = block
+    objective = ml_collections.FrozenConfigDict({**objective, "block": block})
     params = objectives.init_params(objective)
     params = {k: v if k == "bias" else v - 0.3 * i for i, (k, v) in enumerate(params.items())}
     taught = teacher if objective.name in SOFT_TARGETS else None
     split = lambda tree: jax.tree.map(lambda x: jnp.asarray(x).reshape(devices, -1, *x.shape[1:]), tree)
-    function = mapped(ml_collections.FrozenConfigDict(objective), devices)
-    rows, g_params, g_student = function(params, *split((student, taught, valid)))
+    rows, g_params, g_student = mapped(objective, devices)(params, *split((student, taught, valid)))
     rows, g_student = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), (rows, g_student))
     return {name: row[valid] for name, row in rows.items()}, jax.tree.map(np.asarray, g_params), g_student
 
