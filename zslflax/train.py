@@ -40,7 +40,8 @@ def train(config, workdir: Path, changed: bool = False, *, text_features=None, m
         workdir: where the run writes, and where it resumes.
         changed: lets a run go on whose config differs from that of the checkpoint.
         text_features: of a text tower that is frozen for ever, what earlier runs with the same one have kept.
-        measure: more to find out at each evaluation, from {"": the shipped predictor, "student/": the student} to metrics.
+        measure: more to find out at each evaluation, from {"": the shipped predictor, "student/": the student} to
+            metrics.
     """
     with workdirs.locked(workdir):
         workdirs.prepare(config, workdir, changed)
