@@ -60,7 +60,7 @@ command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install
 train() { # what an earlier start has left running still holds the chips
     on_all_hosts "pkill -KILL -f '^.venv/bin/python'
 cd zslflax && ZSLFLAX_DISTRIBUTED=1 .venv/bin/python -m zslflax.main\
-$(printf ' %q' "--workdir=/share/runs/$NAME" "$@")"
+$(printf ' %q' --stopped_status=143 "--workdir=/share/runs/$NAME" "$@")"
 }
 
 # What git knows of this repository, with its local changes: the same code after every preemption.

@@ -76,7 +76,7 @@ def test_local_processes_say_what_they_would_run():
 def test_slurm_says_what_it_would_run():
     out = launch("slurm.sbatch", "--config=c.py", DRY_RUN="1", SLURM_GPUS_PER_NODE="4").stdout
     assert "ZSLFLAX_DISTRIBUTED=1 " in out and r"JAX_LOCAL_DEVICE_IDS=0\,1\,2\,3 " in out
-    assert out.endswith("srun --kill-on-bad-exit=1 .venv/bin/python -m zslflax.main --config=c.py \n")
+    assert out.endswith("srun --kill-on-bad-exit=1 .venv/bin/python -m zslflax.main --stopped_status=143 --config=c.py \n")
 
 
 @pytest.mark.parametrize("status, requeued", [(0, False), (1, False), (143, True)])
@@ -137,7 +137,7 @@ def test_a_preempted_slice_is_asked_for_again_and_the_run_goes_on(cloud, tmp_pat
     commands = [line for line in (tmp_path / "log").read_text().splitlines() if "zslflax.main" in line]
     for command in commands:  # as the hosts' shells read it
         arguments = shlex.split(command.partition("zslflax.main")[2])
-        assert arguments == ["--workdir=/share/runs/r50", "--config=c.py", "--config.name=a b"]
+        assert arguments == ["--stopped_status=143", "--workdir=/share/runs/r50", "--config=c.py", "--config.name=a b"]
 
 
 def test_a_run_that_fails_of_itself_is_given_up(cloud, tmp_path):
@@ -173,6 +173,7 @@ def test_the_jobset_has_a_pod_for_every_four_chips_of_its_topology():
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert job["parallelism"] == job["completions"] == slice_["replicas"] * across * down // chips
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    assert "--stopped_status=143" in container["args"]  # or a pod that saved and stopped would count as complete
     assert {"name": "ZSLFLAX_DISTRIBUTED", "value": "1"} in container["env"]
 
 
@@ -187,5 +188,5 @@ def test_skypilot_describes_the_processes_to_jax(tool, tmp_path):
     nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     environment = os.environ | nodes | task["envs"] | {"ARGUMENTS": "--config=c.py *.tar"}
     said = subprocess.check_output(["bash", "-c", task["run"]], env=environment, cwd=tmp_path, text=True)
-    command = "-m zslflax.main --workdir=/share/runs/r50_declutr --config=c.py *.tar"
+    command = "-m zslflax.main --stopped_status=143 --workdir=/share/runs/r50_declutr --config=c.py *.tar"
     assert said == f"10.0.0.1:8476 2 1 {command}\n"

@@ -20,6 +20,13 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "evaluate: the newest checkpoint, without training.")
 STEP = flags.DEFINE_integer("step", None, "With --mode=evaluate: the step of the checkpoint.")
 CHANGED = flags.DEFINE_bool("changed", False, "Go on in a workdir whose checkpoints are another config's.")
+STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status",
+    0,
+    "The exit status of a run that was asked to stop, and saved, before its last step: for launchers that start it again.",
+    lower_bound=0,
+    upper_bound=255,
+)
 flags.mark_flag_as_required("config")
 
 
@@ -37,7 +44,7 @@ def parse(arguments: list[str]) -> list[str]:
         sys.exit(f"zslflax: {error}")
 
 
-def main(_):
+def main(_) -> int:
     telemetry.start_logging()
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.name}").expanduser().absolute()
@@ -47,8 +54,8 @@ def main(_):
     configs.check_devices(config, jax.device_count())
     if MODE.value == "evaluate":
         evaluate(config, workdir, STEP.value)
-    else:
-        train(config, workdir, CHANGED.value)
+        return 0
+    return 0 if train(config, workdir, CHANGED.value) else STOPPED_STATUS.value
 
 
 def run() -> None:

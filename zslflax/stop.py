@@ -9,9 +9,6 @@ from collections.abc import Callable
 from zslflax import parallel
 
 log = logging.getLogger("zslflax")
-STOPPED = (
-    128 + signal.SIGTERM
-)  # exit status of several processes that saved and stopped: their launcher starts them again
 
 
 class _Interrupted(BaseException):

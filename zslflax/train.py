@@ -20,7 +20,7 @@ from zslflax.data.lengths import count_lengths
 from zslflax.features import TextFeatures
 from zslflax.models import pretrained
 from zslflax.predict import Predictor
-from zslflax.stop import STOPPED, Stop
+from zslflax.stop import Stop
 from zslflax.telemetry import Reporter, Stopwatch
 
 log = logging.getLogger("zslflax")
@@ -28,7 +28,7 @@ log = logging.getLogger("zslflax")
 COUNTS = ("bad_steps", "bad_step")  # metrics that count through the whole run
 
 
-def train(config, workdir: Path, changed: bool = False, *, text_features=None, measure=None) -> None:
+def train(config, workdir: Path, changed: bool = False, *, text_features=None, measure=None) -> bool:
     """Trains until `config.steps` or a request to stop, from the newest checkpoint in `workdir` where there is one.
 
     Start-up takes the parameters from, in this order:
@@ -42,13 +42,16 @@ def train(config, workdir: Path, changed: bool = False, *, text_features=None, m
         text_features: of a text tower that is frozen for ever, what earlier runs with the same one have kept.
         measure: more to find out at each evaluation, from {"": the shipped predictor, "student/": the student} to
             metrics.
+
+    Returns:
+        whether the run is complete; if not, it was asked to stop, and has saved its state.
     """
     with workdirs.locked(workdir):
         workdirs.prepare(config, workdir, changed)
-        restore_and_train(config, workdir, text_features, measure)
+        return restore_and_train(config, workdir, text_features, measure)
 
 
-def restore_and_train(config, workdir: Path, text_features=None, measure=None) -> None:
+def restore_and_train(config, workdir: Path, text_features=None, measure=None) -> bool:
     """Puts everything together for `take_steps`."""
     model, tokenizer = predict.build_model(config)
     teacher_model, teacher = load_teacher(config, tokenizer)
@@ -87,8 +90,7 @@ def restore_and_train(config, workdir: Path, text_features=None, measure=None) -
         log.info("finished %d steps; everything is in %s", config.steps, workdir)
     else:
         log.info("stopped and saved at step %d of %d; the same command goes on from there", last, config.steps)
-        if parallel.several():
-            raise SystemExit(STOPPED)
+    return complete
 
 
 def take_steps(config, state, recent, update, batches, evaluate_state, checkpoints, reporter, stop: Stop):
