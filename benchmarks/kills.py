@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+ROOT = Path(__file__).parents[1]
 # Files that show that something has begun; of a step, it is a line of metrics.jsonl.
 TRACES = {
     "scenes": "scenes/.*.tmp/*.tar",
@@ -50,7 +51,7 @@ def get_config():
     c.objective.teacher_temperature = 0.1
     c.optimizer.name, c.optimizer.learning_rate = "adamw", 1e-2
     c.data.scenes.update(root={scenes!r}, train=2048, test=64, size=24)
-    c.eval.every, c.eval.batch_size, c.checkpoint.every = 12, 32, 4
+    c.eval.every, c.eval.batch_size, c.checkpoint.every = 16, 32, 4
     c.eval.best = "eval/test/hit@1"
     c.eval.sets.test.data = "scenes"
     return c
@@ -58,31 +59,29 @@ def get_config():
 
 
 class Run:
-    """A workdir, its own scenes, and the process that trains there."""
+    """A workdir, its own scenes, and what trains there: one process with two devices, or several."""
 
-    def __init__(self, folder: Path, steps: int, cache: Path):
+    def __init__(self, folder: Path, steps: int, cache: Path, processes: int = 1):
         self.folder, self.workdir, self.scenes = folder, folder / "run", folder / "scenes"
         folder.mkdir(parents=True)
         text = CONFIG.format(steps=steps, cache=str(cache), scenes=str(self.scenes))
         (folder / "config.py").write_text(text)
+        self.command = [sys.executable, "-m", "zslflax.main"]
+        if processes > 1:
+            self.command = [str(ROOT / "launch" / "local_processes.sh"), str(processes), "2"]
+        self.command += [f"--config={folder / 'config.py'}", f"--workdir={self.workdir}"]
 
     def start(self) -> subprocess.Popen:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "2",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # else a start compiles what is small anew
             "HOME": str(self.folder),  # where nothing is cached
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
-        arguments = [
-            sys.executable,
-            "-m",
-            "zslflax.main",
-            f"--config={self.folder / 'config.py'}",
-            f"--workdir={self.workdir}",
-        ]
         with open(self.folder / "log", "ab") as log:
-            return subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
+            return subprocess.Popen(self.command, env=environment, stdout=log, stderr=log)
 
     def finish(self, seconds: float) -> None:
         code = self.start().wait(seconds)
@@ -176,7 +175,7 @@ def differences(undisturbed: dict, run: dict) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=24, help="of a run")
+    parser.add_argument("--steps", type=int, default=48, help="of a run: enough to be killed ten times")
     parser.add_argument("--minutes", type=float, default=20.0, help="after which no more kills are begun")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="of what is compiled, to be quicker the next time")

@@ -76,7 +76,9 @@ def test_local_processes_say_what_they_would_run():
 def test_slurm_says_what_it_would_run():
     out = launch("slurm.sbatch", "--config=c.py", DRY_RUN="1", SLURM_GPUS_PER_NODE="4").stdout
     assert "ZSLFLAX_DISTRIBUTED=1 " in out and r"JAX_LOCAL_DEVICE_IDS=0\,1\,2\,3 " in out
-    assert out.endswith("srun --kill-on-bad-exit=1 .venv/bin/python -m zslflax.main --stopped_status=143 --config=c.py \n")
+    assert out.endswith(
+        "srun --kill-on-bad-exit=1 .venv/bin/python -m zslflax.main --stopped_status=143 --config=c.py \n"
+    )
 
 
 @pytest.mark.parametrize("status, requeued", [(0, False), (1, False), (143, True)])

@@ -1,11 +1,12 @@
 """Several processes: two with two devices each run as one with four does, and go on where the other stopped."""
 
 import collections
+import concurrent.futures
 import json
 import os
 import runpy
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from zslflax import checkpoint, evaluate, stop
+from zslflax import checkpoint, evaluate
 from zslflax import train as training
 from zslflax import workdir as workdirs
 from zslflax.data import pairs
@@ -23,32 +24,47 @@ from zslflax.models import resnet
 from zslflax.state import TrainState
 
 ROOT = Path(__file__).parent.parent
-STEPS, BATCH, TRAIN, TEST = 4, 16, 480, 23  # 23 images: the hosts' shares differ
+STEPS, BATCH, TRAIN, TEST = 6, 16, 480, 23  # 23 images: the hosts' shares differ
+HALF, TOLD = 3, 4  # when a checkpoint is saved, and at which step a process is told to stop
 
 # What every process runs: towers that compile in a moment (batch normalisation is there, for its exchange
-# between processes), and a record of what is read by whom. SGD, for Adam makes steps out of gradients that
-# are rounding.
+# between processes), a record of what is read by whom, and a process that is told to stop at a certain step, once
+# that is allowed. SGD, for Adam makes steps out of gradients that are rounding.
 CONFIG = """
 import os
+import signal
+import time
 from pathlib import Path
 
 from zslflax.config import default_config, eval_set
 from zslflax.data.webdataset import WebDataset
 from zslflax.models import resnet
+from zslflax.stop import Stop
 
 resnet.RESNETS["resnet18"] = ((1,), False)
-READS = Path("{reads}")
-getitem = WebDataset.__getitem__
+getitem, at = WebDataset.__getitem__, Stop.at
 
 
 def recorded(self, index):
-    with open(READS / os.environ.get("JAX_PROCESS_ID", "alone"), "a") as file:
-        file.write(f"{{Path(self.paths[0]).name}} {{index}}\\n")
+    if "READS" in os.environ:
+        with open(Path(os.environ["READS"]) / os.environ["JAX_PROCESS_ID"], "a") as file:
+            file.write(f"{{Path(self.paths[0]).name}} {{index}}\\n")
     return getitem(self, index)
+
+
+def told(self, step):
+    while step == {told} and not Path(os.environ["ALLOWED"]).exists():
+        time.sleep(0.01)
+    if step == {told} and os.environ["JAX_PROCESS_ID"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # the word takes a moment to the other process
+    return at(self, step)
 
 
 if "JAX_PROCESS_ID" in os.environ:
     WebDataset.__getitem__ = recorded
+if "ALLOWED" in os.environ:
+    Stop.at = told
 
 
 def get_config():
@@ -65,11 +81,34 @@ def get_config():
     c.optimizer.learning_rate = 0.01
     c.data.threads = 2
     c.data.scenes.update(root="{scenes}", train={train}, test={test}, size=24)
-    c.eval.every, c.eval.batch_size, c.checkpoint.every = 2, 8, 2
+    c.eval.every, c.eval.batch_size, c.checkpoint.every = {half}, 8, {half}
     c.eval.sets.test.data = "scenes"
     if "JAX_PROCESS_ID" in os.environ and os.environ.get("FAILING") == os.environ["JAX_PROCESS_ID"]:
         c.data.train = ("nowhere.tar",)
     return c
+"""
+
+
+# Run after run in one start of the processes, with what is compiled in the first one: the config is the same.
+RUNS = """
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from zslflax import parallel, telemetry, train
+
+map_train_step, kept = parallel.map_train_step, []
+parallel.map_train_step = lambda **fixed: kept[0] if kept else kept.append(map_train_step(**fixed)) or kept[0]
+config = runpy.run_path(sys.argv[1])["get_config"]()
+telemetry.start_logging()
+parallel.start()
+for workdir in sys.argv[2:]:
+    try:
+        train.train(config, Path(workdir))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+    os.environ.pop("READS", None)  # of the first run alone
 """
 
 
@@ -78,33 +117,85 @@ def run(tmp_path_factory):
     """A folder with config.py; runs are made beside it."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "reads").mkdir()
-    values = {"steps": STEPS, "batch": BATCH, "train": TRAIN, "test": TEST, "reads": folder / "reads"}
+    values = {"steps": STEPS, "half": HALF, "told": TOLD, "batch": BATCH, "train": TRAIN, "test": TEST}
     (folder / "config.py").write_text(CONFIG.format(**values, scenes=folder / "scenes"))
     return folder
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    """Two processes of two devices each."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiles in half the time
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
+def environment(**more) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    kept["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiles in half the time
+    kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"
+    kept["PYTHONPATH"] = f"{ROOT}:{kept.get('PYTHONPATH', '')}"
+    return kept | {name: str(value) for name, value in more.items()}
+
+
+def launch(folder: Path, *arguments: str, **more) -> subprocess.Popen:
+    """Two processes of two devices each, by the script."""
     script, pipe = ROOT / "launch" / "local_processes.sh", subprocess.PIPE
     command = [script, "2", "2", f"--config={folder / 'config.py'}", *arguments]
-    return subprocess.Popen(command, env=environment, cwd=folder, text=True, stdout=pipe, stderr=pipe)
+    return subprocess.Popen(command, env=environment(**more), cwd=folder, text=True, stdout=pipe, stderr=pipe)
 
 
-def finish(process: subprocess.Popen, status: int = 0) -> str:
-    """What they have said on standard error when they have ended as they should."""
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == status, errors
-    return errors
+def both(*arguments, **more) -> list[tuple[int, str]]:
+    """Runs Python with these arguments in two processes of two devices; the status of each, and what it has said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:%d" % free.getsockname()[1]
+    processes = []
+    for i in (0, 1):
+        names = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": 2, "JAX_COORDINATOR_ADDRESS": address}
+        names |= {"JAX_NUM_PROCESSES": 2, "JAX_PROCESS_ID": i}
+        command = [sys.executable, *map(str, arguments)]
+        process = subprocess.Popen(command, env=environment(**names, **more), text=True, stderr=subprocess.PIPE)
+        processes.append(process)
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # neither waits for the other to be read
+        said = list(pool.map(lambda process: process.communicate(timeout=600)[1], processes))
+    return [(process.returncode, errors) for process, errors in zip(processes, said)]
 
 
 @pytest.fixture(scope="module")
-def two(run):
+def stopped(run):
+    """The workdir of a run of which one process was told to stop, what it said, and a second run that it refused."""
+    workdir, allowed = run / "stopped", run / "allowed"
+    process = launch(run, f"--workdir={workdir}", ALLOWED=allowed)
+    while not (workdir / "config.json").exists():  # the lock is held
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    second = both("-m", "zslflax.main", f"--config={run / 'config.py'}", f"--workdir={workdir}")
+    allowed.touch()
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return workdir, errors, second
+
+
+@pytest.fixture(scope="module")
+def runs(run, one, stopped):
+    """Two processes run one workdir after the other; what each of them has said."""
+    shutil.copytree(stopped[0], run / "goes on")
+    for name in ("flipped", "empty", "lost"):
+        shutil.copytree(one, run / name)
+    flip(run / "flipped" / "checkpoints" / str(STEPS))
+    for name, step in (("empty", STEPS), ("lost", STEPS)):
+        (run / name / "checkpoints" / str(step) / "state" / "_METADATA").write_bytes(b"")
+    flip(run / "lost" / "checkpoints" / str(HALF))
+    workdirs = [run / name for name in ("two", "goes on", "flipped", "empty", "lost")]
+    ended = both("-c", RUNS, run / "config.py", *workdirs, READS=run / "reads")
+    assert [status for status, _ in ended] == [0, 0], ended
+    return [errors for _, errors in ended]
+
+
+def flip(folder: Path) -> None:
+    """A bit of every array file of a checkpoint."""
+    for path in (folder / "state").rglob("d/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def two(run, runs):
     """The workdir of a whole run by two processes."""
-    finish(start(run, f"--workdir={run / 'two'}"))
     return run / "two"
 
 
@@ -152,18 +243,10 @@ def reads(run: Path, process: int, shard: str) -> list[int]:
     return [int(index) for name, index in rows if name.startswith(shard)]
 
 
-def resume(workdir: Path, destination: Path) -> Path:
-    """A copy of a workdir as a stop after step 2 would have left it."""
-    shutil.copytree(workdir, destination)
-    shutil.rmtree(destination / "checkpoints" / str(STEPS))
-    assert checkpoint.available(destination) == [2]
-    return destination
-
-
 def test_two_processes_of_two_devices_are_one_of_four(two, one):
     assert_same_run(one, two)
     assert len(list(two.glob("events.out.tfevents.*"))) == 1
-    assert {path.name for path in (two / "predictions").iterdir()} == {"2.png", "4.png"}
+    assert {path.name for path in (two / "predictions").iterdir()} == {f"{HALF}.png", f"{STEPS}.png"}
     assert json.loads((two / "config.json").read_text()) == json.loads((one / "config.json").read_text())
 
 
@@ -185,37 +268,50 @@ def test_each_process_reads_its_share_alone(two, one, run, config):
 
 
 def test_one_process_goes_on_where_two_stopped(two, config, tmp_path):
-    training.train(config, resume(two, tmp_path / "run"))
+    shutil.copytree(two, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    training.train(config, tmp_path / "run")
     assert_same_run(two, tmp_path / "run")
 
 
-def test_two_processes_go_on_where_one_stopped(one, run, config, tmp_path):
-    errors = finish(start(run, f"--workdir={resume(one, tmp_path / 'run')}"))
-    assert "resuming from step 2" in errors
-    assert_same_run(one, tmp_path / "run")
+@pytest.mark.parametrize("name", ["flipped", "empty"])
+def test_two_processes_go_on_from_one_and_both_name_the_checkpoint_that_is_damaged(one, run, runs, name):
+    folder, damaged = run / name / "checkpoints" / str(STEPS), run / name / "damaged" / str(STEPS)
+    for errors in runs:
+        assert f"the checkpoint {folder} is damaged, moved to {damaged}, and not used: " in errors
+        assert f"resuming from step {HALF} in {run / name}" in errors
+    assert damaged.is_dir()
+    assert_same_run(one, run / name)
 
 
-def test_told_to_stop_both_processes_save_the_same_step(one, run, tmp_path):
-    """SIGTERM for one of them, as a preemption begins; a checkpoint teaches them, which both restore."""
-    workdir = tmp_path / "run"
-    options = {"steps": 100_000, "eval.every": 100_000, "checkpoint.every": 100_000}
-    options |= {"teacher.kind": "checkpoint", "teacher.workdir": one}
-    overrides = [f"--config.{name}={value}" for name, value in options.items()]
-    process = start(run, f"--workdir={workdir}", *overrides)
-    while not (workdir / "metrics.jsonl").exists() or len(lines(workdir)) < 3:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.1)
-    children = subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "zslflax.main"], text=True)
-    os.kill(int(children.split()[1]), signal.SIGTERM)
-    errors = finish(process, stop.STOPPED)
-    (step,) = checkpoint.available(workdir)
-    assert step == lines(workdir)[-1]["step"] and f"stopped and saved at step {step} of" in errors
-    assert saved(workdir, step)["step"] == step
+def test_where_all_are_damaged_both_processes_say_so_and_nothing_is_overwritten(one, run, runs):
+    for errors in runs:
+        assert f"none of the checkpoints in {run / 'lost' / 'checkpoints'} can be restored" in errors
+        assert f"\n  {HALF}: ValueError: the checkpoint" in errors and f"\n  {STEPS}: " in errors
+    assert checkpoint.available(run / "lost") == [HALF, STEPS] and not (run / "lost" / "damaged").exists()
+    assert lines(run / "lost") == lines(one)
 
 
-def test_a_process_that_fails_says_why_and_ends_the_others(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("FAILING", "1")
-    process = start(run, f"--workdir={tmp_path / 'run'}")
+def test_one_of_two_is_told_to_stop_and_both_save_the_same_step_and_go_on_to_the_same_bits(stopped, two, run, runs):
+    workdir, errors, _ = stopped
+    step = checkpoint.available(workdir)[-1]
+    assert TOLD <= step < STEPS and saved(workdir, step)["step"] == lines(workdir)[-1]["step"] == step
+    assert errors.count(f"stopped and saved at step {step} of {STEPS}") == 2
+    assert all(f"resuming from step {step} in {run / 'goes on'}" in errors for errors in runs)
+    jax.tree.map(np.testing.assert_array_equal, saved(two, STEPS), saved(run / "goes on", STEPS))
+    measured = ("pairs_per_second", "waiting_for_data")
+    kept = lambda workdir: [{k: v for k, v in x.items() if not k.endswith(measured)} for x in lines(workdir)]
+    assert kept(two) == kept(run / "goes on")
+
+
+def test_a_second_run_in_the_same_workdir_is_refused_in_both_its_processes(stopped):
+    workdir, _, second = stopped
+    for status, errors in second:
+        assert status == 1 and f"another process is training in {workdir}" in errors
+
+
+def test_a_process_that_fails_says_why_and_ends_the_others(run, tmp_path):
+    process = launch(run, f"--workdir={tmp_path / 'run'}", FAILING=1)
     _, errors = process.communicate(timeout=250)  # the shutdown of jax.distributed would wait for 300 s
     assert process.returncode == 1 and "[1] zslflax: " in errors and "nowhere.tar" in errors
 

@@ -137,14 +137,16 @@ def set_aside(checkpoints: ocp.CheckpointManager, steps: list[int], reasons: dic
     if not steps:
         return
     folder = Path(checkpoints.directory)
-    for step in steps if parallel.is_main() else ():
+    for step in steps:
         kept = folder.parent / SET_ASIDE / str(step)
         while kept.exists():
             kept = kept.with_name(kept.name + "+")
-        kept.parent.mkdir(exist_ok=True)
-        (folder / str(step)).rename(kept)
         reason = reasons.get(step, "another process cannot read it")
         log.error("the checkpoint %s is damaged, moved to %s, and not used: %s", folder / str(step), kept, reason)
+        parallel.agree(True)  # all know where to
+        if parallel.is_main():
+            kept.parent.mkdir(exist_ok=True)
+            (folder / str(step)).rename(kept)
     parallel.agree(True)  # all wait for the main process
     checkpoints.reload()
 

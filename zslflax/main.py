@@ -23,7 +23,7 @@ CHANGED = flags.DEFINE_bool("changed", False, "Go on in a workdir whose checkpoi
 STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
     0,
-    "The exit status of a run that was asked to stop, and saved, before its last step: for launchers that start it again.",
+    "The exit status of a run that was asked to stop before its last step: for launchers that start it again.",
     lower_bound=0,
     upper_bound=255,
 )
