@@ -120,6 +120,15 @@ def test_a_file_of_templates_travels_with_the_config(parse, tmp_path):
     assert c.eval.templates == ("a photo of a {}.", "a drawing of a {}.")
 
 
+def test_launchers_may_name_the_status_of_a_run_that_was_stopped(parse, monkeypatch, tmp_path):
+    monkeypatch.setattr(main.telemetry, "start_logging", lambda: None)
+    monkeypatch.setattr(main.parallel, "start", lambda *_: None)
+    for argument, complete, status in (("0", False, 0), ("143", False, 143), ("143", True, 0)):
+        monkeypatch.setattr(main, "train", lambda *_, complete=complete: complete)
+        parse(f"--workdir={tmp_path}", f"--stopped_status={argument}")
+        assert main.main([]) == status
+
+
 def test_json_and_back(parse):
     c = parse("--config.data.train=('a','b')", config="vit_b16_declutr.py")
     assert configs.compare(c, configs.from_json(configs.to_json(c))) == []

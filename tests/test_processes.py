@@ -103,12 +103,17 @@ parallel.map_train_step = lambda **fixed: kept[0] if kept else kept.append(map_t
 config = runpy.run_path(sys.argv[1])["get_config"]()
 telemetry.start_logging()
 parallel.start()
-for workdir in sys.argv[2:]:
+one, *workdirs = sys.argv[2:]
+for workdir in workdirs:
     try:
         train.train(config, Path(workdir))
     except ValueError as error:
         print(error, file=sys.stderr)
     os.environ.pop("READS", None)  # of the first run alone
+
+parallel.map_train_step = map_train_step
+config.teacher.kind, config.teacher.workdir, config.steps, config.eval.sets.test.data = "checkpoint", one, 1, ""
+train.train(config, Path(one).with_name("taught"))
 """
 
 
@@ -180,7 +185,7 @@ def runs(run, one, stopped):
         (run / name / "checkpoints" / str(step) / "state" / "_METADATA").write_bytes(b"")
     flip(run / "lost" / "checkpoints" / str(HALF))
     workdirs = [run / name for name in ("two", "goes on", "flipped", "empty", "lost")]
-    ended = both("-c", RUNS, run / "config.py", *workdirs, READS=run / "reads")
+    ended = both("-c", RUNS, run / "config.py", one, *workdirs, READS=run / "reads")
     assert [status for status, _ in ended] == [0, 0], ended
     return [errors for _, errors in ended]
 
@@ -302,6 +307,11 @@ def test_one_of_two_is_told_to_stop_and_both_save_the_same_step_and_go_on_to_the
     measured = ("pairs_per_second", "waiting_for_data")
     kept = lambda workdir: [{k: v for k, v in x.items() if not k.endswith(measured)} for x in lines(workdir)]
     assert kept(two) == kept(run / "goes on")
+
+
+def test_a_checkpoint_teaches_two_processes(one, run, runs):
+    assert all(f"teacher: step {STEPS} of {one}, frozen" in errors for errors in runs)
+    assert saved(run / "taught", 1)["step"] == 1
 
 
 def test_a_second_run_in_the_same_workdir_is_refused_in_both_its_processes(stopped):
