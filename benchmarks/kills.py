@@ -64,7 +64,9 @@ class Run:
     def __init__(self, folder: Path, steps: int, cache: Path, processes: int = 1):
         self.folder, self.workdir, self.scenes = folder, folder / "run", folder / "scenes"
         folder.mkdir(parents=True)
-        text = CONFIG.format(steps=steps, cache=str(cache), scenes=str(self.scenes))
+        # Of several processes only the main one would find what is compiled, and wait for the others too long.
+        cache = str(cache) if processes == 1 else ""
+        text = CONFIG.format(steps=steps, cache=cache, scenes=str(self.scenes))
         (folder / "config.py").write_text(text)
         self.command = [sys.executable, "-m", "zslflax.main"]
         if processes > 1:

@@ -25,6 +25,9 @@ def seconds_to_stop(run: Run, processes: int) -> float:
         RuntimeError: it did not stop as it should.
     """
     process = start_until(run, "step", 3600)
+    said = lambda: (run.folder / "log").read_text()[-3000:]
+    if process.poll() is not None:
+        raise RuntimeError(f"the run ended with code {process.returncode}:\n{said()}")
     asked = process.pid
     if processes > 1:
         children = subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "zslflax.main"], text=True)
@@ -33,7 +36,7 @@ def seconds_to_stop(run: Run, processes: int) -> float:
     os.kill(asked, signal.SIGTERM)
     code, took = process.wait(3600), time.monotonic() - began
     if code:  # its last step is far away: 0 says that it has stopped
-        raise RuntimeError(f"the run ended with code {code}:\n{(run.folder / 'log').read_text()[-3000:]}")
+        raise RuntimeError(f"the run ended with code {code}:\n{said()}")
     return took
 
 

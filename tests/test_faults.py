@@ -216,7 +216,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_made(tiny, tmp
     with pytest.raises(ValueError, match="freeze: no parameter matches 'text/towr'.*nearest: text/tower$"):
         training.train(tiny, tmp_path / "a")
     tiny.freeze, tiny.model.text.max_tokens = (), 600
-    with pytest.raises(ValueError, match="max_tokens is 600"):
+    with pytest.raises(ValueError, match="model.text.max_tokens is 600, but the encoder in .* takes 512"):
         training.train(tiny, tmp_path / "b")
     tiny.model.text.max_tokens, tiny.model.text.scratch.vocab_size = 12, 30_000
     with pytest.raises(

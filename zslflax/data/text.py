@@ -58,7 +58,7 @@ class Tokenizer:
         settings = read_json(folder / SETTINGS)
         longest = settings.get("model_max_length")
         if longest and max_tokens > longest:
-            raise ValueError(f"max_tokens is {max_tokens}, but the encoder in {folder} takes {longest}")
+            raise ValueError(f"model.text.max_tokens is {max_tokens}, but the encoder in {folder} takes {longest}")
         if (folder / FAST).is_file():
             backend = tokenizers.Tokenizer.from_file(str(folder / FAST))
         else:
