@@ -292,7 +292,7 @@ def test_two_processes_go_on_from_one_and_both_name_the_checkpoint_that_is_damag
 def test_where_all_are_damaged_both_processes_say_so_and_nothing_is_overwritten(one, run, runs):
     for errors in runs:
         assert f"none of the checkpoints in {run / 'lost' / 'checkpoints'} can be restored" in errors
-        assert f"\n  {HALF}: ValueError: the checkpoint" in errors and f"\n  {STEPS}: " in errors
+        assert f"\n  {HALF}: " in errors and f"\n  {STEPS}: " in errors
     assert checkpoint.available(run / "lost") == [HALF, STEPS] and not (run / "lost" / "damaged").exists()
     assert lines(run / "lost") == lines(one)
 
