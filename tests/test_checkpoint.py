@@ -251,6 +251,18 @@ def test_the_metrics_since_the_last_report_travel_with_the_state(tmp_path):
     assert checkpoint.available(tmp_path) == [3, 5, 6] and checkpoint.recent_metrics(tmp_path, 3) == []
 
 
+def test_the_error_of_a_run_is_not_replaced_by_that_of_a_save_that_fails_as_it_ends(tmp_path, monkeypatch, caplog):
+    def fails():
+        raise ValueError("RESOURCE_EXHAUSTED")
+
+    with pytest.raises(KeyError, match="of the run"), checkpoint.opened(tmp_path) as checkpoints:
+        close = checkpoints.close
+        monkeypatch.setattr(checkpoints, "close", fails)
+        raise KeyError("of the run")
+    close()
+    assert "could not be written to" in caplog.text and "RESOURCE_EXHAUSTED" in caplog.text
+
+
 def test_json_is_written_whole(tmp_path):
     checkpoint.write_json(tmp_path / "a.json", {"x": 1})
     checkpoint.write_json(tmp_path / "a.json", {"x": [1, 2]})

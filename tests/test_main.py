@@ -83,6 +83,7 @@ def test_a_wrong_type_is_named(parse):
         ("data.weights", (-1.0,), r"data.weights are \(-1.0,\), expected none below 0"),
         ("data.crop_scale", (0.0, 1.0), r"data.crop_scale is \(0.0, 1.0\), expected 0 < smallest"),
         ("data.max_bad", 5.0, "data.max_bad is 5.0, expected a share"),
+        ("eval.best", "eval/tset/hit@1", "eval.best is 'eval/tset/hit@1', expected eval/SET/METRIC.*: test$"),
         ("eval.resize", 0.9, "eval.resize is 0.9, expected at least 1"),
         ("optimizer.warmup_steps", 5_000, r"optimizer.warmup_steps is 5000, expected 0 to \d+, for steps is"),
         ("optimizer.max_bad_steps", -1, "optimizer.max_bad_steps is -1"),

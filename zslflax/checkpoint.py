@@ -42,6 +42,27 @@ def manager(workdir: str | Path, best: str = "", read_only: bool = False) -> ocp
     return ocp.CheckpointManager((Path(workdir) / FOLDER).absolute(), options=options)
 
 
+@contextlib.contextmanager
+def opened(workdir: Path, best: str = ""):
+    """The `manager`, closed at the end; an error that ends the run is not replaced by one of a save that fails then."""
+    checkpoints = manager(workdir, best)
+    try:
+        yield checkpoints
+    except BaseException:
+        try:
+            close(checkpoints)
+        except OSError as error:
+            log.error("%s", error)
+        raise
+    close(checkpoints)
+
+
+def close(checkpoints: ocp.CheckpointManager) -> None:
+    """Waits for what is being written, and raises the error if it could not be."""
+    with explained(checkpoints):
+        checkpoints.close()
+
+
 def save(
     checkpoints: ocp.CheckpointManager,
     state: TrainState,

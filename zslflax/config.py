@@ -249,6 +249,12 @@ def validate(c: ConfigDict) -> None:
     expect(
         c.eval.resize >= 1, f"eval.resize is {c.eval.resize}, expected at least 1, or the crop is larger than the image"
     )
+    filled = [name for name, test in c.eval.sets.items() if test.data]
+    expect(
+        not c.eval.best or c.eval.best.split("/")[1:2] in [[name] for name in filled],
+        f"eval.best is {c.eval.best!r}, expected eval/SET/METRIC with a SET of eval.sets that has data: "
+        f"{', '.join(filled) or 'there is none'}",
+    )
     warmup = c.optimizer.warmup_steps
     expect(
         0 <= warmup < c.steps,

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import difflib
 import functools
 import json
 import logging
@@ -59,7 +60,7 @@ def restore_and_train(config, workdir: Path, text_features=None, measure=None) -
     sources = exclude.leave_out(sources, config.data.exclude)
     parallel.check_same_on_hosts("the number of training samples", list(map(len, sources)))
     test_sets = evaluation.open_sets(config)
-    with contextlib.closing(checkpoint.manager(workdir, config.eval.best)) as checkpoints:
+    with checkpoint.opened(workdir, config.eval.best) as checkpoints:
         resuming, recent = checkpoints.latest_step() is not None, []
         state, tx, frozen = create_state(config, model, pretrained_weights=not resuming)
         if resuming:
@@ -304,7 +305,11 @@ def evaluate_train_state(predictor: Predictor, test_sets, workdir: Path, measure
     metrics = evaluation.evaluate(predictors, test_sets, predictor.config, workdir)
     if metrics:
         log.info("step %d\n%s", step, evaluation.table(metrics))
-    return metrics | measure(predictors) if measure else metrics
+    metrics |= measure(predictors) if measure else {}
+    if (best := predictor.config.eval.best) and best not in metrics:
+        near = ", ".join(difflib.get_close_matches(best, metrics, n=3, cutoff=0.0)) or "none, for nothing is evaluated"
+        raise ValueError(f"config: eval.best is {best!r}, which no evaluation gives; nearest: {near}")
+    return metrics
 
 
 def stop_at_bad_step(checkpoints, state) -> None:
