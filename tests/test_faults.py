@@ -163,6 +163,12 @@ def test_a_damaged_checkpoint_is_trained_again(tiny, whole, tmp_path, caplog):
     assert_same_bits(saved(whole, 6), expected)
 
 
+def test_a_metric_to_be_best_by_that_no_evaluation_gives_is_named_with_the_nearest(tiny, tmp_path):
+    tiny.eval.best, tiny.steps = "eval/test/hit@3", 1
+    with pytest.raises(ValueError, match="eval.best is 'eval/test/hit@3', which no evaluation gives.*eval/test/hit@"):
+        training.train(tiny, tmp_path)
+
+
 def test_another_config_goes_on_when_told(tiny, whole, caplog):
     tiny.optimizer.learning_rate = 0.5
     with pytest.raises(ValueError, match="--changed"):
