@@ -25,7 +25,7 @@ from zslflax.state import TrainState
 
 ROOT = Path(__file__).parent.parent
 STEPS, BATCH, TRAIN, TEST = 6, 16, 480, 23  # 23 images: the hosts' shares differ
-HALF, TOLD = 3, 4  # when a checkpoint is saved, and at which step a process is told to stop
+HALF, TOLD = 3, 1  # when a checkpoint is saved, and at which step a process is told to stop: before an evaluation
 
 # What every process runs: towers that compile in a moment (batch normalisation is there, for its exchange
 # between processes), a record of what is read by whom, and a process that is told to stop at a certain step, once
