@@ -15,7 +15,7 @@ from zslflax.models import vit
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
 # What was compiled in an earlier run, or in the same one by another test, is not compiled again.
-CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 # With a limit to its size jax locks the cache, so that no process reads what another has written by half; the
 # environment is for the processes that tests start.

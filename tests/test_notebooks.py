@@ -24,7 +24,7 @@ def execute(require, learnt, monkeypatch, request):
     for needed in ("ipykernel", "matplotlib"):
         require(needed)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    cache = request.config.rootpath / ".pytest_cache" / "xla"
+    cache = request.config.rootpath / ".pytest_cache" / "compiled"
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
 
     def run(name: str) -> tuple[list[str], list[Image.Image]]:

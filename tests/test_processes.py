@@ -146,7 +146,7 @@ def both(*arguments, **more) -> list[tuple[int, str]]:
     """Runs Python with these arguments in two processes of two devices; the status of each, and what it has said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:%d" % free.getsockname()[1]
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     processes = []
     for i in (0, 1):
         names = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": 2, "JAX_COORDINATOR_ADDRESS": address}

@@ -7,7 +7,7 @@ import numpy as np
 
 from zslflax.data.images import BadSample
 from zslflax.data.packing import SAMPLE
-from zslflax.data.pairs import global_order
+from zslflax.data.pairs import global_order, own_threads
 from zslflax.data.samples import AUGMENTATION_STREAM, draw_caption
 
 
@@ -19,7 +19,7 @@ def count_lengths(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-    threads: int = 8,
+    threads: int = 0,
 ) -> np.ndarray:
     """How many of the first training captions have 0, 1, … max_tokens tokens: int64 [max_tokens + 1].
 
@@ -30,7 +30,7 @@ def count_lengths(
     Args:
         sources, weights, tokenizer, seed: as `train_batches` takes them.
         process_index, process_count: h and H.
-        threads: that read.
+        threads: that read; 0: `own_threads()`.
     """
     sizes = [len(source) for source in sources]
     order = global_order(sizes, weights, seed)
@@ -44,7 +44,7 @@ def count_lengths(
             return None
 
     positions = range(process_index, min(SAMPLE, sum(sizes)), process_count)
-    with ThreadPoolExecutor(max(threads, 1)) as pool:
+    with ThreadPoolExecutor(threads or own_threads()) as pool:
         captions = [caption for caption in pool.map(caption, positions) if caption is not None]
     _, mask = tokenizer(captions)
     return np.bincount(mask.sum(axis=1), minlength=mask.shape[1] + 1)

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -88,7 +89,7 @@ def train_batches(
     process_count: int = 1,
     crop_scale: tuple[float, float] = (0.2, 1.0),
     flip: bool = True,
-    threads: int = 8,
+    threads: int = 0,
     workers: int = 0,
 ) -> Iterator[dict]:
     """This host's rows of an infinite sequence of batches, from a step on.
@@ -109,7 +110,7 @@ def train_batches(
         process_index, process_count: h and H.
         crop_scale: share of the image's area that a random-resized-crop takes, from and to.
         flip: mirrors half of the images left to right.
-        threads: that read and decode, in each worker.
+        threads: that read and decode, in each worker; 0: `own_threads()`.
         workers: processes; 0 is this one alone. They are spawned, so the entry point needs a `__main__`
             guard.
 
@@ -146,7 +147,7 @@ def eval_batches(
     resize: int,
     process_index: int = 0,
     process_count: int = 1,
-    threads: int = 8,
+    threads: int = 0,
 ) -> Iterator[dict]:
     """All samples once: host h of H has the samples h, h + H, …, padded to as many batches as every host's.
 
@@ -156,7 +157,7 @@ def eval_batches(
         image_size: s, pixels.
         resize: pixels, the image's shorter side before the centre crop.
         process_index, process_count: h and H.
-        threads: that read and decode.
+        threads: that read and decode; 0: `own_threads()`.
 
     Yields:
         dicts of `image` uint8 [b, s, s, 3], `mask` bool [b] (False: padding or unreadable), `index` int64 [b]
@@ -252,9 +253,9 @@ def stream(rows, prepare, per_host: int, steps: range, threads: int, workers: in
     Raises:
         ValueError: there were `enough` samples and none was readable; the reasons and the first names.
     """
-    parts = -(-per_host // CHUNK)
+    parts, threads = -(-per_host // CHUNK), threads or own_threads()
     chunks = grain.MapDataset.range(steps.start * parts, steps.stop * parts).map(Chunks(rows, prepare, per_host, parts))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + parts if threads else 0)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + parts)
     chunks = chunks.to_iter_dataset(options)
     if workers:
         # Grain reads its own absl flags for workers, which a notebook or a test has not parsed.
@@ -272,6 +273,11 @@ def stream(rows, prepare, per_host: int, steps: range, threads: int, workers: in
             yield batch
     finally:
         iterator.close()
+
+
+def own_threads() -> int:
+    """One for each core, but four at least: more contend for Python's lock, fewer leave cores idle while they read."""
+    return max(4, os.cpu_count() or 1)
 
 
 def join(parts: list[dict]) -> dict:
