@@ -88,7 +88,7 @@ def tiny_config(scenes_root):
     c.optimizer.name, c.optimizer.learning_rate = "adamw", 1e-2
     c.data.scenes.update(root=str(scenes_root), train=96, test=24, size=24)
     c.eval.every, c.eval.batch_size, c.checkpoint.every = 3, 16, 3
-    c.eval.sets.test.data = "scenes"
+    c.eval.sets.test.data, c.eval.cache = "scenes", ""
     return c
 
 

@@ -1,5 +1,6 @@
 """Predictors: one model from a run, an export and the command line; every kind and number of images."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -13,8 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from zslflax import export, predict
 from zslflax.predict import Predictor
+from zslflax.zeroshot import class_cache
 
 NAMES = ["red circle", "blue square", "a cat"]
+TEMPLATES = ["a photo of a {}."]
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +129,65 @@ def test_names_and_prompts_that_are_none(predictor, pictures):
         predictor.classify(pictures, NAMES, templates=["a photo"])
     with pytest.raises(ValueError, match="found k = 0"):
         predictor.classify(pictures, NAMES, top_k=0)
+
+
+def test_embeddings_of_many_names_are_computed_once_for_a_run_and_its_export(
+    workdir, exported, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(class_cache, "ENOUGH", len(NAMES))
+    folder, computed = tmp_path / "classes", []
+
+    def restore(source, **options):
+        predictor, used = Predictor.restore(source, cache=str(folder), **options), []
+        encode_text = predictor.encode_text
+        monkeypatch.setattr(predictor, "encode_text", lambda texts: used.extend(texts) or encode_text(texts))
+        computed.append(used)
+        return predictor
+
+    first = restore(workdir).class_embeddings(NAMES)
+    assert len(computed[0]) == 3 and len(list(folder.iterdir())) == 1
+    for source in (workdir, exported):
+        np.testing.assert_array_equal(restore(source).class_embeddings(tuple(NAMES)), first)
+        assert computed[-1] == []
+    student = restore(workdir, use="student")
+    assert np.abs(student.class_embeddings(NAMES) - first).max() > 1e-4
+    earlier = restore(workdir, step=3)
+    assert np.abs(earlier.class_embeddings(NAMES) - first).max() > 1e-4
+    restore(workdir).class_embeddings(NAMES, ["the {}"])
+    assert list(map(len, computed)) == [3, 0, 0, 3, 3, 3]
+    assert len(list(folder.iterdir())) == 4
+
+    (path,) = (path for path in folder.iterdir() if path == restore(workdir).class_cache.path(NAMES, TEMPLATES))
+    path.write_bytes(path.read_bytes()[:-100])
+    np.testing.assert_array_equal(restore(workdir).class_embeddings(NAMES), first)
+    assert len(computed[-1]) == 3 and f"{path} cannot be used" in caplog.text
+    restore(exported).class_embeddings(NAMES)
+    assert computed[-1] == []
+
+
+def test_what_is_trained_on_is_not_kept(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(class_cache, "ENOUGH", len(NAMES))
+    predictor = Predictor.restore(workdir, cache=str(tmp_path / "classes"))
+    predictor.with_variables(predictor.variables, 5).class_embeddings(NAMES)
+    assert not (tmp_path / "classes").exists()
+
+
+def test_the_identity_of_a_text_side(tiny, workdir, exported):
+    """All that an embedding depends on tells two models apart, and nothing else does."""
+    one, same = (Predictor.restore(source).identify_text() for source in (workdir, exported))
+    assert one == same and json.loads(json.dumps(one)) == one
+    predictor = Predictor.restore(workdir)
+    params = jax.tree.map(np.array, predictor.variables["params"])
+    params["text"]["projection"]["bias"] = np.nextafter(params["text"]["projection"]["bias"], 1)
+    text = {"model.text.max_tokens": 10, "model.text.scratch.heads": 1, "compute_dtype": "bfloat16"}
+    others = [Predictor(predictor.config, predictor.model, {"params": params}, predictor.tokenizer)]
+    for field, value in text.items():
+        config = copy.deepcopy(predictor.config)
+        config.update_from_flattened_dict({field: value})
+        model, tokenizer = predict.build_model(config)
+        others.append(Predictor(config, model, predictor.variables, tokenizer))
+    for other in others:
+        assert other.identify_text() != one
 
 
 def test_an_exported_folder_gives_the_same_bits(predictor, exported, pictures):

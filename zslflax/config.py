@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from zslflax.objectives import OBJECTIVES, SOFT_TARGETS
+from zslflax.zeroshot.class_cache import FOLDER
 from zslflax.zeroshot.labels import read_templates
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision, of pixels in [0, 1]
@@ -105,6 +106,7 @@ def default_config() -> ConfigDict:
     c.eval.templates = ("a photo of a {}.",)  # prompts of which a class embedding is the average; or a file of them
     c.eval.resamples = 1_000  # of the bootstrap that gives --mode=evaluate its 95% intervals; 0 for none
     c.eval.best = ""  # the metric whose best checkpoint is kept, such as "eval/test/hit@1"; "": the newest alone
+    c.eval.cache = FOLDER  # of class embeddings that --mode=evaluate and predictions keep, 1 GB at most; "" for none
     c.eval.sets = ConfigDict()
     c.eval.sets.test = eval_set()
 

@@ -11,6 +11,7 @@ import numpy as np
 from zslflax import parallel, pictures
 from zslflax.data import pairs, samples, scenes
 from zslflax.predict import Predictor
+from zslflax.zeroshot.class_cache import ClassCache
 from zslflax.zeroshot.classifier import class_embeddings, top_k
 from zslflax.zeroshot.hierarchy import Hierarchy
 from zslflax.zeroshot.labels import LabelSpace, members
@@ -165,7 +166,7 @@ def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test:
     if test.labels is not None and any(embedded.labels):
         space = test.labels
         check_labels(test, embedded)
-        embed_names = lambda names: class_embeddings(encode_text, names, config.eval.templates)
+        embed_names = lambda names: embed_classes(predictor, names, config.eval.templates)
         class_emb = embed_names(space.names)
         unseen = space.unseen if space.unseen.any() else None
         measure = lambda class_emb: zero_shot_metrics(
@@ -196,6 +197,16 @@ def share_among_hosts(encode_text):
         return parallel.gather_hosts(encode_text(padded))[: len(texts)]
 
     return encode
+
+
+def embed_classes(predictor: Predictor, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+    """`Predictor.class_embeddings` by all processes together; the main one alone reads and writes what is kept."""
+    cache = predictor.class_cache if parallel.is_main() else ClassCache()
+    class_emb = parallel.from_main(cache.read(names, templates))
+    if class_emb is None:
+        class_emb = class_embeddings(share_among_hosts(predictor.encode_text), names, templates)
+        cache.write(names, templates, class_emb)
+    return class_emb
 
 
 def check_labels(test: TestSet, embedded: Embedded) -> None:

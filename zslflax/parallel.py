@@ -133,6 +133,14 @@ def gather_hosts(tree):
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
+def from_main(array: np.ndarray | None) -> np.ndarray | None:
+    """The main process's fp32 array or None, in every process; the others' are ignored."""
+    shape = gather_json(None if array is None else array.shape)[0]
+    if shape is None or jax.process_count() == 1:
+        return array
+    return np.asarray(multihost_utils.broadcast_one_to_all(array if is_main() else np.zeros(shape, np.float32)))
+
+
 def check_same_on_hosts(what: str, value) -> None:
     """Raises a ValueError, in every process, where processes see different values of what JSON can hold."""
     values = gather_json(value)

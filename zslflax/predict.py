@@ -6,13 +6,17 @@ python -m zslflax.predict --workdir=runs/demo --export=FOLDER
 
 import argparse
 import copy
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
+import zslflax
 from zslflax import export, parallel, pictures, program
 from zslflax.config import compute_dtype, from_json
 from zslflax.data import images
@@ -22,6 +26,7 @@ from zslflax.models import two_tower
 from zslflax.models.pretrained import locate
 from zslflax.state import merge
 from zslflax.step import AXIS
+from zslflax.zeroshot.class_cache import ClassCache
 from zslflax.zeroshot.classifier import class_embeddings, top_k
 from zslflax.zeroshot.labels import read_names, read_templates
 
@@ -38,11 +43,13 @@ class Predictor:
         model, variables: the `TwoTower` and what it is applied to.
         tokenizer: the `Tokenizer` that it was trained with.
         step: the step of the checkpoint.
+        class_cache: where class embeddings of many names are kept; `restore` sets it, because only a model that
+            stays as it is can ask for them again.
     """
 
     def __init__(self, config, model, variables, tokenizer: Tokenizer, step: int = 0, text_features=None):
         self.config, self.model, self.tokenizer, self.step = config, model, tokenizer, step
-        self.variables = parallel.replicate(variables)
+        self.variables, self.class_cache = parallel.replicate(variables), ClassCache()
         self.text_features = text_features or TextFeatures(model, self.variables, KEPT_TEXTS)
         map_method = lambda method: parallel.map_embed(lambda variables, x: model.apply(variables, x, method=method))
         self._encode_image, self._project_text = map_method("encode_image"), map_method("project_text")
@@ -50,12 +57,14 @@ class Predictor:
     def with_variables(self, variables, step: int) -> "Predictor":
         """The same model at another state, without compiling anything again."""
         other = copy.copy(self)
-        other.variables, other.step = variables, step
+        other.variables, other.step, other.class_cache = variables, step, ClassCache()
         other.text_features = self.text_features.with_variables(variables)
         return other
 
     @classmethod
-    def restore(cls, source: str | Path, *, step: int | None = None, use: str = "teacher") -> "Predictor":
+    def restore(
+        cls, source: str | Path, *, step: int | None = None, use: str = "teacher", cache: str | None = None
+    ) -> "Predictor":
         """Loads a model, on any device.
 
         Args:
@@ -64,6 +73,7 @@ class Predictor:
             step: of a workdir's checkpoints; default: the newest.
             use: of a run, "teacher": its EMA, or the student where it has none; or "student". An exported
                 folder holds one of them only.
+            cache: the folder of the `ClassCache`, "" for none; default: the config's `eval.cache`.
 
         Raises:
             FileNotFoundError: there is neither, or no complete checkpoint of that step.
@@ -86,7 +96,9 @@ class Predictor:
         export.use_text_encoder(config, folder / export.TEXT_FOLDER)
         model, tokenizer = build_model(config)
         export.check_tokenizer(tokenizer, folder / export.TEXT_FOLDER)
-        return cls(config, model, variables, tokenizer, step)
+        predictor = cls(config, model, variables, tokenizer, step)
+        predictor.class_cache = ClassCache(config.eval.cache if cache is None else cache, predictor.identify_text)
+        return predictor
 
     def export(self, folder: str | Path) -> None:
         """Writes the model into a new folder that `restore` reads, fit for the Hugging Face Hub.
@@ -163,8 +175,28 @@ class Predictor:
 
     def class_embeddings(self, names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
         """Unit embedding of each name, averaged over the prompts: fp32 [c, d]."""
-        templates = tuple(self.config.eval.templates if templates is None else templates)
-        return class_embeddings(self.encode_text, list(names), templates)
+        names, templates = list(names), tuple(self.config.eval.templates if templates is None else templates)
+        class_emb = self.class_cache.read(names, templates)
+        if class_emb is None:
+            class_emb = class_embeddings(self.encode_text, names, templates)
+            self.class_cache.write(names, templates, class_emb)
+        return class_emb
+
+    def identify_text(self) -> dict:
+        """What the embedding of a text depends on, for `ClassCache`."""
+        params = flatten_dict(jax.device_get(self.variables["params"]["text"]), sep="/")
+        weights = hashlib.sha256()
+        for name, array in sorted(params.items()):
+            weights.update(f"{name} {array.dtype} {array.shape} ".encode())
+            weights.update(np.ascontiguousarray(array))
+        sizes = dataclasses.asdict(two_tower.text_config(self.config.model.text))
+        return {
+            "weights": weights.hexdigest(),
+            "sizes": sizes,
+            "compute_dtype": self.config.compute_dtype,
+            "tokenizer": self.tokenizer.identity,
+            "version": zslflax.__version__,
+        }
 
     def prepare(self, picture) -> np.ndarray:
         """One image, as `encode_image` takes it, as large as the model takes it: uint8 [s, s, 3]."""

@@ -142,7 +142,8 @@ def evaluate(config, workdir: Path, step: int | None = None) -> dict[str, float]
     The model is what the workdir's own config.json says; the test sets are those of `config`.
     """
     uses = {"": "teacher", "student/": "student"} if config.teacher.kind == "ema" else {"": "student"}
-    predictors = {who: Predictor.restore(workdir, step=step, use=use) for who, use in uses.items()}
+    restore = functools.partial(Predictor.restore, workdir, step=step, cache=config.eval.cache)
+    predictors = {who: restore(use=use) for who, use in uses.items()}
     metrics = evaluation.evaluate(predictors, evaluation.open_sets(config), config, workdir, config.eval.resamples)
     step = predictors[""].step
     log.info("step %d of %s\n%s", step, workdir, evaluation.table(metrics))

@@ -5,11 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 GROUP = 16  # neighbours of which first only the maximum counts; for 22,000 classes faster than 32 or 64
 
 
-def class_embeddings(encode_text, names, templates, batch_size: int = 1 << 14) -> np.ndarray:
+def class_embeddings(encode_text, names, templates, batch_size: int = 1 << 13) -> np.ndarray:
     """One unit embedding per name: its prompts' unit embeddings, averaged and normalised again.
 
     Args:
@@ -27,7 +28,8 @@ def class_embeddings(encode_text, names, templates, batch_size: int = 1 << 14) -
     if unfilled := [template for template in templates if "{}" not in template]:
         raise ValueError(f"every template needs {{}} where the class name goes; these have none: {unfilled}")
     total, sums = len(names) * len(templates), 0.0
-    for start in range(0, total, batch_size):
+    starts = tqdm(range(0, total, batch_size), "embedding names", delay=2, disable=None, leave=False)
+    for start in starts:
         number = np.arange(start, min(start + batch_size, total))  # prompt i is of name i // templates
         prompts = [templates[i % len(templates)].replace("{}", names[i // len(templates)]) for i in number]
         embeddings = unit(np.asarray(encode_text(prompts), np.float32))
