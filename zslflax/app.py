@@ -55,9 +55,9 @@ def parse_names(text: str) -> list[str]:
 
 
 def bars(rows: Sequence[tuple[str, float]]) -> str:
-    """Names with bars, which start at 0, or at the lowest score below it; the highest fills the width."""
-    low, high = min(0.0, *(s for _, s in rows)), max(1e-9, *(s for _, s in rows))
-    parts = [BAR.format(html.escape(name), s, 100 * (s - low) / (high - low)) for name, s in rows]
+    """Names with their scores and bars."""
+    lengths = pictures.bar_lengths([score for _, score in rows])
+    parts = [BAR.format(html.escape(name), s, 100 * length) for (name, s), length in zip(rows, lengths)]
     return f'<div class="bars">{"".join(parts)}</div>'
 
 

@@ -17,7 +17,7 @@ def prediction_grid(images, rows, true_names, columns: int = 3) -> Image.Image:
     Args:
         images: uint8 [h, w, 3] arrays of any sizes.
         rows: for each image, (name, score, whether it is true), best first. Bars compare the scores of the
-            whole picture: they start at 0, or at the lowest score below it, and the highest fills the width.
+            whole picture, see `bar_lengths`.
         true_names: for each image its true names, written below it; an empty one says so.
         columns: images side by side.
 
@@ -29,8 +29,7 @@ def prediction_grid(images, rows, true_names, columns: int = 3) -> Image.Image:
             f"{len(rows)} rows, {len(true_names)} true names"
         )
     font = ImageFont.load_default(FONT_SIZE)
-    scores = [score for of_image in rows for _, score, _ in of_image if np.isfinite(score)]
-    low, high = min(scores + [0.0]), max(scores + [1e-9])
+    lengths = iter(bar_lengths([score for of_image in rows for _, score, _ in of_image]))
     columns = min(columns, len(images))
     captions = [wrapped(unbroken(names) or "no true name", font, SIDE, lines=2) for names in true_names]
     most = max(1, max(map(len, rows)))
@@ -53,10 +52,20 @@ def prediction_grid(images, rows, true_names, columns: int = 3) -> Image.Image:
             below = y + SIDE + 6 + line * (FONT_SIZE + 4)
             draw.text((x, below), text, fill=INK if names else FAINT, font=font)
         for place, (name, score, is_true) in enumerate(of_image):
-            length = (score - low) / (high - low) if np.isfinite(score) else 0.0
             left, top = x + SIDE + GAP, y + place * row
-            draw_bar(draw, (left, top, left + BAR_WIDTH, top + row - 3), name, score, length, is_true, font)
+            draw_bar(draw, (left, top, left + BAR_WIDTH, top + row - 3), name, score, next(lengths), is_true, font)
     return picture
+
+
+def bar_lengths(scores) -> list[float]:
+    """Of each score's bar, 0 … 1: bars start at 0, or at the lowest score below it, and the highest fills the width.
+
+    A score that is not finite has no bar.
+    """
+    scores = np.asarray(scores, np.float64)
+    finite = np.isfinite(scores)
+    low, high = scores.min(initial=0.0, where=finite), scores.max(initial=1e-9, where=finite)
+    return np.where(finite, (scores - low) / (high - low), 0.0).tolist()
 
 
 def draw_bar(draw, box, name: str, score: float, length: float, is_true: bool, font) -> None:

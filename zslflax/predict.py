@@ -271,10 +271,9 @@ def read_run(workdir: Path, step: int | None, use: str) -> tuple:
 
 
 def bars(rows: Sequence[tuple[str, float]], width: int = 30) -> list[str]:
-    """Lines of names, bars and scores; the bars start at 0, or at the lowest score below it."""
-    low, high = min(0.0, *(s for _, s in rows)), max(1e-9, *(s for _, s in rows))
+    """Lines of names, bars and scores."""
     room = max(len(name) for name, _ in rows)
-    lengths = [round(8 * width * (score - low) / (high - low)) for _, score in rows]
+    lengths = [round(8 * width * length) for length in pictures.bar_lengths([score for _, score in rows])]
     drawn = ["█" * (length // 8) + " ▏▎▍▌▋▊▉"[length % 8].strip() for length in lengths]
     return [f"  {name:<{room}}  {bar:<{width}}  {score:.3f}" for (name, score), bar in zip(rows, drawn)]
 
