@@ -14,7 +14,7 @@ from zslflax.predict import Predictor
 from zslflax.zeroshot.class_cache import ClassCache
 from zslflax.zeroshot.classifier import class_embeddings, top_k
 from zslflax.zeroshot.hierarchy import Hierarchy
-from zslflax.zeroshot.labels import LabelSpace, members
+from zslflax.zeroshot.labels import LabelSpace, members, repeated
 from zslflax.zeroshot.metrics import zero_shot_metrics
 from zslflax.zeroshot.retrieval import retrieval_recall
 from zslflax.zeroshot.wordnet import WordNet
@@ -67,6 +67,13 @@ def open_set(name: str, test, config) -> TestSet:
     source = pairs.open_source(test.data, config.data, "test")
     wordnet = WordNet.read(test.wordnet) if test.wordnet else None
     labels = label_space(test, getattr(source, "classes", None), wordnet)
+    if labels is not None and (twins := repeated(labels.names)):
+        log.info(
+            "%s: several classes are called %r (%d such names); a twin counts as a miss",
+            name,
+            next(iter(twins)),
+            len(twins),
+        )
     if wordnet is not None and (labels is None or labels.ids is None):
         raise ValueError(f"eval.sets.{name}: wordnet is given, but classes have no ids; give a file of classes")
     hierarchy = None if wordnet is None else Hierarchy(labels.ids, wordnet.hypernyms)
@@ -184,6 +191,8 @@ def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test:
             metrics |= {f"synonyms/{name}": value for name, value in results.items()}
         truth = [set(embedded.labels[i]) for i in shown(len(image_emb))]
         candidates = class_emb, space.names, truth
+    elif test.labels is not None:
+        log.warning("%s: no image has a label among the %d classes; %s", test.name, len(test.labels), embedded.excluded)
     return metrics, best_names(image_emb, *candidates) if candidates else []
 
 

@@ -141,10 +141,17 @@ def evaluate(config, workdir: Path, step: int | None = None) -> dict[str, float]
 
     The model is what the workdir's own config.json says; the test sets are those of `config`.
     """
+    test_sets = evaluation.open_sets(config)
     uses = {"": "teacher", "student/": "student"} if config.teacher.kind == "ema" else {"": "student"}
     restore = functools.partial(Predictor.restore, workdir, step=step, cache=config.eval.cache)
     predictors = {who: restore(use=use) for who, use in uses.items()}
-    metrics = evaluation.evaluate(predictors, evaluation.open_sets(config), config, workdir, config.eval.resamples)
+    metrics = evaluation.evaluate(predictors, test_sets, config, workdir, config.eval.resamples)
+    if not metrics:
+        raise ValueError(
+            "nothing could be measured: none of eval.sets has images with captions, or with labels among its classes"
+            if test_sets
+            else "there is nothing to measure: give the data of a test set, such as eval.sets.test.data"
+        )
     step = predictors[""].step
     log.info("step %d of %s\n%s", step, workdir, evaluation.table(metrics))
     if parallel.is_main():
