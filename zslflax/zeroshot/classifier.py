@@ -45,7 +45,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def top_k(
-    image_emb, class_emb, k: int, class_block: int = 32768, image_block: int = 128, images: int = 16384
+    image_emb, class_emb, k: int, class_block: int = 32768, image_block: int = 64, images: int = 16384
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each image's k classes of highest inner product, exact, best first; of equals the lower id first.
 
