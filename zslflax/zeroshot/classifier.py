@@ -64,7 +64,7 @@ def top_k(
         raise ValueError(f"expected k between 1 and the number of classes, {c}, found k = {k}")
     if n == 0:
         return np.zeros((0, k), np.float32), np.zeros((0, k), np.int32)
-    class_block, images = min(class_block, c), min(images, n)
+    class_block, images = min(class_block, c), -(-n // -(-n // images))  # parts as equal as can be
     scores, ids = np.empty((n, k), np.float32), np.empty((n, k), np.int32)
     for first in range(0, n, images):
         rows = slice(min(first, n - images), min(first + images, n))  # the last overlap: one shape
