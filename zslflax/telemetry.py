@@ -1,5 +1,6 @@
-"""Progress on the terminal, metrics.jsonl, TensorBoard events, and throughput."""
+"""Progress on the terminal, metrics.jsonl, TensorBoard events, throughput, and unreadable samples."""
 
+import collections
 import json
 import logging
 import math
@@ -8,9 +9,13 @@ import time
 from pathlib import Path
 
 import absl.logging
+import jax
+import numpy as np
 from tqdm import tqdm
 
 log = logging.getLogger("zslflax")
+
+COUNTS = ("bad_steps", "bad_step")  # metrics that count through the whole run
 
 
 def start_logging() -> None:
@@ -133,3 +138,44 @@ class Stopwatch:
         rates = {"pairs_per_second": self.pairs / elapsed, "waiting_for_data": self.waited / elapsed}
         self.__init__()
         return rates
+
+
+def average(metrics: list[dict]) -> dict[str, float]:
+    """The means of the steps' metrics, as `train/NAME`; this waits for the devices.
+
+    What was not finite in a step that was dropped is left out. Of the counts of bad steps, the last value.
+    """
+    host = jax.device_get(metrics)
+    means = {}
+    for name, last in host[-1].items():
+        values = np.array([of_step[name] for of_step in host])
+        finite = values[np.isfinite(values)]
+        means[f"train/{name}"] = int(last) if name in COUNTS else float(np.mean(finite)) if len(finite) else np.nan
+    return means
+
+
+class BadSamples:
+    """Counts the samples that could not be read, names the first few, and stops a run that has too many.
+
+    Args:
+        limit: the share of samples that may be bad.
+    """
+
+    ENOUGH = 1_000  # samples, before a share means something
+
+    def __init__(self, limit: float):
+        self.limit, self.seen, self.bad, self.shards = limit, 0, 0, collections.Counter()
+
+    def count(self, errors, samples: int) -> None:
+        self.seen += samples
+        for name, message in errors:
+            self.bad += 1
+            self.shards[name.rpartition(":")[0]] += 1
+            if self.bad <= 5:
+                log.warning("unreadable sample %s: %s", name, message)
+        if errors and self.seen >= self.ENOUGH and self.bad > self.limit * self.seen:
+            worst = "\n  ".join(f"{shard}: {count}" for shard, count in self.shards.most_common(10))
+            raise ValueError(
+                f"{self.bad} of {self.seen} samples could not be read, more than data.max_bad = {self.limit}; "
+                f"the shards with the most of them:\n  {worst}"
+            )

@@ -1,6 +1,5 @@
 """The training loop and nothing else: restore, step, report, evaluate, save."""
 
-import collections
 import contextlib
 import difflib
 import functools
@@ -22,11 +21,9 @@ from zslflax.features import TextFeatures
 from zslflax.models import pretrained
 from zslflax.predict import Predictor
 from zslflax.stop import Stop
-from zslflax.telemetry import Reporter, Stopwatch
+from zslflax.telemetry import BadSamples, Reporter, Stopwatch, average
 
 log = logging.getLogger("zslflax")
-
-COUNTS = ("bad_steps", "bad_step")  # metrics that count through the whole run
 
 
 def train(config, workdir: Path, changed: bool = False, *, text_features=None, measure=None) -> bool:
@@ -289,20 +286,6 @@ def describe(config, state, frozen: tuple[str, ...], sources) -> None:
     )
 
 
-def average(metrics: list[dict]) -> dict[str, float]:
-    """The means of the steps' metrics, as `train/NAME`; this waits for the devices.
-
-    What was not finite in a step that was dropped is left out. Of the counts of bad steps, the last value.
-    """
-    host = jax.device_get(metrics)
-    means = {}
-    for name, last in host[-1].items():
-        values = np.array([of_step[name] for of_step in host])
-        finite = values[np.isfinite(values)]
-        means[f"train/{name}"] = int(last) if name in COUNTS else float(np.mean(finite)) if len(finite) else np.nan
-    return means
-
-
 def evaluate_train_state(predictor: Predictor, test_sets, workdir: Path, measure, state) -> dict[str, float]:
     """Evaluates the teacher and the student as they are; without an EMA there is only the student."""
     step = int(state.step)
@@ -331,30 +314,3 @@ def stop_at_bad_step(checkpoints, state) -> None:
         f"the state before it is saved as step {step}. "
         "Lower optimizer.learning_rate, set optimizer.clip_norm, or use compute_dtype float32"
     )
-
-
-class BadSamples:
-    """Counts the samples that could not be read, names the first few, and stops a run that has too many.
-
-    Args:
-        limit: the share of samples that may be bad.
-    """
-
-    ENOUGH = 1_000  # samples, before a share means something
-
-    def __init__(self, limit: float):
-        self.limit, self.seen, self.bad, self.shards = limit, 0, 0, collections.Counter()
-
-    def count(self, errors, samples: int) -> None:
-        self.seen += samples
-        for name, message in errors:
-            self.bad += 1
-            self.shards[name.rpartition(":")[0]] += 1
-            if self.bad <= 5:
-                log.warning("unreadable sample %s: %s", name, message)
-        if errors and self.seen >= self.ENOUGH and self.bad > self.limit * self.seen:
-            worst = "\n  ".join(f"{shard}: {count}" for shard, count in self.shards.most_common(10))
-            raise ValueError(
-                f"{self.bad} of {self.seen} samples could not be read, more than data.max_bad = {self.limit}; "
-                f"the shards with the most of them:\n  {worst}"
-            )
