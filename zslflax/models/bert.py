@@ -94,10 +94,14 @@ class Bert(nn.Module):
 
     `__call__` takes a text a row; `packed` takes several in a row and computes the same.
     Dropout is on the embeddings and on each sublayer's output; attention weights have none.
+
+    Attributes:
+        remat: for a gradient, keep only the layers' inputs, and compute what is inside them once more.
     """
 
     config: BertConfig
     dtype: Any = jnp.float32
+    remat: bool = False
 
     def __call__(self, text: jax.Array, text_mask: jax.Array, train: bool = False) -> jax.Array:
         """int32 [b, t], bool [b, t] → fp32 [b, width]. A text without any token gives zeros."""
@@ -141,6 +145,7 @@ class Bert(nn.Module):
         x = x + table(c.types, name="type")(jnp.zeros((1, 1), jnp.int32))
         x = nn.LayerNorm(epsilon=c.eps, name="norm")(x).astype(self.dtype)
         x = nn.Dropout(c.dropout, deterministic=not train)(x)
+        layer = nn.remat(Layer, static_argnums=(3,)) if self.remat else Layer  # 3: train
         for i in range(c.layers):
-            x = Layer(c, self.dtype, name=f"layer_{i}")(x, mask, train)
+            x = layer(c, self.dtype, name=f"layer_{i}")(x, mask, train)
         return x

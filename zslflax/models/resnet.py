@@ -57,6 +57,7 @@ class ResNet(nn.Module):
         stem_width: channels after the first convolution; stage i has stem_width · 2^i (· 4 if bottleneck).
         small: for pictures of 32 pixels: a first convolution of 3×3 and no pooling after it, so that the first stage
             sees half the picture's resolution instead of a quarter.
+        remat: for a gradient, keep only the blocks' inputs, and compute what is inside them once more.
     """
 
     stages: tuple[int, ...]
@@ -65,6 +66,7 @@ class ResNet(nn.Module):
     axis_name: str | None = None
     stem_width: int = 64
     small: bool = False
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -85,9 +87,10 @@ class ResNet(nn.Module):
         x = nn.relu(norm(name="bn1")(x))
         if not self.small:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        block = nn.remat(Block) if self.remat else Block
         for i, blocks in enumerate(self.stages):
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 else 1
                 width = self.stem_width * 2**i
-                x = Block(width, stride, self.bottleneck, self.dtype, norm, name=f"layer{i + 1}_{j}")(x)
+                x = block(width, stride, self.bottleneck, self.dtype, norm, name=f"layer{i + 1}_{j}")(x)
         return jnp.mean(x.astype(jnp.float32), axis=(1, 2))

@@ -91,7 +91,8 @@ def build(config, *, dtype: Any = jnp.float32, axis_name: str | None = None) -> 
     """The model that a config's `model` section describes.
 
     Args:
-        config: `embed_dim`, `image.{name, mean, std}`, `text.{pretrained, dropout, max_tokens, scratch}`.
+        config: `embed_dim`, `image.{name, mean, std, remat}`,
+            `text.{pretrained, dropout, max_tokens, scratch, remat}`.
             Where `text.pretrained` is given, that folder's config.json has the text tower's sizes.
         dtype: of the towers' computation.
         axis_name: the mapped axis over which batch statistics are synchronised.
@@ -107,21 +108,22 @@ def build(config, *, dtype: Any = jnp.float32, axis_name: str | None = None) -> 
         )
     project = lambda: nn.Dense(config.embed_dim)
     return TwoTower(
-        image=Side(image_tower(config.image.name, dtype, axis_name), project()),
-        text=Side(Bert(bert, dtype), project()),
+        image=Side(image_tower(config.image.name, dtype, axis_name, config.image.remat), project()),
+        text=Side(Bert(bert, dtype, config.text.remat), project()),
         mean=tuple(config.image.mean),
         std=tuple(config.image.std),
     )
 
 
-def image_tower(name: str, dtype: Any, axis_name: str | None) -> nn.Module:
+def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool) -> nn.Module:
     """A ResNet or a ViT by its name."""
+    options = {"dtype": dtype, "remat": remat}
     if name in RESNETS:
-        return ResNet(*RESNETS[name], dtype=dtype, axis_name=axis_name)
+        return ResNet(*RESNETS[name], **options, axis_name=axis_name)
     if name == "resnet_nano":  # the quick start's: 8 layers, 0.3 million parameters
-        return ResNet((1, 1, 1), False, dtype=dtype, axis_name=axis_name, stem_width=32, small=True)
+        return ResNet((1, 1, 1), False, **options, axis_name=axis_name, stem_width=32, small=True)
     if name in VITS:
-        return ViT(*VITS[name], dtype=dtype)
+        return ViT(*VITS[name], **options)
     towers = [*RESNETS, "resnet_nano", *VITS]
     near = difflib.get_close_matches(name, towers, n=1, cutoff=0.0)[0]
     raise ValueError(f"model.image.name is {name!r}; expected one of {', '.join(towers)}; nearest: {near}")

@@ -41,6 +41,7 @@ class ViT(nn.Module):
         dtype: of the computation; parameters are fp32.
         eps: of the layer norms: 1e-6 as in the original and timm (Hugging Face's copies of these weights say
             1e-12, which matters only where the variance is tiny).
+        remat: for a gradient, keep only the blocks' inputs, and compute what is inside them once more.
     """
 
     patch: int
@@ -49,6 +50,7 @@ class ViT(nn.Module):
     heads: int
     dtype: Any = jnp.float32
     eps: float = 1e-6
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -65,6 +67,7 @@ class ViT(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)).astype(self.dtype), x], axis=1)
         position = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
         x = x + position.astype(self.dtype)
+        block = nn.remat(Block) if self.remat else Block
         for i in range(self.depth):
-            x = Block(self.heads, self.dtype, self.eps, name=f"block_{i}")(x)
+            x = block(self.heads, self.dtype, self.eps, name=f"block_{i}")(x)
         return nn.LayerNorm(epsilon=self.eps, name="norm")(x[:, 0].astype(jnp.float32))
