@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from zslflax import objectives, optimizer
+from zslflax import flops, objectives, optimizer
 from zslflax import state as states
 from zslflax.config import compute_dtype
 from zslflax.models import two_tower
@@ -84,7 +84,7 @@ class Cost:
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
             if name in ("dot_general", "conv_general_dilated"):
-                self.total[str(eqn.invars[0].aval.dtype)] += runs * product_flops(eqn)
+                self.total[str(eqn.invars[0].aval.dtype)] += runs * flops.product(eqn)
             elif name in REDUCE + GATHER:
                 whole = eqn.outvars if name == "all_gather" else eqn.invars
                 normalising = re.search(r"\bbn\d|_bn\b", str(eqn.source_info.name_stack))
@@ -94,19 +94,6 @@ class Cost:
             for inner in jaxprs_in_params(eqn.params):
                 self.add(inner, runs * (eqn.params["length"] if name == "scan" else 1))
         return self
-
-
-def product_flops(eqn) -> int:
-    """2 · multiplications of a matrix product or a convolution."""
-    left, right = (v.aval for v in eqn.invars)
-    out = eqn.outvars[0].aval
-    if eqn.primitive.name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        return 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
-    spec = eqn.params["dimension_numbers"].rhs_spec  # (out, in, *space)
-    window = [right.shape[axis] for axis in spec[1:]]
-    # The zeros that a strided convolution's gradient puts between its inputs are no work.
-    return 2 * out.size * math.prod(window) // math.prod(eqn.params["lhs_dilation"])
 
 
 def trace(config, devices: int, tokens: int) -> Cost:
