@@ -75,6 +75,7 @@ def test_a_wrong_type_is_named(parse):
         ("objective.alpha", 1.5, "objective.alpha is 1.5"),
         ("objective.name", "info_nse", "objective.name is 'info_nse'.*nearest: info_nce"),
         ("objective.block", -1, "objective.block is -1"),
+        ("micro_batch", -1, "micro_batch is -1"),
         ("teacher.kind", "none", "self_distillation learns from a teacher"),
         ("teacher.kind", "checkpoint", "a workdir goes with kind checkpoint"),
         ("steps", 0, "steps is 0"),
@@ -112,6 +113,11 @@ def test_a_batch_that_the_devices_cannot_share(parse):
         ValueError, match="batch_size is 256, which 3 devices cannot share evenly; nearest that works: 255"
     ):
         configs.check_devices(c, 3)
+    c.micro_batch = 48
+    with pytest.raises(ValueError, match="micro_batch is 48, .* the 64 pairs of a device; nearest that works: 32"):
+        configs.check_devices(c, 4)
+    c.micro_batch = 16
+    configs.check_devices(c, 4)
 
 
 def test_a_file_of_templates_travels_with_the_config(parse, tmp_path):

@@ -85,7 +85,7 @@ def start(c, variables, devices=1, model=MODEL):
 def run(c, variables, batches, devices=1, teacher=(), **more):
     """Takes a step for each batch; returns the states after each and their metrics."""
     state, fixed = start(c, variables, devices)
-    step = functools.partial(train_step, **fixed, **more)
+    step = functools.partial(train_step, **(fixed | more))
     step = jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=(None, None), devices=jax.devices()[:devices])
     history = []
     for batch in batches:

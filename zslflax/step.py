@@ -1,5 +1,8 @@
 """The update of one step: what pmap maps over the devices. Read it beside objectives.py."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -54,6 +57,65 @@ def embed(model, variables: Tree, batch, shared: dict, *, train: tuple[str, ...]
     return Embeddings(image, text), batch_stats
 
 
+def gradients(embed, loss, params: Tree, inputs, key: jax.Array, parts: int) -> tuple[Tree, tuple[Any, Tree]]:
+    """The gradient of loss(params["objective"], v) by `params`, where v = embed(params, inputs, key) are embeddings.
+
+    In one part, all activations are kept from the embeddings to their gradient. In several, those of one part at a time,
+    as in GradCache (Gao et al. 2021, arXiv 2101.06983): by the chain rule
+
+        d loss / d params = Σ_i (d v_i / d params)ᵀ · d loss / d v_i
+
+    where the i-th part alone is needed for v_i: first all v without activations, then the loss's gradient by them, then
+    each part again with its share of it. Both passes draw the same dropout. The sum is made in the parameters' fp32.
+
+    Args:
+        embed: (params, inputs, key) → (`Embeddings` [b, d], batch statistics after them).
+        loss: (params["objective"], `Embeddings` of all of this device's pairs) → (scalar, anything).
+        inputs: a tree of arrays, this device's pairs; `parts` divides each array's length.
+
+    Returns:
+        The gradient; and what `loss` returned besides, with the batch statistics: in several parts the mean of theirs.
+    """
+    if parts == 1:
+
+        def embed_and_lose(params):
+            student, batch_stats = embed(params, inputs, key)
+            value, explained = loss(params["objective"], student)
+            return value, (explained, batch_stats)
+
+        return jax.grad(embed_and_lose, has_aux=True)(params)
+
+    turns = split(inputs, parts), jax.random.split(key, parts)
+    student, batch_stats = jax.lax.map(lambda turn: embed(params, *turn), turns)
+    (by_objective, by_student), explained = jax.grad(loss, (0, 1), has_aux=True)(params["objective"], join(student))
+
+    def add_part(total, turn):
+        turn, by_part = turn
+        _, pull, _ = jax.vjp(lambda params: embed(params, *turn), params, has_aux=True)
+        return jax.tree.map(jnp.add, total, *pull(by_part)), None
+
+    zero = jax.tree.map(jnp.zeros_like, params) | {"objective": by_objective}
+    grads, _ = jax.lax.scan(add_part, zero, (turns, split(by_student, parts)))
+    # x̄ = x_0 + mean(x_i − x_0) leaves alone what is the same in all parts: a frozen tower's statistics.
+    batch_stats = jax.tree.map(lambda x: x[0] + jnp.mean(x - x[0], axis=0), batch_stats)
+    return grads, (explained, batch_stats)
+
+
+def in_parts(function, inputs, parts: int):
+    """function(inputs), of `parts` equal parts of the arrays one after another."""
+    return function(inputs) if parts == 1 else join(jax.lax.map(function, split(inputs, parts)))
+
+
+def split(tree, parts: int):
+    """[b, …] → [parts, b / parts, …], of every array."""
+    return jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), tree)
+
+
+def join(tree):
+    """Undoes `split`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
 def train_step(
     state: TrainState, teacher: Tree, batch: dict[str, jax.Array], *, model, tx, config, frozen, teacher_model=None
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -62,13 +124,18 @@ def train_step(
     N devices compute what one device would on the same global batch: the gathered negatives keep their gradient, batch
     normalisation is synchronised, and gradients are summed of losses that are divided by the global number of pairs.
 
+    With `config.micro_batch` the towers run on so many pairs at a time, and the update is still the whole batch's, but for
+    what couples pairs inside a tower: batch normalisation uses the statistics of a micro-batch (of all devices' i-th
+    together), and its running statistics move once a step, by the mean over the micro-batches. Dropout is drawn
+    for each micro-batch by itself.
+
     Args:
         state: the same on every device.
         teacher: variables of a frozen teacher ({} unless teacher.kind is "checkpoint"), without the frozen towers that
             it shares with the student.
         batch: `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `mask` bool [b]. The text may
-            be packed instead, as `data.packing.pack` does it; of a frozen text tower, its output `text_features` fp32
-            [b, f] may stand in for it.
+            be packed instead, as `data.packing.pack` does it, each micro-batch for itself; of a frozen text tower, its
+            output `text_features` fp32 [b, f] may stand in for it.
         model: the `TwoTower`; `teacher_model` that of a frozen teacher.
         tx: from `optimizer.build`.
         config: the whole config.
@@ -81,49 +148,41 @@ def train_step(
     mask = batch["mask"].astype(jnp.float32)  # (b,)
     pairs = jnp.maximum(jax.lax.psum(jnp.sum(mask), AXIS), 1.0)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), jax.lax.axis_index(AXIS))
-    trained = tuple(modality for modality in ("image", "text") if modality not in frozen)
+    parts = len(mask) // (config.micro_batch or len(mask))
 
     student = student_variables(state)
-    shared = {
-        modality: batch[f"{modality}_features"]
-        if f"{modality}_features" in batch
-        else features(model, student, batch, modality, train=False)[0]
-        for modality in frozen
-    }
-    taught = None
-    if config.objective.name in SOFT_TARGETS:
-        taught = teach(state, teacher, batch, shared, model=model, config=config, teacher_model=teacher_model)
+    fix = functools.partial(
+        fixed_outputs, state, teacher, model=model, config=config, frozen=frozen, teacher_model=teacher_model
+    )
+    shared, taught = in_parts(fix, batch, parts)
 
-    def local_loss(trained_params):
-        variables = {**student, "params": merge(state.params, trained_params)}
-        student_emb, batch_stats = embed(model, variables, batch, shared, train=trained, rngs={"dropout": key})
+    def embed_student(params, inputs, key):
+        variables = {**student, "params": merge(state.params, params)}
+        trained = tuple(modality for modality in ("image", "text") if modality not in frozen)
+        return embed(model, variables, *inputs, train=trained, rngs={"dropout": key})
+
+    def local_loss(params, student_emb):
         rows = objectives.pair_losses(
-            config.objective,
-            trained_params["objective"],
-            student_emb,
-            taught,
-            batch["mask"],
-            step=state.step,
-            axis_name=AXIS,
+            config.objective, params, student_emb, taught, batch["mask"], step=state.step, axis_name=AXIS
         )
         means = jax.tree.map(lambda row: jnp.sum(mask * row) / pairs, rows)  # this device's part of the global mean
-        return means["loss"], (means, batch_stats)
+        return means["loss"], means
 
-    trained_params = trainable(state.params, frozen)
-    grads, (metrics, batch_stats) = jax.grad(local_loss, has_aux=True)(trained_params)
+    params = trainable(state.params, frozen)
+    grads, (metrics, batch_stats) = gradients(embed_student, local_loss, params, (batch, shared), key, parts)
     grads, metrics = jax.lax.psum((grads, metrics), AXIS)
 
-    updates, opt_state = tx.update(grads, state.opt_state, trained_params)
-    trained_params = keep_scales(optax.apply_updates(trained_params, updates))
+    updates, opt_state = tx.update(grads, state.opt_state, params)
+    params = keep_scales(optax.apply_updates(params, updates))
     following = state.replace(
         step=state.step + 1,
-        params=merge(state.params, trained_params),
+        params=merge(state.params, params),
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
     if config.teacher.kind == "ema":
         averaged = (state.teacher_params, state.teacher_batch_stats)
-        towers = {m: trained_params[m] for m in ("image", "text")}
+        towers = {m: params[m] for m in ("image", "text")}
         teacher_params, teacher_batch_stats = update_average(
             averaged, (towers, batch_stats), config.teacher.decay, following.step
         )
@@ -134,14 +193,27 @@ def train_step(
     state = keep_finite(state, following, finite, config.optimizer.max_bad_steps)
     if "text_truncated" in batch:
         metrics["truncated"] = jax.lax.psum(jnp.sum(batch["text_truncated"].astype(jnp.float32)), AXIS)
-    scales = state.params["objective"].items()
-    scales = {
-        name.replace("log_scale", "scale"): jnp.exp(value) for name, value in scales if name.endswith("log_scale")
-    }
-    return state, metrics | scales | {"grad_norm": grad_norm, "pairs": pairs} | {
+    return state, metrics | learnt_scales(state.params["objective"]) | {
+        "grad_norm": grad_norm,
+        "pairs": pairs,
         "bad_steps": state.bad_steps,
         "bad_step": state.bad_step,
     }
+
+
+def fixed_outputs(
+    state, teacher: Tree, batch, *, model, config, frozen, teacher_model
+) -> tuple[dict, Embeddings | None]:
+    """What has no gradient, of these pairs: the outputs of frozen towers, by modality, and the teacher's embeddings."""
+    shared = {
+        modality: batch[f"{modality}_features"]
+        if f"{modality}_features" in batch
+        else features(model, student_variables(state), batch, modality, train=False)[0]
+        for modality in frozen
+    }
+    if config.objective.name not in SOFT_TARGETS:
+        return shared, None
+    return shared, teach(state, teacher, batch, shared, model=model, config=config, teacher_model=teacher_model)
 
 
 def keep_finite(state: TrainState, following: TrainState, finite: jax.Array, allowed: int) -> TrainState:
@@ -173,3 +245,12 @@ def keep_scales(params: Tree) -> Tree:
         for name, value in params["objective"].items()
     }
     return {**params, "objective": kept}
+
+
+def learnt_scales(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The logit scales, of their logarithms among the objective's parameters."""
+    return {
+        name.replace("log_scale", "scale"): jnp.exp(value)
+        for name, value in params.items()
+        if name.endswith("log_scale")
+    }

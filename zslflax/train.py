@@ -245,22 +245,23 @@ def with_text_features(batches, text_features: TextFeatures):
 
 
 def with_packed_text(config, sources, tokenizer, batches):
-    """The same batches with each device's captions in as few rows as the lengths of the training captions allow."""
+    """The same batches with captions packed, those of a micro-batch in as few rows as the training captions allow."""
     options = dict(seed=config.seed, process_index=jax.process_index(), process_count=jax.process_count())
     counts = count_lengths(sources, config.data.weights, tokenizer, threads=config.data.threads, **options)
     counts = parallel.gather_hosts(counts[None]).sum(axis=0)  # one shape on all hosts, whatever each could read
-    captions, width = config.batch_size // jax.device_count(), config.model.text.pack
+    share, width = config.batch_size // jax.device_count(), config.model.text.pack
+    captions = config.micro_batch or share
     rows = packing.rows_needed(counts, captions, width)
     log.info(
-        "captions of %.1f tokens on average: those of a device are packed into %d rows of %d, "
-        "%.1f tokens each instead of %d",
+        "captions of %.1f tokens on average: %d at a time are packed into %d rows of %d, %.1f tokens each instead of %d",
         counts @ np.arange(len(counts)) / max(counts.sum(), 1),
+        captions,
         rows,
         width,
         rows * width / captions,
         config.model.text.max_tokens,
     )
-    return packing.pack_batches(batches, rows, width, jax.local_device_count())
+    return packing.pack_batches(batches, rows, width, jax.local_device_count() * (share // captions))
 
 
 def describe(config, state, frozen: tuple[str, ...], sources) -> None:

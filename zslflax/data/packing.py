@@ -25,7 +25,7 @@ def rows_needed(counts: np.ndarray, captions: int, width: int) -> int:
 
     Args:
         counts: int [t + 1], of how many captions with 0 … t tokens were seen.
-        captions: b, those of one device.
+        captions: b, those that share the rows.
         width: tokens in a row, at least t.
     """
     lengths = np.arange(len(counts))
@@ -91,7 +91,7 @@ def pack(text: np.ndarray, mask: np.ndarray, rows: int, width: int) -> dict[str,
 
 
 def pack_batches(batches: Iterator[dict], rows: int, width: int, parts: int) -> Iterator[dict]:
-    """The same batches with `pack`ed text, in `parts` equal parts (one for each device) of `rows` rows each."""
+    """The same batches with `pack`ed text, in `parts` equal parts, one after another, of `rows` rows each."""
     for batch in batches:
         texts, masks = np.split(batch["text"], parts), np.split(batch.pop("text_mask"), parts)
         packed = [pack(text, mask, rows, width) for text, mask in zip(texts, masks)]
