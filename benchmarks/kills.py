@@ -36,7 +36,6 @@ TRACES = {
     "evaluation": "run/predictions/*.png",  # the teacher's; the student is evaluated after it
 }
 ONCE, OFTEN = ("start", "scenes", "index"), ("step", "save", "evaluation")
-MEASURED = ("pairs_per_second", "waiting_for_data")
 CONFIG = """
 from zslflax.config import default_config
 
@@ -101,6 +100,7 @@ class Run:
         """What the run has left that must be the same however often it was killed."""
         from zslflax import checkpoint
         from zslflax.state import TrainState
+        from zslflax.telemetry import MEASURED
 
         lines = [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
         lines = [{k: v for k, v in line.items() if not k.endswith(MEASURED)} for line in lines]

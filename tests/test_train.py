@@ -15,8 +15,7 @@ from zslflax.data import pairs, scenes
 from zslflax.data.tar_index import load_index
 from zslflax.predict import Predictor
 from zslflax.state import TrainState
-
-MEASURED = ("pairs_per_second", "waiting_for_data")  # of time, which no two runs share
+from zslflax.telemetry import MEASURED
 
 
 def lines(workdir):

@@ -27,6 +27,7 @@ def default_config() -> ConfigDict:
     c.compute_dtype = "bfloat16"  # inside the towers: bfloat16 | float32; everything else is float32
     c.compilation_cache = "~/.cache/zslflax/xla"  # "" for none
     c.report_every = 20  # steps between lines of metrics.jsonl
+    c.profile_steps = ""  # "100:105" writes a trace of these steps into the workdir, from the first to the last of them
 
     c.model = ConfigDict()
     c.model.embed_dim = 768  # d, width of the joint space
@@ -263,6 +264,7 @@ def validate(c: ConfigDict) -> None:
         f"eval.best is {c.eval.best!r}, expected eval/SET/METRIC with a SET of eval.sets that has data: "
         f"{', '.join(filled) or 'there is none'}",
     )
+    profiled_steps(c)
     warmup = c.optimizer.warmup_steps
     expect(
         0 <= warmup < c.steps,
@@ -279,6 +281,19 @@ def validate(c: ConfigDict) -> None:
                 f"would never learn; nearest that works: give model.{modality}.pretrained, or take the pattern out "
                 "of freeze",
             )
+
+
+def profiled_steps(c: ConfigDict) -> tuple[int, int] | None:
+    """The first and the last step of `profile_steps`; None for ""."""
+    if not c.profile_steps:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", c.profile_steps)
+    if not found or not 1 <= int(found[1]) <= int(found[2]) <= c.steps:
+        raise ValueError(
+            f"config: profile_steps is {c.profile_steps!r}, expected FIRST:LAST, two of the steps 1 to {c.steps} in order, "
+            'such as 100:105, or "" for no trace'
+        )
+    return int(found[1]), int(found[2])
 
 
 def matches(pattern: str, path: str) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from zslflax import flops
 from zslflax.step import AXIS, train_step
 
 
@@ -48,18 +49,32 @@ def agree(ok: bool) -> bool:
     return bool(np.all(gather_hosts(np.asarray([ok]))))
 
 
-def map_train_step(**fixed):
-    """`train_step` over all devices: (state, teacher, batch) → (state, metrics).
+class TrainStep:
+    """`train_step` over all devices: (state, batch) → (state, metrics).
 
     The state is one plain pytree, the same on every device, and donated; a batch has a leading axis of this host's
-    devices.
+    devices. Everything else is fixed.
+
+    Attributes:
+        flops: of one device in a step, once it was called.
     """
-    step = functools.partial(train_step, **fixed)
-    return jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=0)
+
+    def __init__(self, teacher, **fixed):
+        self.flops, local = 0, jax.jit(functools.partial(train_step, **fixed))
+
+        def counted(state, teacher, batch):
+            self.flops = flops.count(local.trace(state, teacher, batch).jaxpr).total()
+            return local(state, teacher, batch)  # as it was traced above, not once more
+
+        mapped = jax.pmap(counted, AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=0)
+        self.teacher, self.mapped = teacher, mapped
+
+    def __call__(self, state, batch):
+        return self.mapped(state, self.teacher, batch)
 
 
 def replicate(tree, devices: int | None = None):
-    """Puts arrays whole on each of this host's devices (default: all), as `map_train_step` returns them."""
+    """Puts arrays whole on each of this host's devices (default: all), as `TrainStep` returns them."""
     return jax.device_put(tree, NamedSharding(local_mesh(devices), PartitionSpec()))
 
 
@@ -111,7 +126,7 @@ def to_global(tree):
 
 
 def to_local(tree):
-    """Undoes `to_global`: the state is placed as `map_train_step` returns it."""
+    """Undoes `to_global`: the state is placed as `TrainStep` returns it."""
     if jax.process_count() == 1:
         return tree
     return multihost_utils.global_array_to_host_local_array(tree, global_mesh(), PartitionSpec())

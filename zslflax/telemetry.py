@@ -1,4 +1,4 @@
-"""Progress on the terminal, metrics.jsonl, TensorBoard events, throughput, and unreadable samples."""
+"""Progress on the terminal, metrics.jsonl, TensorBoard events, throughput, traces, and unreadable samples."""
 
 import collections
 import json
@@ -13,9 +13,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from zslflax import flops
+
 log = logging.getLogger("zslflax")
 
 COUNTS = ("bad_steps", "bad_step")  # metrics that count through the whole run
+# Those that measure time, which no two runs share; they end in:
+MEASURED = ("pairs_per_second", "waiting_for_data", "flops_per_second", "mfu")
 
 
 def start_logging() -> None:
@@ -119,25 +123,77 @@ def tensorboard_writer(workdir: Path, step: int):
 
 
 class Stopwatch:
-    """Rates since the last `lap`: pairs per second, and the share of the time that was spent waiting for data."""
+    """Rates since the last `lap`, of steps of so many pairs each."""
 
-    def __init__(self):
-        self.started = time.perf_counter()
-        self.waited = 0.0
-        self.pairs = 0
+    def __init__(self, pairs: int):
+        self.pairs = pairs
+        self.start()
+
+    def start(self) -> None:
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
     def next(self, batches):
-        """The next item of an iterator, the wait for it counted."""
+        """The next step's item of an iterator, the wait for it counted."""
         before = time.perf_counter()
         item = next(batches)
         self.waited += time.perf_counter() - before
+        self.steps += 1
         return item
 
-    def lap(self) -> dict[str, float]:
+    def lap(self, step_flops: int) -> dict[str, float]:
+        """Pairs per second; the share of the time spent waiting for data; and what `flops.rates` has, of one device.
+
+        Args:
+            step_flops: what one device does in a step.
+        """
         elapsed = max(time.perf_counter() - self.started, 1e-9)
-        rates = {"pairs_per_second": self.pairs / elapsed, "waiting_for_data": self.waited / elapsed}
-        self.__init__()
-        return rates
+        speed = {"pairs_per_second": self.steps * self.pairs / elapsed, "waiting_for_data": self.waited / elapsed}
+        speed |= flops.rates(self.steps * step_flops, elapsed, jax.local_devices()[0].device_kind)
+        self.start()
+        return {f"train/{name}": value for name, value in speed.items()}
+
+
+class Profile:
+    """Writes a trace of some steps, of this process's devices and threads; no other step is slower for it.
+
+    Args:
+        steps: the first and the last of them, or None for none; a run that goes on in between begins there.
+        folder: where it goes, in a folder named after the time.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path):
+        self.first, self.last = steps or (0, 0)
+        self.folder, self.running = folder, False
+
+    def step(self, step: int, update, *args):
+        """update(*args), traced if it is to be; the devices are waited for where the trace begins and ends."""
+        if not self.first <= step <= self.last:
+            return update(*args)
+        if not self.running:
+            jax.block_until_ready(args)
+            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            self.running = True
+        with jax.profiler.StepTraceAnnotation("train_step", step_num=step):
+            outputs = update(*args)
+        if step == self.last:
+            jax.block_until_ready(outputs)
+            self.close()
+        return outputs
+
+    def close(self) -> None:
+        """Ends the trace if one is running: also where the run stops or fails in the middle of it."""
+        if not self.running:
+            return
+        self.running = False
+        jax.profiler.stop_trace()
+        log.info(
+            "a trace of steps %d to %d is in %s: pip install xprof && xprof --logdir=%s (or TensorBoard with that plugin), "
+            "or its perfetto_trace.json.gz at https://ui.perfetto.dev",
+            self.first,
+            self.last,
+            self.folder,
+            self.folder,
+        )
 
 
 def average(metrics: list[dict]) -> dict[str, float]:

@@ -15,13 +15,14 @@ from zslflax import checkpoint, export, objectives, optimizer, parallel, predict
 from zslflax import evaluate as evaluation
 from zslflax import state as states
 from zslflax import workdir as workdirs
+from zslflax.config import profiled_steps
 from zslflax.data import exclude, packing, pairs
 from zslflax.data.lengths import count_lengths
 from zslflax.features import TextFeatures
 from zslflax.models import pretrained
 from zslflax.predict import Predictor
 from zslflax.stop import Stop
-from zslflax.telemetry import BadSamples, Reporter, Stopwatch, average
+from zslflax.telemetry import BadSamples, Profile, Reporter, Stopwatch, average
 
 log = logging.getLogger("zslflax")
 
@@ -75,14 +76,15 @@ def restore_and_train(config, workdir: Path, text_features=None, measure=None) -
             batches = with_text_features(batches, text_features)
         elif config.model.text.pack:
             batches = with_packed_text(config, sources, tokenizer, batches)
-        update = parallel.map_train_step(model=model, tx=tx, config=config, frozen=frozen, teacher_model=teacher_model)
-        step = lambda state, batch: update(state, teacher, batch)
+        fixed = dict(model=model, tx=tx, config=config, frozen=frozen, teacher_model=teacher_model)
+        step, batches = parallel.TrainStep(teacher, **fixed), parallel.to_devices(batches)
         predictor = Predictor(config, model, None, tokenizer, text_features=text_features)
         evaluate_state = functools.partial(evaluate_train_state, predictor, test_sets, workdir, measure)
         reporter = Reporter(workdir, first - len(recent), config.steps, parallel.is_main())
-        with contextlib.closing(reporter), Stop() as stop:
+        profile = Profile(profiled_steps(config) if parallel.is_main() else None, workdir / "profile")
+        with contextlib.closing(reporter), contextlib.closing(profile), Stop() as stop:
             last, complete = take_steps(
-                config, state, recent, step, parallel.to_devices(batches), evaluate_state, checkpoints, reporter, stop
+                config, state, recent, step, batches, evaluate_state, checkpoints, reporter, profile, stop
             )
     if complete:
         log.info("finished %d steps; everything is in %s", config.steps, workdir)
@@ -91,26 +93,25 @@ def restore_and_train(config, workdir: Path, text_features=None, measure=None) -
     return complete
 
 
-def take_steps(config, state, recent, update, batches, evaluate_state, checkpoints, reporter, stop: Stop):
+def take_steps(config, state, recent, update, batches, evaluate_state, checkpoints, reporter, profile, stop: Stop):
     """The steps from `state` to `config.steps`, or until `stop`; their metrics, evaluations and checkpoints on the way.
 
     `recent` are the metrics of the steps since the last report. They are saved with the state, so that a run that was
     stopped between two reports goes on to the same ones; if it was stopped during an evaluation, that comes first.
     Returns the last step, and whether the run is complete.
     """
-    first, watch, bad = int(state.step), Stopwatch(), BadSamples(config.data.max_bad)
+    first, watch, bad = int(state.step), Stopwatch(config.batch_size), BadSamples(config.data.max_bad)
     for step in range(first, config.steps + 1):
         if step > first:
             batch, errors = watch.next(batches)
             bad.count(errors, config.batch_size // jax.process_count())
-            state, metrics = update(state, batch)
-            watch.pairs += config.batch_size
+            state, metrics = profile.step(step, update, state, batch)
             recent.append(metrics)
         checkpoint.raise_errors(checkpoints)
         evaluating = step == config.steps or step % config.eval.every == 0
         saving = evaluating or step % config.checkpoint.every == 0
         if recent and (saving or step % config.report_every == 0):
-            results = average(recent) | {f"train/{name}": value for name, value in watch.lap().items()}
+            results = average(recent) | watch.lap(update.flops)
             reporter.progress(step, results["train/loss"], results["train/pairs_per_second"])
             if results["train/bad_step"] >= 0:
                 stop_at_bad_step(checkpoints, state)
@@ -119,7 +120,7 @@ def take_steps(config, state, recent, update, batches, evaluate_state, checkpoin
                 if evaluated is None:
                     break
                 results |= evaluated
-                watch = Stopwatch()
+                watch.start()
             reporter.write(step, results)
             recent = []
             if saving:

@@ -14,7 +14,7 @@ log = logging.getLogger("zslflax")
 # What changes neither the state nor the order of the samples.
 HARMLESS = (
     *("eval.", "report_every", "checkpoint.", "data.threads", "data.workers", "compilation"),
-    *("model.image.remat", "model.text.remat"),
+    *("profile_steps", "model.image.remat", "model.text.remat"),
     *("data.max_bad", "optimizer.max_bad_steps"),  # what a run may need that they have stopped
 )
 
