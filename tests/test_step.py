@@ -15,7 +15,7 @@ from zslflax.data.packing import pack_batches
 from zslflax.models.bert import Bert, BertConfig
 from zslflax.models.two_tower import Side, TwoTower
 from zslflax.objectives import OBJECTIVES
-from zslflax.step import AXIS, train_step
+from zslflax.step import AXIS, features, train_step
 
 N, SIZE, TOKENS, STEPS = 8, 4, 6, 3
 BERT = BertConfig(vocab_size=40, width=16, layers=1, heads=2, hidden=32, positions=TOKENS, dropout=0.0)
@@ -204,6 +204,18 @@ def test_a_frozen_tower_stays_and_its_output_can_stand_in_for_the_text(variables
     assert np.any(state.params["text"]["projection"]["kernel"] != variables["params"]["text"]["projection"]["kernel"])
     assert "tower" not in state.teacher_params["text"]
     assert_close(with_text[-1], without[-1], atol=1e-5)
+
+
+def test_a_frozen_tower_runs_once_for_student_and_teacher(variables, monkeypatch):
+    runs = []
+
+    def counted(model, variables, batch, modality, *, train, rngs=None):
+        runs.append((modality, train))
+        return features(model, variables, batch, modality, train=train, rngs=rngs)
+
+    monkeypatch.setattr("zslflax.step.features", counted)
+    run(config_of(freeze=(("text/tower", -1),), teacher__batch_norm="ema"), variables, [batch_of(0)])
+    assert sorted(runs) == [("image", False), ("image", True), ("text", False)]
 
 
 def test_a_frozen_teacher_of_another_architecture(variables):
