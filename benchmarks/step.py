@@ -119,11 +119,11 @@ class Step:
         tx = optimizer.build(config, params, config.steps)
         state = states.create({"params": params, "batch_stats": variables["batch_stats"]}, tx, ema=True, frozen=())
         self.state = parallel.replicate(state)
-        self.update = parallel.map_train_step(model=model, tx=tx, config=config, frozen=())
+        self.update = parallel.TrainStep({}, model=model, tx=tx, config=config, frozen=())
         ((self.batch, _),) = parallel.to_devices(iter([batch]))
 
     def __call__(self) -> jax.Array:
-        self.state, metrics = self.update(self.state, {}, self.batch)
+        self.state, metrics = self.update(self.state, self.batch)
         return metrics["loss"]
 
 

@@ -99,8 +99,8 @@ from pathlib import Path
 
 from zslflax import parallel, telemetry, train
 
-map_train_step, kept = parallel.map_train_step, []
-parallel.map_train_step = lambda **fixed: kept[0] if kept else kept.append(map_train_step(**fixed)) or kept[0]
+TrainStep, kept = parallel.TrainStep, []
+parallel.TrainStep = lambda *fixed, **more: kept[0] if kept else kept.append(TrainStep(*fixed, **more)) or kept[0]
 config = runpy.run_path(sys.argv[1])["get_config"]()
 telemetry.start_logging()
 parallel.start()
@@ -112,7 +112,7 @@ for workdir in workdirs:
         print(error, file=sys.stderr)
     os.environ.pop("READS", None)  # of the first run alone
 
-parallel.map_train_step = map_train_step
+parallel.TrainStep = TrainStep
 config.teacher.kind, config.teacher.workdir, config.steps, config.eval.sets.test.data = "checkpoint", one, 1, ""
 train.train(config, Path(one).with_name("taught"))
 """
@@ -304,8 +304,7 @@ def test_one_of_two_is_told_to_stop_and_both_save_the_same_step_and_go_on_to_the
     assert errors.count(f"stopped and saved at step {step} of {STEPS}") == 2
     assert all(f"resuming from step {step} in {run / 'goes on'}" in errors for errors in runs)
     jax.tree.map(np.testing.assert_array_equal, saved(two, STEPS), saved(run / "goes on", STEPS))
-    measured = ("pairs_per_second", "waiting_for_data")
-    kept = lambda workdir: [{k: v for k, v in x.items() if not k.endswith(measured)} for x in lines(workdir)]
+    kept = lambda workdir: [{k: v for k, v in x.items() if not k.endswith(MEASURED)} for x in lines(workdir)]
     assert kept(two) == kept(run / "goes on")
 
 

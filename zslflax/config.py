@@ -20,9 +20,9 @@ def default_config() -> ConfigDict:
     c.name = "unnamed"  # the workdir is runs/<name> unless --workdir says otherwise
     c.seed = 0
     c.batch_size = 512  # pairs per step, over all devices and hosts
-    # Pairs that a device embeds at a time: less memory for a forward pass more, at the same update, without batch
-    # normalisation to 1e-5; with it, each micro-batch is normalised by itself. It divides a device's share of the batch.
-    c.micro_batch = 0  # 0: all at once
+    # Pairs that a device embeds at a time, a divisor of its share; 0: all. Less memory for one more forward pass, at
+    # the whole batch's update, but that batch normalisation is of a micro-batch (GradCache, arXiv 2101.06983).
+    c.micro_batch = 0
     c.steps = 10_000  # length of the run; the end of the data ends nothing
     c.compute_dtype = "bfloat16"  # inside the towers: bfloat16 | float32; everything else is float32
     c.compilation_cache = "~/.cache/zslflax/xla"  # "" for none
@@ -290,8 +290,8 @@ def profiled_steps(c: ConfigDict) -> tuple[int, int] | None:
     found = re.fullmatch(r"(\d+):(\d+)", c.profile_steps)
     if not found or not 1 <= int(found[1]) <= int(found[2]) <= c.steps:
         raise ValueError(
-            f"config: profile_steps is {c.profile_steps!r}, expected FIRST:LAST, two of the steps 1 to {c.steps} in order, "
-            'such as 100:105, or "" for no trace'
+            f"config: profile_steps is {c.profile_steps!r}, expected FIRST:LAST, two of the steps 1 to {c.steps} in "
+            'order, such as 100:105, or "" for no trace'
         )
     return int(found[1]), int(found[2])
 

@@ -30,8 +30,8 @@ PEAKS = {
 def count(jaxpr) -> collections.Counter:
     """FLOP of all matrix products and convolutions in a jaxpr, by the type of their operands ("bfloat16", …).
 
-    The body of a scan counts as often as it runs; of branches and of loops without a known end, each counts once. What is
-    computed once more (`remat`, micro-batches) counts again, as the hardware does it again.
+    The body of a scan counts as often as it runs; of branches and of loops without a known end, each counts once. What
+    is computed once more (`remat`, micro-batches) counts again, as the hardware does it again.
     """
     total = collections.Counter()
     for eqn in jaxpr.eqns:
@@ -59,8 +59,8 @@ def product(eqn) -> int:
 def rates(flops: float, seconds: float, device_kind: str) -> dict[str, float]:
     """FLOP/s of one device that did `flops` in so many seconds, and their share of its peak where that is known.
 
-    `mfu` is of the dense bf16 peak, whatever the type of the operands; of all that was computed, so that it includes what
-    `remat` and micro-batches compute once more (some call it hardware FLOPs utilisation).
+    `mfu` is of the dense bf16 peak, whatever the type of the operands; and of all that was computed, so that it
+    includes what `remat` and micro-batches compute once more (some call it hardware FLOPs utilisation).
     """
     rate = flops / seconds
     known = {"mfu": rate / PEAKS[device_kind]} if device_kind in PEAKS else {}

@@ -60,8 +60,8 @@ def embed(model, variables: Tree, batch, shared: dict, *, train: tuple[str, ...]
 def gradients(embed, loss, params: Tree, inputs, key: jax.Array, parts: int) -> tuple[Tree, tuple[Any, Tree]]:
     """The gradient of loss(params["objective"], v) by `params`, where v = embed(params, inputs, key) are embeddings.
 
-    In one part, all activations are kept from the embeddings to their gradient. In several, those of one part at a time,
-    as in GradCache (Gao et al. 2021, arXiv 2101.06983): by the chain rule
+    In one part, all activations are kept from the embeddings to their gradient. In several, those of one part at a
+    time, as in GradCache (Gao et al. 2021, arXiv 2101.06983): by the chain rule
 
         d loss / d params = Σ_i (d v_i / d params)ᵀ · d loss / d v_i
 
@@ -124,9 +124,9 @@ def train_step(
     N devices compute what one device would on the same global batch: the gathered negatives keep their gradient, batch
     normalisation is synchronised, and gradients are summed of losses that are divided by the global number of pairs.
 
-    With `config.micro_batch` the towers run on so many pairs at a time, and the update is still the whole batch's, but for
-    what couples pairs inside a tower: batch normalisation uses the statistics of a micro-batch (of all devices' i-th
-    together), and its running statistics move once a step, by the mean over the micro-batches. Dropout is drawn
+    With `config.micro_batch` the towers run on so many pairs at a time, and the update is still the whole batch's, but
+    for what couples pairs inside a tower: batch normalisation uses the statistics of a micro-batch (of all devices'
+    i-th together), and its running statistics move once a step, by the mean over the micro-batches. Dropout is drawn
     for each micro-batch by itself.
 
     Args:

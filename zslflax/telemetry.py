@@ -187,8 +187,8 @@ class Profile:
         self.running = False
         jax.profiler.stop_trace()
         log.info(
-            "a trace of steps %d to %d is in %s: pip install xprof && xprof --logdir=%s (or TensorBoard with that plugin), "
-            "or its perfetto_trace.json.gz at https://ui.perfetto.dev",
+            "a trace of steps %d to %d is in %s. To see it: pip install xprof && xprof --logdir=%s; or open its "
+            "perfetto_trace.json.gz at https://ui.perfetto.dev",
             self.first,
             self.last,
             self.folder,

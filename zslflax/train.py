@@ -254,7 +254,8 @@ def with_packed_text(config, sources, tokenizer, batches):
     captions = config.micro_batch or share
     rows = packing.rows_needed(counts, captions, width)
     log.info(
-        "captions of %.1f tokens on average: %d at a time are packed into %d rows of %d, %.1f tokens each instead of %d",
+        "captions of %.1f tokens on average: %d at a time are packed into %d rows of %d, "
+        "%.1f tokens each instead of %d",
         counts @ np.arange(len(counts)) / max(counts.sum(), 1),
         captions,
         rows,
