@@ -7,6 +7,7 @@ before it is tried, so that what ends the process can be tried again. Ends with 
 """
 
 import argparse
+import contextlib
 import faulthandler
 import io
 import json
@@ -184,23 +185,23 @@ JSON = st.recursive(
 ).map(lambda value: json.dumps(value).encode())
 
 
-def properties(folder: Path, keep=lambda data: None) -> dict:
-    """The properties to check, each with hypothesis's inputs, which are kept before they are tried."""
+def properties(folder: Path, trying=contextlib.nullcontext) -> dict:
+    """The properties to check, each with hypothesis's inputs, tried within `trying(input)`."""
 
     def tars(data):
-        keep(data)
-        check_tar(data, folder)
+        with trying(data):
+            check_tar(data, folder)
 
     def whole_tars(names, bodies, format):
         check_whole_tar(names, bodies, format)
 
     def pictures(data):
-        keep(data)
-        check_image(data)
+        with trying(data):
+            check_image(data)
 
     def descriptions(text, described, label):
-        keep(described or b"")
-        check_json(text, described, label)
+        with trying(described or b""):
+            check_json(text, described, label)
 
     formats = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
     any_bytes = st.none() | st.binary(max_size=30)
@@ -221,18 +222,22 @@ def run(seconds: float, seed: int, folder: Path) -> None:
     images.MAX_PIXELS = PIXELS
     last, counts = folder / "last", {}
 
-    def keep(data: bytes) -> None:
+    @contextlib.contextmanager
+    def trying(data: bytes):
         last.write_bytes(data)
-        faulthandler.dump_traceback_later(HANG, exit=True)
-        counts[name] = counts.get(name, 0) + 1
+        counts[name] += 1
+        faulthandler.dump_traceback_later(HANG, exit=True)  # of the input alone: making one has no such limit
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     while time.process_time() < seconds:
-        for name, check in properties(folder, keep).items():
+        for name, check in properties(folder, trying).items():
             settings = hypothesis.settings(max_examples=1000, **SETTINGS)
             counts.setdefault(name, 0)
             hypothesis.seed(seed)(settings(check))()
             seed += 1
-            faulthandler.cancel_dump_traceback_later()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{time.process_time():.0f} s of CPU, {counts}, peak memory {peak:.0f} MB")
 
