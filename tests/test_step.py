@@ -232,6 +232,16 @@ def test_a_frozen_teacher_of_another_architecture(variables):
     )
 
 
+def test_a_frozen_teacher_shares_the_students_frozen_tower(variables):
+    c = config_of(freeze=(("text/tower", -1),), teacher__kind="checkpoint", teacher__workdir="elsewhere")
+    taught = {**variables, "params": jax.tree.map(lambda x: 1.1 * x, variables["params"])}
+    taught["params"]["text"]["tower"] = variables["params"]["text"]["tower"]
+    shared = states.without_shared(taught, variables["params"], ("text",))
+    assert "tower" not in shared["params"]["text"] and "tower" in shared["params"]["image"]
+    whole, without = (run(c, variables, [batch_of(0)], teacher=t, teacher_model=MODEL) for t in (taught, shared))
+    assert_close(whole[-1], without[-1], atol=1e-6)
+
+
 def test_a_step_that_is_not_finite_changes_nothing(variables):
     broken = {"params": jax.tree.map(jnp.copy, variables["params"]), "batch_stats": variables["batch_stats"]}
     state, fixed = start(config_of(optimizer__learning_rate=1e12), broken, 4)
