@@ -119,7 +119,7 @@ def test_batch_normalisation_sees_a_micro_batch_and_its_running_statistics_move_
     dense = normalised["params"]["image"]["tower"]["Dense_0"]
     inputs = (pixels.reshape(N, -1) @ dense["kernel"] + dense["bias"]).reshape(N // FEW, FEW, -1)
     np.testing.assert_allclose(stats["mean"], 0.1 * inputs.mean(axis=(0, 1)), atol=1e-5)  # the whole batch's, too
-    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * inputs.var(axis=1).mean(axis=0))
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * inputs.var(axis=1).mean(axis=0), atol=1e-5)
 
 
 def test_four_devices_normalise_their_micro_batches_together(normalised):
@@ -141,7 +141,7 @@ def test_what_is_frozen_does_not_move_by_rounding(normalised):
 
 
 def test_less_memory_for_one_forward_pass_more():
-    """64 pairs at once, or 4: XLA's plan is under a third; the towers' forward pass, a third of them, is done twice."""
+    """64 pairs at once, or 4 at a time: XLA's plan is under a third."""
     model = TwoTower(Side(ViT(4, 32, 2, 2), nn.Dense(12)), VIT.text, VIT.mean, VIT.std)
     shape, n = jax.ShapeDtypeStruct, 64
     batch = {"image": shape((n, 16, 16, 3), jnp.uint8), "text": shape((n, 6), jnp.int32)}
@@ -162,7 +162,8 @@ def test_less_memory_for_one_forward_pass_more():
 
     (whole, large), (few, small) = compiled(0), compiled(4)
     assert small < large / 3
-    assert whole * 1.2 < few < whole * 4 / 3 + 1
+    made = jax.eval_shape(model.init, jax.random.key(0), *batch.values())
+    assert few - whole == flops.count(jax.make_jaxpr(model.apply)(made, *batch.values()).jaxpr).total()
 
 
 def test_a_run_with_packed_captions_has_the_losses_of_the_whole_batch(tiny, tmp_path):
