@@ -50,22 +50,22 @@ EVALUATIONS = 6  # of a run that is looked at while it trains
 
 
 class Method(NamedTuple):
-    """An objective, what is fixed of it, and its own parameter with the two values that the search tries."""
+    """An objective, what is fixed of it, and its own parameter with the values that the search tries."""
 
     objective: str
     fixed: dict
     parameter: str
-    values: tuple[float, float]
+    values: tuple[float, ...]
 
 
 BOTH = {"image_image": 0.3, "text_text": 0.3}
 METHODS = {
-    "info_nce": Method("info_nce", {}, "log_scale", (2.6, 3.9)),
-    "label_smoothing": Method("label_smoothing", {}, "smoothing", (0.1, 0.3)),
-    "self_distillation": Method("self_distillation", {}, "teacher_temperature", (0.05, 0.1)),
-    "self_distillation_within": Method("self_distillation", BOTH, "teacher_temperature", (0.05, 0.1)),
-    "otter": Method("otter", {}, "sinkhorn_regulariser", (0.08, 0.15)),
-    "sigmoid": Method("sigmoid", {}, "bias", (-10.0, -5.0)),
+    "info_nce": Method("info_nce", {}, "log_scale", (2.6, 3.9, 1.6)),
+    "label_smoothing": Method("label_smoothing", {}, "smoothing", (0.1, 0.3, 0.5)),
+    "self_distillation": Method("self_distillation", {}, "teacher_temperature", (0.05, 0.1, 0.2)),
+    "self_distillation_within": Method("self_distillation", BOTH, "teacher_temperature", (0.05, 0.1, 0.2)),
+    "otter": Method("otter", {}, "sinkhorn_regulariser", (0.08, 0.15, 0.3)),
+    "sigmoid": Method("sigmoid", {}, "bias", (-10.0, -5.0, -2.5)),
 }
 
 
@@ -172,7 +172,7 @@ def best_of_search(lines: list[dict]) -> dict[str, dict]:
     found = {}
     for name in METHODS:
         tried = [line for line in lines if line["part"] == "search" and line["method"] == name]
-        if len(tried) == len(RATES) * 2:
+        if len(tried) == len(RATES) * len(METHODS[name].values):
             best = max(tried, key=lambda line: line["eval/validation/hit@1"])
             found[name] = {"rate": best["rate"], "value": best["value"]}
     return found
