@@ -97,7 +97,7 @@ def config_of(run: Run, folder: Path, steps: int, image_size: int):
     c.model.image.size = c.data.scenes.size = image_size
     c.objective.update(method.fixed | ({} if run.value is None else {method.parameter: run.value}))
     c.objective.ramp_steps = steps // 5 if run.ramp is None else run.ramp
-    c.optimizer.learning_rate = run.rate
+    c.optimizer.learning_rate, c.optimizer.warmup_steps = run.rate, steps // 20
     c.data.threads = 2
     c.data.scenes.update(root=str(folder / "scenes"), train=run.size, noise=run.noise)
     c.eval.every = steps // EVALUATIONS if run.probed else steps
