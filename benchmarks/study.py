@@ -220,7 +220,11 @@ class Probe:
 
 
 def perform(run: Run, folder: Path, steps: int, image_size: int, text_features):
-    """Trains and evaluates; returns the result's line and the text features, for the next run."""
+    """Trains and evaluates; returns the result's line and the text features, for the next run.
+
+    Raises:
+        SystemExit: the run was asked to stop; it has saved its state, and goes on when it is performed again.
+    """
     started, config, workdir = time.time(), config_of(run, folder, steps, image_size), folder / run.name
     parallel.start(config.compilation_cache)
     if text_features is None:
@@ -228,7 +232,8 @@ def perform(run: Run, folder: Path, steps: int, image_size: int, text_features):
         state, _, frozen = training.create_state(config, model, pretrained_weights=True)
         text_features = training.kept_text_features(config, model, state, frozen)
     measure = Probe(config) if run.probed else None
-    training.train(config, workdir, text_features=text_features, measure=measure)
+    if not training.train(config, workdir, text_features=text_features, measure=measure):
+        raise SystemExit(0)
     history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     evaluated = [
         {key: value for key, value in line.items() if key.startswith(("eval/", "probe/")) or key == "step"}

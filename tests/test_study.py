@@ -85,6 +85,10 @@ def test_a_run_is_trained_looked_at_and_teaches_the_next(study, tmp_path, tiny, 
     monkeypatch.setattr(study, "config_of", small)
     monkeypatch.setattr(study, "PROBED", 48)
     run = study.Run("grid", "self_distillation", value=0.05, probed=True)
+    with monkeypatch.context() as context:
+        context.setattr(study.training, "train", lambda *_, **__: False)  # asked to stop
+        with pytest.raises(SystemExit):
+            study.perform(run, tmp_path, 6, 16, None)
     line, features = study.perform(run, tmp_path, 6, 16, None)
     assert [point["step"] for point in line["history"]] == [1, 2, 3, 4, 5, 6]
     last = line["history"][-1]
