@@ -33,7 +33,7 @@ import jax
 import numpy as np
 
 from zslflax import config as configs
-from zslflax import parallel, predict, telemetry
+from zslflax import feed, parallel, predict, telemetry
 from zslflax import train as training
 from zslflax.config import eval_set
 from zslflax.data import pairs, samples, scenes
@@ -230,7 +230,7 @@ def perform(run: Run, folder: Path, steps: int, image_size: int, text_features):
     if text_features is None:
         model, _ = predict.build_model(config)
         state, _, frozen = training.create_state(config, model, pretrained_weights=True)
-        text_features = training.kept_text_features(config, model, state, frozen)
+        text_features = feed.kept_text_features(config, model, state, frozen)
     measure = Probe(config) if run.probed else None
     if not training.train(config, workdir, text_features=text_features, measure=measure):
         raise SystemExit(0)

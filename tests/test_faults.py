@@ -12,7 +12,7 @@ import pytest
 from test_checkpoint import reads_damage, unfinished_reads  # noqa: F401, the second is its fixture
 from test_train import assert_same_bits, lines, saved
 
-from zslflax import checkpoint
+from zslflax import checkpoint, feed
 from zslflax import evaluate as evaluation
 from zslflax import train as training
 from zslflax.data import pairs, scenes
@@ -188,7 +188,7 @@ def test_a_second_run_in_the_same_workdir_is_refused(tiny, tmp_path):
 
 def plant(monkeypatch, *steps):
     """Features of captions that are not finite, in the batches of these steps."""
-    made = training.with_text_features
+    made = feed.with_text_features
 
     def planted(batches, text_features):
         for i, batch in enumerate(made(batches, text_features), start=1):
@@ -196,7 +196,7 @@ def plant(monkeypatch, *steps):
             features[0, 0] = np.nan if i in steps else features[0, 0]
             yield batch | {"text_features": features}
 
-    monkeypatch.setattr(training, "with_text_features", planted)
+    monkeypatch.setattr(feed, "with_text_features", planted)
 
 
 def test_steps_that_are_not_finite_are_dropped_and_counted_up_to_a_number(tiny, tmp_path, monkeypatch):

@@ -187,3 +187,29 @@ def test_two_sets_one_of_captions_alone(tiny, tmp_path):
     names = {name.rpartition("/")[2] for name in lines(tmp_path)[-1] if name.startswith("eval/captions/")}
     assert names == {f"{way}@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     assert {p.name for p in (tmp_path / "predictions").iterdir()} == {"6-test.png", "6-captions.png"}
+
+
+@pytest.mark.parametrize(
+    "entropy, on_pair, remove_diagonal, warned",
+    [
+        (0.13, 0.011, False, True),  # of a run on scenes at temperature 0.01 from the first step, which learnt nothing
+        (0.22, 0.049, False, True),  # the same with a ramp
+        (2.83, 0.070, False, False),  # at 0.05, which learnt
+        (0.30, 0.650, False, False),  # a teacher that knows
+        (0.13, 0.0, True, False),  # without the diagonal there is never anything on the pair
+    ],
+)
+def test_soft_labels_that_collapse_are_told_of(caplog, tiny, entropy, on_pair, remove_diagonal, warned):
+    tiny.objective.remove_diagonal = remove_diagonal
+    with caplog.at_level("WARNING", logger="zslflax"):
+        training.warn_of_collapse(tiny.objective, {"train/soft_entropy": entropy, "train/soft_on_pair": on_pair})
+        training.warn_of_collapse(tiny.objective, {"train/loss": 1.0})
+    assert ("teacher_temperature" in caplog.text) == warned
+
+
+def test_a_run_whose_soft_labels_collapse_says_so(caplog, tiny, tmp_path):
+    """Every image is taught what the first caption's neighbours are: a temperature near 0, and no hard labels."""
+    tiny.objective.teacher_temperature, tiny.objective.alpha = 1e-4, 0.0
+    with caplog.at_level("WARNING", logger="zslflax"):
+        training.train(tiny, tmp_path)
+    assert "the same few captions" in caplog.text

@@ -59,7 +59,9 @@ def default_config() -> ConfigDict:
     c.objective.smoothing = 0.1  # ε of label_smoothing
     c.objective.alpha = 0.5  # weight of the hard term (OTTER's release)
     c.objective.ramp_steps = 0  # the soft term's weight grows to 1 − alpha over so many steps
-    c.objective.teacher_temperature = 0.01  # τ of self_distillation's soft labels: a scale of 100 (OTTER's release)
+    # τ of self_distillation's soft labels. 0.01 is OTTER's release, for pretrained towers; from scratch a run collapses
+    # there (docs/study.md), and 0.05 to 0.1 work.
+    c.objective.teacher_temperature = 0.01
     c.objective.image_image = 0.0  # w_vv of the teacher's similarity; 0: the paper; OTTER's release: 1
     c.objective.text_text = 0.0  # w_tt, likewise
     c.objective.remove_diagonal = False  # no soft label on the pair itself; OTTER: True

@@ -11,20 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zslflax import checkpoint, export, objectives, optimizer, parallel, predict
+from zslflax import checkpoint, export, feed, objectives, optimizer, parallel, predict
 from zslflax import evaluate as evaluation
 from zslflax import state as states
 from zslflax import workdir as workdirs
 from zslflax.config import profiled_steps
-from zslflax.data import exclude, packing, pairs
-from zslflax.data.lengths import count_lengths
-from zslflax.features import TextFeatures
+from zslflax.data import exclude, pairs
 from zslflax.models import pretrained
 from zslflax.predict import Predictor
 from zslflax.stop import Stop
 from zslflax.telemetry import BadSamples, Profile, Reporter, Stopwatch, average
 
 log = logging.getLogger("zslflax")
+SURE, UNRELATED = 1.0, 0.1  # nats, and probability of the given pair: runs that learn have the one or exceed the other
 
 
 def train(config, workdir: Path, changed: bool = False, *, text_features=None, measure=None) -> bool:
@@ -70,12 +69,12 @@ def restore_and_train(config, workdir: Path, text_features=None, measure=None) -
         describe(config, state, frozen, sources)
         teacher = parallel.replicate(states.without_shared(teacher, state.params, frozen))
 
-        first, text_features = int(state.step), text_features or kept_text_features(config, model, state, frozen)
-        batches = train_batches(config, sources, tokenizer, first)
+        first, text_features = int(state.step), text_features or feed.kept_text_features(config, model, state, frozen)
+        batches = feed.train_batches(config, sources, tokenizer, first)
         if "text" in frozen and config.model.text.keep_features:
-            batches = with_text_features(batches, text_features)
+            batches = feed.with_text_features(batches, text_features)
         elif config.model.text.pack:
-            batches = with_packed_text(config, sources, tokenizer, batches)
+            batches = feed.with_packed_text(config, sources, tokenizer, batches)
         fixed = dict(model=model, tx=tx, config=config, frozen=frozen, teacher_model=teacher_model)
         step, batches = parallel.TrainStep(teacher, **fixed), parallel.to_devices(batches)
         predictor = Predictor(config, model, None, tokenizer, text_features=text_features)
@@ -116,6 +115,7 @@ def take_steps(config, state, recent, update, batches, evaluate_state, checkpoin
             if results["train/bad_step"] >= 0:
                 stop_at_bad_step(checkpoints, state)
             if evaluating:
+                warn_of_collapse(config.objective, results)
                 evaluated = stop.unless_asked(evaluate_state, state)
                 if evaluated is None:
                     break
@@ -210,62 +210,6 @@ def load_teacher(config, tokenizer):
     return taught.model, taught.variables
 
 
-def train_batches(config, sources, tokenizer, start_step: int):
-    """This host's share of the batches from a step on."""
-    return pairs.train_batches(
-        sources,
-        config.data.weights,
-        tokenizer,
-        batch_size=config.batch_size,
-        image_size=config.model.image.size,
-        seed=config.seed,
-        start_step=start_step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        crop_scale=config.data.crop_scale,
-        flip=config.data.flip,
-        threads=config.data.threads,
-        workers=config.data.workers,
-    )
-
-
-def kept_text_features(config, model, state, frozen: tuple[str, ...]) -> TextFeatures:
-    """Features of captions, for as long as the text tower stays the same: for ever, or until the next evaluation."""
-    capacity = max(config.model.text.keep_features, predict.KEPT_TEXTS)
-    if "text" not in frozen:
-        return TextFeatures(model, None, capacity)
-    tower = jax.tree.map(jnp.copy, state.params["text"]["tower"])  # a copy, for the step takes the state's buffers over
-    variables = parallel.replicate({"params": {"text": {"tower": tower}}})
-    return TextFeatures(model, variables, capacity, frozen=True)
-
-
-def with_text_features(batches, text_features: TextFeatures):
-    """The same batches with the output of a frozen text tower."""
-    for batch in batches:
-        yield batch | {"text_features": text_features(batch["text"], batch["text_mask"])}
-
-
-def with_packed_text(config, sources, tokenizer, batches):
-    """The same batches with captions packed, those of a micro-batch in as few rows as the training captions allow."""
-    options = dict(seed=config.seed, process_index=jax.process_index(), process_count=jax.process_count())
-    counts = count_lengths(sources, config.data.weights, tokenizer, threads=config.data.threads, **options)
-    counts = parallel.gather_hosts(counts[None]).sum(axis=0)  # one shape on all hosts, whatever each could read
-    share, width = config.batch_size // jax.device_count(), config.model.text.pack
-    captions = config.micro_batch or share
-    rows = packing.rows_needed(counts, captions, width)
-    log.info(
-        "captions of %.1f tokens on average: %d at a time are packed into %d rows of %d, "
-        "%.1f tokens each instead of %d",
-        counts @ np.arange(len(counts)) / max(counts.sum(), 1),
-        captions,
-        rows,
-        width,
-        rows * width / captions,
-        config.model.text.max_tokens,
-    )
-    return packing.pack_batches(batches, rows, width, jax.local_device_count() * (share // captions))
-
-
 def describe(config, state, frozen: tuple[str, ...], sources) -> None:
     """Logs what is going to be trained, on what."""
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree)) / 1e6
@@ -304,6 +248,24 @@ def evaluate_train_state(predictor: Predictor, test_sets, workdir: Path, measure
         near = ", ".join(difflib.get_close_matches(best, metrics, n=3, cutoff=0.0)) or "none, for nothing is evaluated"
         raise ValueError(f"config: eval.best is {best!r}, which no evaluation gives; nearest: {near}")
     return metrics
+
+
+def warn_of_collapse(objective, metrics: dict[str, float]) -> None:
+    """Says so where soft labels are sure, and hardly ever of the given pair: they name the same few captions for all.
+
+    A teacher that knows nothing yet finds some captions nearest to every image. Where it is believed at a low temperature,
+    the student learns just that, and so does its average (docs/study.md, "A cold start").
+    """
+    sure = metrics.get("train/soft_entropy", np.inf) < SURE
+    if sure and metrics["train/soft_on_pair"] < UNRELATED and not objective.remove_diagonal:
+        log.warning(
+            "the soft labels are sure (entropy %.2f nats), but put %.3f on the given pairs: they may name the same few "
+            "captions for all images. If hit@k does not rise, start anew with a higher objective.teacher_temperature "
+            "(now %g; 0.05 suits towers that start from scratch)",
+            metrics["train/soft_entropy"],
+            metrics["train/soft_on_pair"],
+            objective.teacher_temperature,
+        )
 
 
 def stop_at_bad_step(checkpoints, state) -> None:
