@@ -253,8 +253,8 @@ def evaluate_train_state(predictor: Predictor, test_sets, workdir: Path, measure
 def warn_of_collapse(objective, metrics: dict[str, float]) -> None:
     """Says so where soft labels are sure, and hardly ever of the given pair: they name the same few captions for all.
 
-    A teacher that knows nothing yet finds some captions nearest to every image. Where it is believed at a low temperature,
-    the student learns just that, and so does its average (docs/study.md, "A cold start").
+    A teacher that knows nothing yet finds some captions nearest to every image. Where it is believed at a low
+    temperature, the student learns just that, and so does its average (docs/study.md, "A cold start").
     """
     sure = metrics.get("train/soft_entropy", np.inf) < SURE
     if sure and metrics["train/soft_on_pair"] < UNRELATED and not objective.remove_diagonal:
