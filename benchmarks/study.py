@@ -10,7 +10,7 @@ results.jsonl. Several processes may share a folder, and a core each is the best
 
     search        every method's learning rate × its own parameter, as many runs each, judged on a validation split:
                   pictures of another seed, which no other part sees
-    grid          every method with the values found × noise × dataset size × seeds, judged on the test split
+    grid          every method with the values found × dataset size and noise (`LEVELS`) × seeds, judged on the test split
     generations   a frozen teacher from a finished run teaches a fresh student, which teaches the next
     cold          self-distillation with sharper soft labels, and with and without a ramp, from the first step
 
@@ -43,7 +43,9 @@ DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
 VALIDATION_SEED = 1_000  # of the pictures that hyper-parameters are chosen on
 SEARCH_SEED = 100
 RATES = (4e-3,)  # peak learning rates that the search tries
-NOISES, SIZES, SEEDS = (0.4, 0.0, 0.2, 0.6), (20_000, 2_000), (0, 1, 2)
+# Training pairs and noise of the grid, the most telling first: a study that was broken off says something.
+LEVELS = ((20_000, 0.4), (20_000, 0.0), (2_000, 0.4), (2_000, 0.0), (20_000, 0.6), (20_000, 0.2))
+SEEDS = (0, 1, 2)
 GENERATIONS = 3
 PROBED = 512  # training pairs whose soft labels are looked at
 EVALUATIONS = 6  # of a run that is looked at while it trains
@@ -134,10 +136,7 @@ def search() -> Iterator[Run]:
 
 
 def grid(found: dict[str, dict]) -> Iterator[Run]:
-    """The largest differences first, so that a study that was broken off says something."""
-    levels = [(size, noise) for size in SIZES for noise in NOISES]
-    levels.sort(key=lambda level: NOISES.index(level[1]) // 2 + SIZES.index(level[0]))
-    for size, noise in levels:
+    for size, noise in LEVELS:
         for seed in SEEDS:
             for name in METHODS:
                 yield Run("grid", name, noise, size, seed, **found[name], probed=is_probed(name, noise, size))
@@ -145,7 +144,7 @@ def grid(found: dict[str, dict]) -> Iterator[Run]:
 
 def is_probed(name: str, noise: float, size: int) -> bool:
     """Whether a run of the grid is evaluated on its way; those are also the ones that teach a next generation."""
-    return noise == 0.4 and size == SIZES[0] and name in ("info_nce", "self_distillation", "self_distillation_within")
+    return (size, noise) == LEVELS[0] and name in ("info_nce", "self_distillation", "self_distillation_within")
 
 
 def generations(found: dict[str, dict]) -> Iterator[Run]:

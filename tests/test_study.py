@@ -46,7 +46,7 @@ def test_the_grid_waits_for_the_search_and_takes_the_best(study):
     runs = [run for run in study.plan(["search", "grid"], lines) if run.part == "grid"]
     assert {run.method: run.value for run in runs} == best
     cells = {(run.method, run.noise, run.size, run.seed) for run in runs}
-    assert len(cells) == len(runs) == len(study.METHODS) * len(study.NOISES) * len(study.SIZES) * len(study.SEEDS)
+    assert len(cells) == len(runs) == len(study.METHODS) * len(study.LEVELS) * len(study.SEEDS)
     assert len({run.name for run in runs}) == len(runs)
 
 
