@@ -10,7 +10,7 @@ results.jsonl. Several processes may share a folder, and a core each is the best
 
     search        every method's learning rate × its own parameter, as many runs each, judged on a validation split:
                   pictures of another seed, which no other part sees
-    grid          every method with the values found × dataset size and noise (`LEVELS`) × seeds, judged on the test split
+    grid          every method with the values found × size and noise (`LEVELS`) × seeds, judged on the test split
     generations   a frozen teacher from a finished run teaches a fresh student, which teaches the next
     cold          self-distillation with sharper soft labels, and with and without a ramp, from the first step
 
