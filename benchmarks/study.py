@@ -8,8 +8,8 @@ The pairs are the built-in scenes, of which a share `noise` has the caption of a
 known. Each run is `zslflax.train.train` on the quick start's config with what is written here, and adds a line to
 results.jsonl. Several processes may share a folder, and a core each is the best use of a CPU.
 
-    search        every method's learning rate × its own parameter, as many runs each, judged on a validation split:
-                  pictures of another seed, which no other part sees
+    search        every method's own parameter, three values each (and one more beyond where the last was the best),
+                  judged on a validation split: pictures of another seed, which no other part sees
     grid          every method with the values found × size and noise (`LEVELS`) × seeds, judged on the test split
     generations   a frozen teacher from a finished run teaches a fresh student, which teaches the next
     cold          self-distillation with sharper soft labels, and with and without a ramp, from the first step
@@ -66,7 +66,7 @@ METHODS = {
     "label_smoothing": Method("label_smoothing", {}, "smoothing", (0.1, 0.3, 0.5)),
     "self_distillation": Method("self_distillation", {}, "teacher_temperature", (0.05, 0.1, 0.2)),
     "self_distillation_within": Method("self_distillation", BOTH, "teacher_temperature", (0.05, 0.1, 0.2)),
-    "otter": Method("otter", {}, "sinkhorn_regulariser", (0.08, 0.15, 0.3)),
+    "otter": Method("otter", {}, "sinkhorn_regulariser", (0.08, 0.15, 0.3, 0.6)),
     "sigmoid": Method("sigmoid", {}, "bias", (-10.0, -5.0, -2.5)),
 }
 

@@ -50,11 +50,6 @@ def test_the_grid_waits_for_the_search_and_takes_the_best(study):
     assert len({run.name for run in runs}) == len(runs)
 
 
-def test_every_method_has_as_many_trials(study):
-    counts = [len(method.values) for method in study.METHODS.values()]
-    assert len(set(counts)) == 1
-
-
 def test_a_generation_waits_for_the_one_before_and_two_never_take_the_same(study, tmp_path):
     lines = searched(study, {name: method.values[0] for name, method in study.METHODS.items()})
     runs = study.plan(["generations"], lines)
