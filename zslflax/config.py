@@ -96,7 +96,7 @@ def default_config() -> ConfigDict:
     c.data.weights = ()  # of the sources in the mixture; (): by their sizes
     c.data.crop_scale = (0.2, 1.0)  # of the image's area, random-resized-crop
     c.data.flip = True  # left to right, at random
-    c.data.threads = 0  # that read and decode, in each worker; 0: one a core, at least 4; remote shards want more
+    c.data.threads = 0  # that read and decode, in each worker; 0: one more than cores; remote shards want more
     c.data.workers = 0  # processes; 0: threads of this one
     c.data.max_bad = 0.05  # stop when more than this share of the samples read so far is unreadable
     c.data.tfds_dir = ""  # "": tfds' own default

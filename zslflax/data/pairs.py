@@ -276,8 +276,8 @@ def stream(rows, prepare, per_host: int, steps: range, threads: int, workers: in
 
 
 def own_threads() -> int:
-    """One for each core, but four at least: more contend for Python's lock, fewer leave cores idle while they read."""
-    return max(4, os.cpu_count() or 1)
+    """One more than cores, for the one that reads; each further one contends for Python's lock."""
+    return (os.cpu_count() or 1) + 1
 
 
 def join(parts: list[dict]) -> dict:

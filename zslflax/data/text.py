@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ FAST = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 VOCABULARIES = {"BertTokenizer": ("vocab.txt",), "RobertaTokenizer": ("vocab.json", "merges.txt")}
 PAD_TOKENS = ("[PAD]", "<pad>")  # where no file says which
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pipeline has threads of its own
 
 
 class Tokenizer:
