@@ -140,34 +140,30 @@ def cold_table(results: Results) -> str:
 
 
 def draw_noise(results: Results, path: Path) -> None:
+    """A row of two panels for every size: hit@1 against noise, and the difference to InfoNCE."""
     from matplotlib import pyplot as plt
 
     sizes = sorted({size for size, _ in results.levels()}, reverse=True)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    size = sizes[0]
-    noises = np.array([noise for _, noise in results.levels(size)])
-    for i, (method, label) in enumerate(LABELS.items()):
-        shift = 0.006 * (i - 2.5)  # so that the intervals can be told apart
-        for axis, values in ((axes[0], results.values), (axes[1], results.gains)):
-            if axis is axes[1] and method == BASELINE:
-                continue
-            means = np.array([interval(values(method, noise, size)) for noise in noises]) * 100
-            axis.errorbar(
-                noises + shift,
-                means[:, 0],
-                means[:, 1],
-                color=COLOURS[method],
-                label=label,
-                capsize=2,
-                marker="o",
-                ms=4,
-            )
-    axes[0].set(ylabel="flat hit@1, %", xlabel="share of captions that are another picture's", title=f"{size:,} pairs")
-    axes[1].set(ylabel="difference to InfoNCE, points", xlabel="share of captions that are another picture's")
-    axes[1].set(title="the same, paired over seeds")
-    axes[1].axhline(0, color=COLOURS[BASELINE], lw=1)
-    axes[0].legend(fontsize=7, frameon=False)
-    finish(figure, axes, path)
+    figure, axes = plt.subplots(
+        len(sizes), 2, figsize=(10, 3.3 * len(sizes)), layout="constrained", sharex=True, squeeze=False
+    )
+    for size, (left, right) in zip(sizes, axes, strict=True):
+        noises = np.array([noise for _, noise in results.levels(size)])
+        for i, (method, label) in enumerate(LABELS.items()):
+            places = noises + 0.006 * (i - 2.5)  # so that the intervals can be told apart
+            for axis, values in ((left, results.values), (right, results.gains)):
+                if axis is right and method == BASELINE:
+                    continue
+                means = np.array([interval(values(method, noise, size)) for noise in noises]) * 100
+                style = {"color": COLOURS[method], "label": label, "capsize": 2, "marker": "o", "ms": 4}
+                axis.errorbar(places, means[:, 0], means[:, 1], **style)
+        left.set(ylabel="flat hit@1, %", title=f"{size:,} pairs")
+        right.set(ylabel="points", title=f"{size:,} pairs: difference to InfoNCE, same seeds")
+        right.axhline(0, color=COLOURS[BASELINE], lw=1)
+    for axis in axes[-1]:
+        axis.set(xlabel="share of captions that are another picture's")
+    axes[0][0].legend(fontsize=7, frameon=False)
+    finish(figure, axes.flat, path)
 
 
 def draw_sizes(results: Results, path: Path) -> None:
@@ -185,9 +181,8 @@ def draw_sizes(results: Results, path: Path) -> None:
                 continue
             means = np.array([interval(results.gains(method, noise, size)) for size in sizes]) * 100
             places = np.arange(len(sizes)) + 0.03 * (i - 3)
-            axis.errorbar(
-                places, means[:, 0], means[:, 1], color=COLOURS[method], label=label, capsize=2, marker="o", ms=4
-            )
+            style = {"color": COLOURS[method], "label": label, "capsize": 2, "marker": "o", "ms": 4}
+            axis.errorbar(places, means[:, 0], means[:, 1], **style)
         axis.axhline(0, color=COLOURS[BASELINE], lw=1)
         axis.set(title=f"noise {noise:g}", xlabel="training pairs", xticks=range(len(sizes)))
         axis.set_xticklabels([f"{size:,}" for size in sizes])
