@@ -12,9 +12,10 @@ results.jsonl. Several processes may share a folder, and a core each is the best
                   judged on a validation split: pictures of another seed, which no other part sees
     grid          every method with the values found × size and noise (`LEVELS`) × seeds, judged on the test split
     generations   a frozen teacher from a finished run teaches a fresh student, which teaches the next
+    long          2.4 times as many pairs (`LONG`), and a larger test split: hard labels have the time to overfit
     cold          self-distillation with sharper soft labels, and with and without a ramp, from the first step
 
-All runs have the same steps, batch size and schedule. A seed is that of parameters, order and augmentation; the
+All other runs have the same steps, batch size and schedule. A seed is that of parameters, order and augmentation; the
 pictures are the same for all.
 """
 
@@ -47,6 +48,8 @@ RATES = (4e-3,)  # peak learning rates that the search tries
 LEVELS = ((20_000, 0.4), (2_000, 0.4), (2_000, 0.0), (2_000, 0.6), (20_000, 0.0), (2_000, 0.2))
 SEEDS = (0, 1, 2)
 GENERATIONS = 3
+LONG = {"steps": 1_200, "batch_size": 256, "test": 8_000}  # test pictures
+COMPARED = ("info_nce", "self_distillation_within")  # in long runs
 PROBED = 512  # training pairs whose soft labels are looked at
 EVALUATIONS = 6  # of a run that is looked at while it trains
 
@@ -95,6 +98,8 @@ def config_of(run: Run, folder: Path, steps: int, image_size: int):
     """The quick start's config with what this run is about."""
     method = METHODS[run.method]
     c = runpy.run_path(str(DEMO))["get_config"](method.objective)
+    if run.part == "long":
+        steps, c.batch_size, c.data.scenes.test = LONG["steps"], LONG["batch_size"], LONG["test"]
     c.name, c.seed, c.steps = run.name, run.seed, steps
     c.model.image.size = c.data.scenes.size = image_size
     c.objective.update(method.fixed | ({} if run.value is None else {method.parameter: run.value}))
@@ -154,6 +159,12 @@ def generations(found: dict[str, dict]) -> Iterator[Run]:
             yield Run("generations", "self_distillation", seed=seed, **best, generation=generation)
 
 
+def long(found: dict[str, dict]) -> Iterator[Run]:
+    for seed in SEEDS:
+        for name in COMPARED:
+            yield Run("long", name, seed=seed, **found[name])
+
+
 def cold(found: dict[str, dict]) -> Iterator[Run]:
     rate = found["self_distillation"]["rate"]
     for temperature in (0.01, 0.1):
@@ -162,8 +173,8 @@ def cold(found: dict[str, dict]) -> Iterator[Run]:
 
 
 def short() -> Iterator[Run]:
-    for name in ("info_nce", "self_distillation_within"):
-        yield Run("short", name, rate=4e-3, value=METHODS[name].values[0])
+    for name, value in (("info_nce", 2.6), ("self_distillation", 0.1)):
+        yield Run("short", name, size=2_000, value=value)
 
 
 def best_of_search(lines: list[dict]) -> dict[str, dict]:
@@ -239,7 +250,7 @@ def perform(run: Run, folder: Path, steps: int, image_size: int, text_features):
         for line in history
         if any(key.startswith("eval/") for key in line)
     ]
-    line = run._asdict() | {"name": run.name, "steps": steps, "image_size": image_size} | evaluated[-1]
+    line = run._asdict() | {"name": run.name, "steps": config.steps, "image_size": image_size} | evaluated[-1]
     line |= {"train/loss": history[-1]["train/loss"], "seconds": round(time.time() - started)}
     line |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "history": evaluated if run.probed else []}
     if not (run.probed or run.generation > 1):
@@ -276,7 +287,7 @@ def plan(parts: list[str], lines: list[dict]) -> list[Run]:
         if part in ("search", "short"):
             runs += {"search": search, "short": short}[part]()
         elif len(found) == len(METHODS):
-            runs += {"grid": grid, "generations": generations, "cold": cold}[part](found)
+            runs += {"grid": grid, "generations": generations, "long": long, "cold": cold}[part](found)
     return runs
 
 
@@ -312,7 +323,7 @@ def work(folder: Path, parts: list[str], steps: int, image_size: int, until: flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))
-    parts = ["search", "grid", "generations", "cold", "short"]
+    parts = ["search", "grid", "generations", "long", "cold", "short"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:-1])
     parser.add_argument("--steps", type=int, default=1_000, help="of each run")
     parser.add_argument("--image-size", type=int, default=32, help="pixels")

@@ -125,6 +125,17 @@ def generation_table(results: Results) -> str:
     return table(["generation", "hit@1", "to the first teacher"], rows)
 
 
+def long_table(results: Results) -> str:
+    lines = results.of("long")
+    baseline = {line["seed"]: line[TEACHER] for line in lines if line["method"] == BASELINE}
+    rows = []
+    for method in dict.fromkeys(line["method"] for line in lines):
+        own = {line["seed"]: line[TEACHER] for line in lines if line["method"] == method}
+        gains = [own[seed] - baseline[seed] for seed in sorted({*own} & {*baseline})]
+        rows.append([LABELS[method], f"{len(own)}", shown(list(own.values())), shown(gains, sign=True)])
+    return table(["method", "seeds", "hit@1", "difference to InfoNCE"], rows)
+
+
 def cold_table(results: Results) -> str:
     rows = [
         [
@@ -238,6 +249,8 @@ def main() -> None:
         print(f"Teacher or student\n\n{shipping_table(results)}")
     if results.of("generations"):
         print(f"Generations\n\n{generation_table(results)}")
+    if results.of("long"):
+        print(f"Longer\n\n{long_table(results)}")
     if results.of("cold"):
         print(f"Cold start\n\n{cold_table(results)}")
     if arguments.figures:

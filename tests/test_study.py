@@ -48,6 +48,8 @@ def test_the_grid_waits_for_the_search_and_takes_the_best(study):
     cells = {(run.method, run.noise, run.size, run.seed) for run in runs}
     assert len(cells) == len(runs) == len(study.METHODS) * len(study.LEVELS) * len(study.SEEDS)
     assert len({run.name for run in runs}) == len(runs)
+    longer = study.plan(["long"], lines)
+    assert {run.method: run.value for run in longer} == {name: best[name] for name in study.COMPARED}
 
 
 def test_a_generation_waits_for_the_one_before_and_two_never_take_the_same(study, tmp_path):
