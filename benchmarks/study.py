@@ -46,6 +46,7 @@ SEARCH_SEED = 100
 RATES = (4e-3,)  # peak learning rates that the search tries
 # Training pairs and noise of the grid, the most telling first: a study that was broken off says something.
 LEVELS = ((20_000, 0.4), (2_000, 0.4), (2_000, 0.0), (2_000, 0.6), (20_000, 0.0), (2_000, 0.2))
+SIZES = (20_000, 2_000)  # of which generations and long runs are looked at
 SEEDS = (0, 1, 2)
 GENERATIONS = 3
 LONG = {"steps": 1_200, "batch_size": 256, "test": 8_000}  # test pictures
@@ -149,20 +150,23 @@ def grid(found: dict[str, dict]) -> Iterator[Run]:
 
 def is_probed(name: str, noise: float, size: int) -> bool:
     """Whether a run of the grid is evaluated on its way; those are also the ones that teach a next generation."""
-    return (size, noise) == LEVELS[0] and name in ("info_nce", "self_distillation", "self_distillation_within")
+    probed = {20_000: ("info_nce", "self_distillation", "self_distillation_within"), 2_000: ("self_distillation",)}
+    return noise == 0.4 and name in probed[size]
 
 
 def generations(found: dict[str, dict]) -> Iterator[Run]:
-    for generation in range(2, GENERATIONS + 1):
-        for seed in SEEDS:
-            best = found["self_distillation"]
-            yield Run("generations", "self_distillation", seed=seed, **best, generation=generation)
+    for size in SIZES:
+        for generation in range(2, GENERATIONS + 1):
+            for seed in SEEDS:
+                best = found["self_distillation"]
+                yield Run("generations", "self_distillation", size=size, seed=seed, **best, generation=generation)
 
 
 def long(found: dict[str, dict]) -> Iterator[Run]:
-    for seed in SEEDS:
-        for name in COMPARED:
-            yield Run("long", name, seed=seed, **found[name])
+    for size in SIZES:
+        for seed in SEEDS:
+            for name in COMPARED:
+                yield Run("long", name, size=size, seed=seed, **found[name])
 
 
 def cold(found: dict[str, dict]) -> Iterator[Run]:

@@ -112,28 +112,31 @@ def shipping_table(results: Results) -> str:
 
 
 def generation_table(results: Results) -> str:
-    """Each generation's student; the first is its own EMA's pupil."""
-    first = results.cells["self_distillation", 0.4, 20_000]
-    rows = [["1, EMA teacher: the student", shown([line[STUDENT] for line in first.values()]), ""]]
-    rows += [["1: the teacher", shown([line[TEACHER] for line in first.values()]), ""]]
-    for generation in sorted({line["generation"] for line in results.of("generations")}):
-        lines = [line for line in results.of("generations") if line["generation"] == generation]
-        gains = [line[TEACHER] - first[line["seed"]][TEACHER] for line in lines if line["seed"] in first]
-        rows.append(
-            [f"{generation}, frozen teacher", shown([line[TEACHER] for line in lines]), shown(gains, sign=True)]
-        )
-    return table(["generation", "hit@1", "to the first teacher"], rows)
+    """Each generation's student; the first is its own average's pupil."""
+    rows = []
+    for size in sorted({line["size"] for line in results.of("generations")}, reverse=True):
+        first = results.cells["self_distillation", 0.4, size]
+        for who, metric in (("student", STUDENT), ("teacher", TEACHER)):
+            hits = [line[metric] for line in first.values()]
+            rows.append([f"{size:,}", f"1: taught by its own average; the {who}", shown(hits), ""])
+        for generation in sorted({line["generation"] for line in results.of("generations")}):
+            lines = [x for x in results.of("generations") if (x["generation"], x["size"]) == (generation, size)]
+            gains = [line[TEACHER] - first[line["seed"]][TEACHER] for line in lines if line["seed"] in first]
+            hits = [line[TEACHER] for line in lines]
+            rows.append(
+                [f"{size:,}", f"{generation}: taught by {generation - 1}", shown(hits), shown(gains, sign=True)]
+            )
+    return table(["pairs", "generation", "hit@1", "to the first teacher"], rows)
 
 
 def long_table(results: Results) -> str:
-    lines = results.of("long")
-    baseline = {line["seed"]: line[TEACHER] for line in lines if line["method"] == BASELINE}
-    rows = []
-    for method in dict.fromkeys(line["method"] for line in lines):
-        own = {line["seed"]: line[TEACHER] for line in lines if line["method"] == method}
+    lines, rows = results.of("long"), []
+    for size, method in dict.fromkeys((line["size"], line["method"]) for line in lines):
+        of = lambda name, size=size: {x["seed"]: x[TEACHER] for x in lines if (x["size"], x["method"]) == (size, name)}
+        own, baseline = of(method), of(BASELINE)
         gains = [own[seed] - baseline[seed] for seed in sorted({*own} & {*baseline})]
-        rows.append([LABELS[method], f"{len(own)}", shown(list(own.values())), shown(gains, sign=True)])
-    return table(["method", "seeds", "hit@1", "difference to InfoNCE"], rows)
+        rows.append([f"{size:,}", LABELS[method], f"{len(own)}", shown([*own.values()]), shown(gains, sign=True)])
+    return table(["pairs", "method", "seeds", "hit@1", "difference to InfoNCE"], rows)
 
 
 def cold_table(results: Results) -> str:
