@@ -111,6 +111,17 @@ def shipping_table(results: Results) -> str:
     return table(["method", "runs", "teacher − student, points", "teacher ahead in"], rows)
 
 
+def on_the_way_table(results: Results) -> str:
+    """The same while the learning rate still falls, of the runs that were looked at."""
+    ahead = defaultdict(list)
+    for line in results.of("grid"):
+        for point in line["history"]:
+            ahead[point["step"]].append(point[TEACHER] - point[STUDENT])
+    return table(
+        ["step", *map(str, ahead)], [["teacher − student, points", *(shown(x, sign=True) for x in ahead.values())]]
+    )
+
+
 def generation_table(results: Results) -> str:
     """Each generation's student; the first is its own average's pupil."""
     rows = []
@@ -249,7 +260,7 @@ def main() -> None:
             f"hit@1, pairs of colour and shape never trained\n\n{grid_tables(results, size, 'eval/test/unseen/hit@1')}"
         )
     if results.cells:
-        print(f"Teacher or student\n\n{shipping_table(results)}")
+        print(f"Teacher or student\n\n{shipping_table(results)}\n{on_the_way_table(results)}")
     if results.of("generations"):
         print(f"Generations\n\n{generation_table(results)}")
     if results.of("long"):
