@@ -13,7 +13,6 @@ results.jsonl. Several processes may share a folder, and a core each is the best
     grid          every method with the values found × size and noise (`LEVELS`) × seeds, judged on the test split
     generations   a frozen teacher from a finished run teaches a fresh student, which teaches the next
     long          2.4 times as many pairs (`LONG`), and a larger test split: hard labels have the time to overfit
-    slow          a teacher that averages the whole run, where hard labels are learnt by heart
     cold          self-distillation with sharper soft labels, and with and without a ramp, from the first step
 
 All other runs have the same steps, batch size and schedule. A seed is that of parameters, order and augmentation; the
@@ -89,15 +88,11 @@ class Run(NamedTuple):
     generation: int = 1
     ramp: int | None = None  # steps; None: the quick start's
     probed: bool = False
-    decay: float | None = None  # of the EMA teacher; None: the quick start's
-    alpha: float | None = None  # weight of the hard labels; None: the quick start's
 
     @property
     def name(self) -> str:
         """Distinct for distinct runs, fit for a folder."""
-        *fields, decay, alpha = self
-        fields += [f"{name}{value:g}" for name, value in (("decay", decay), ("alpha", alpha)) if value is not None]
-        return "-".join(f"{value:g}" if isinstance(value, float) else f"{value}" for value in fields)
+        return "-".join(f"{value:g}" if isinstance(value, float) else f"{value}" for value in self)
 
 
 def config_of(run: Run, folder: Path, steps: int, image_size: int):
@@ -110,10 +105,6 @@ def config_of(run: Run, folder: Path, steps: int, image_size: int):
     c.model.image.size = c.data.scenes.size = image_size
     c.objective.update(method.fixed | ({} if run.value is None else {method.parameter: run.value}))
     c.objective.ramp_steps = steps // 5 if run.ramp is None else run.ramp
-    if run.decay is not None:
-        c.teacher.decay = run.decay
-    if run.alpha is not None:
-        c.objective.alpha = run.alpha
     c.optimizer.learning_rate, c.optimizer.warmup_steps = run.rate, steps // 20
     c.data.threads = 2
     c.data.scenes.update(root=str(folder / "scenes"), train=run.size, noise=run.noise)
@@ -176,13 +167,6 @@ def long(found: dict[str, dict]) -> Iterator[Run]:
         for seed in SEEDS:
             for name in COMPARED:
                 yield Run("long", name, size=size, seed=seed, **found[name])
-
-
-def slow(found: dict[str, dict]) -> Iterator[Run]:
-    for seed in SEEDS:
-        for alpha in (0.5, 0.2):
-            best = found["self_distillation"]
-            yield Run("slow", "self_distillation", 0.4, 2_000, seed, **best, probed=True, decay=0.999, alpha=alpha)
 
 
 def cold(found: dict[str, dict]) -> Iterator[Run]:
@@ -307,7 +291,7 @@ def plan(parts: list[str], lines: list[dict]) -> list[Run]:
         if part in ("search", "short"):
             runs += {"search": search, "short": short}[part]()
         elif len(found) == len(METHODS):
-            runs += {"grid": grid, "generations": generations, "long": long, "slow": slow, "cold": cold}[part](found)
+            runs += {"grid": grid, "generations": generations, "long": long, "cold": cold}[part](found)
     return runs
 
 
@@ -343,7 +327,7 @@ def work(folder: Path, parts: list[str], steps: int, image_size: int, until: flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))
-    parts = ["search", "grid", "generations", "long", "slow", "cold", "short"]
+    parts = ["search", "grid", "generations", "long", "cold", "short"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:-1])
     parser.add_argument("--steps", type=int, default=1_000, help="of each run")
     parser.add_argument("--image-size", type=int, default=32, help="pixels")
