@@ -13,6 +13,8 @@ results.jsonl. Several processes may share a folder, and a core each is the best
     grid          every method with the values found × size and noise (`LEVELS`) × seeds, judged on the test split
     generations   a frozen teacher from a finished run teaches a fresh student, which teaches the next
     long          2.4 times as many pairs (`LONG`), and a larger test split: hard labels have the time to overfit
+    early         generations whose first teacher stops after a quarter of the steps, at 2,000 pairs: before it has
+                  learnt the wrong captions by heart
     cold          self-distillation with sharper soft labels, and with and without a ramp, from the first step
 
 All other runs have the same steps, batch size and schedule. A seed is that of parameters, order and augmentation; the
@@ -101,6 +103,8 @@ def config_of(run: Run, folder: Path, steps: int, image_size: int):
     c = runpy.run_path(str(DEMO))["get_config"](method.objective)
     if run.part == "long":
         steps, c.batch_size, c.data.scenes.test = LONG["steps"], LONG["batch_size"], LONG["test"]
+    if run.part == "early" and run.generation == 1:
+        steps //= 4
     c.name, c.seed, c.steps = run.name, run.seed, steps
     c.model.image.size = c.data.scenes.size = image_size
     c.objective.update(method.fixed | ({} if run.value is None else {method.parameter: run.value}))
@@ -122,7 +126,7 @@ def config_of(run: Run, folder: Path, steps: int, image_size: int):
 
 def teacher_of(run: Run) -> Run:
     """The run whose model teaches a later generation."""
-    if run.generation == 2:
+    if run.part == "generations" and run.generation == 2:
         return run._replace(part="grid", generation=1, probed=True)
     return run._replace(generation=run.generation - 1)
 
@@ -167,6 +171,13 @@ def long(found: dict[str, dict]) -> Iterator[Run]:
         for seed in SEEDS:
             for name in COMPARED:
                 yield Run("long", name, size=size, seed=seed, **found[name])
+
+
+def early(found: dict[str, dict]) -> Iterator[Run]:
+    for generation in (1, 2):
+        for seed in SEEDS:
+            best = found["self_distillation"]
+            yield Run("early", "self_distillation", 0.4, 2_000, seed, **best, generation=generation, probed=True)
 
 
 def cold(found: dict[str, dict]) -> Iterator[Run]:
@@ -291,7 +302,7 @@ def plan(parts: list[str], lines: list[dict]) -> list[Run]:
         if part in ("search", "short"):
             runs += {"search": search, "short": short}[part]()
         elif len(found) == len(METHODS):
-            runs += {"grid": grid, "generations": generations, "long": long, "cold": cold}[part](found)
+            runs += {"grid": grid, "generations": generations, "long": long, "early": early, "cold": cold}[part](found)
     return runs
 
 
@@ -327,7 +338,7 @@ def work(folder: Path, parts: list[str], steps: int, image_size: int, until: flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))
-    parts = ["search", "grid", "generations", "long", "cold", "short"]
+    parts = ["search", "grid", "generations", "long", "early", "cold", "short"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:-1])
     parser.add_argument("--steps", type=int, default=1_000, help="of each run")
     parser.add_argument("--image-size", type=int, default=32, help="pixels")

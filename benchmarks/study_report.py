@@ -150,6 +150,21 @@ def long_table(results: Results) -> str:
     return table(["pairs", "method", "seeds", "hit@1", "difference to InfoNCE"], rows)
 
 
+def early_table(results: Results) -> str:
+    """A first teacher that stopped early, what it taught, and hard labels and the usual teacher after all the steps."""
+    cells = {"InfoNCE": results.cells[BASELINE, 0.4, 2_000]}
+    cells["taught by its own average"] = results.cells["self_distillation", 0.4, 2_000]
+    for generation, name in ((1, "the same after a quarter of the steps"), (2, "taught by the latter")):
+        cells[name] = {line["seed"]: line for line in results.of("early") if line["generation"] == generation}
+    rows = []
+    for name, own in cells.items():
+        gains = [own[seed][TEACHER] - cells["InfoNCE"][seed][TEACHER] for seed in sorted({*own} & {*cells["InfoNCE"]})]
+        found = [line["probe/mismatched/true_is_likelier"] for line in own.values() if line["probed"]]
+        hits = shown([line[TEACHER] for line in own.values()])
+        rows.append([name, hits, shown(gains, sign=True) if name != "InfoNCE" else "", shown(found)])
+    return table(["2,000 pairs", "hit@1", "to InfoNCE", "own caption likelier than the wrong one, %"], rows)
+
+
 def cold_table(results: Results) -> str:
     rows = [
         [
@@ -170,7 +185,7 @@ def draw_noise(results: Results, path: Path) -> None:
 
     sizes = sorted({size for size, _ in results.levels()}, reverse=True)
     figure, axes = plt.subplots(
-        len(sizes), 2, figsize=(10, 3.3 * len(sizes)), layout="constrained", sharex=True, squeeze=False
+        len(sizes), 2, figsize=(10, 0.7 + 3.2 * len(sizes)), layout="constrained", sharex=True, squeeze=False
     )
     for size, (left, right) in zip(sizes, axes, strict=True):
         noises = np.array([noise for _, noise in results.levels(size)])
@@ -187,7 +202,7 @@ def draw_noise(results: Results, path: Path) -> None:
         right.axhline(0, color=COLOURS[BASELINE], lw=1)
     for axis in axes[-1]:
         axis.set(xlabel="share of captions that are another picture's")
-    axes[0][0].legend(fontsize=7, frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     finish(figure, axes.flat, path)
 
 
@@ -212,31 +227,41 @@ def draw_sizes(results: Results, path: Path) -> None:
         axis.set(title=f"noise {noise:g}", xlabel="training pairs", xticks=range(len(sizes)))
         axis.set_xticklabels([f"{size:,}" for size in sizes])
     axes[0][0].set_ylabel("difference to InfoNCE, points of hit@1")
-    axes[0][0].legend(fontsize=7, frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     finish(figure, axes[0], path)
 
 
 def draw_probe(results: Results, path: Path) -> None:
-    """What the average model says of clean and mismatched pairs while it trains; means over seeds."""
+    """What the average model says of clean and of mismatched pairs while it trains; a row a size, means over seeds."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for method in ("info_nce", "self_distillation", "self_distillation_within"):
-        runs = [line["history"] for line in results.of("grid") if line["method"] == method and line["history"]]
-        if not runs:
-            continue
-        steps = [point["step"] for point in runs[0]]
-        mean = lambda name: np.mean([[point[f"probe/{name}"] for point in run] for run in runs], axis=0)
+    runs = defaultdict(list)
+    for line in results.of("grid"):
+        if line["history"]:
+            runs[line["size"], line["method"]].append(line["history"])
+    sizes = sorted({size for size, _ in runs}, reverse=True)
+    figure, axes = plt.subplots(
+        len(sizes), 2, figsize=(10, 0.7 + 3.2 * len(sizes)), layout="constrained", sharex=True, squeeze=False
+    )
+    for (size, method), histories in runs.items():
+        left, right = axes[sizes.index(size)]
+        steps = [point["step"] for point in histories[0]]
+        mean = lambda name, of=histories: np.mean([[point[f"probe/{name}"] for point in run] for run in of], axis=0)
         style = {"color": COLOURS[method], "marker": "o", "ms": 3}
-        axes[0].plot(steps, mean("clean/entropy"), **style, label=f"{LABELS[method]}: clean")
-        axes[0].plot(steps, mean("mismatched/entropy"), **style, ls="--", label="mismatched")
-        axes[1].plot(steps, mean("mismatched/true"), **style, label=f"{LABELS[method]}: the picture's own caption")
-        axes[1].plot(steps, mean("mismatched/given"), **style, ls="--", label="the given one")
-    axes[0].set(ylabel="entropy of the soft label, nats", xlabel="step")
-    axes[1].set(ylabel="probability, mismatched pairs", xlabel="step")
-    for axis in axes:
-        axis.legend(fontsize=7, frameon=False)
-    finish(figure, axes, path)
+        left.plot(steps, mean("clean/entropy"), **style, label=LABELS[method])
+        left.plot(steps, mean("mismatched/entropy"), **style, ls="--")
+        right.plot(steps, mean("mismatched/true"), **style)
+        right.plot(steps, mean("mismatched/given"), **style, ls="--")
+    for size, (left, right) in zip(sizes, axes, strict=True):
+        left.set(ylabel="nats", title=f"{size:,} pairs: entropy of the soft labels\n– clean pairs, - - mismatched ones")
+        right.set(
+            title=f"{size:,} pairs: probability, mismatched pairs\n– the picture's own caption, - - the given one"
+        )
+    known = {label: line for row in axes for line, label in zip(*row[0].get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known, loc="outside upper center", ncols=2, frameon=False)
+    for axis in axes[-1]:
+        axis.set(xlabel="step")
+    finish(figure, axes.flat, path)
 
 
 def finish(figure, axes, path: Path) -> None:
@@ -265,6 +290,8 @@ def main() -> None:
         print(f"Generations\n\n{generation_table(results)}")
     if results.of("long"):
         print(f"Longer\n\n{long_table(results)}")
+    if results.of("early"):
+        print(f"A teacher that stopped early\n\n{early_table(results)}")
     if results.of("cold"):
         print(f"Cold start\n\n{cold_table(results)}")
     if arguments.figures:
