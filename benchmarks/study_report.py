@@ -240,25 +240,25 @@ def draw_probe(results: Results, path: Path) -> None:
         if line["history"]:
             runs[line["size"], line["method"]].append(line["history"])
     sizes = sorted({size for size, _ in runs}, reverse=True)
-    figure, axes = plt.subplots(
-        len(sizes), 2, figsize=(10, 0.7 + 3.2 * len(sizes)), layout="constrained", sharex=True, squeeze=False
-    )
+    shape = {"figsize": (12, 0.7 + 3 * len(sizes)), "layout": "constrained", "sharex": True, "squeeze": False}
+    figure, axes = plt.subplots(len(sizes), 3, **shape)
     for (size, method), histories in runs.items():
-        left, right = axes[sizes.index(size)]
-        steps = [point["step"] for point in histories[0]]
-        mean = lambda name, of=histories: np.mean([[point[f"probe/{name}"] for point in run] for run in of], axis=0)
+        steps, row = [point["step"] for point in histories[0]], axes[sizes.index(size)]
+        mean = lambda name, of=histories: np.mean([[point[name] for point in run] for run in of], axis=0)
         style = {"color": COLOURS[method], "marker": "o", "ms": 3}
-        left.plot(steps, mean("clean/entropy"), **style, label=LABELS[method])
-        left.plot(steps, mean("mismatched/entropy"), **style, ls="--")
-        right.plot(steps, mean("mismatched/true"), **style)
-        right.plot(steps, mean("mismatched/given"), **style, ls="--")
-    for size, (left, right) in zip(sizes, axes, strict=True):
-        left.set(ylabel="nats", title=f"{size:,} pairs: entropy of the soft labels\n– clean pairs, - - mismatched ones")
-        right.set(
-            title=f"{size:,} pairs: probability, mismatched pairs\n– the picture's own caption, - - the given one"
-        )
+        row[0].plot(steps, 100 * mean(TEACHER), **style, label=LABELS[method])
+        for axis, dashed, solid in (
+            (row[1], "probe/mismatched/given", "probe/mismatched/true"),
+            (row[2], "probe/mismatched/entropy", "probe/clean/entropy"),
+        ):
+            axis.plot(steps, mean(solid), **style)
+            axis.plot(steps, mean(dashed), **style, ls="--")
+    for size, row in zip(sizes, axes, strict=True):
+        row[0].set(title=f"{size:,} pairs: hit@1, %")
+        row[1].set(title="probability, mismatched pairs:\n– the picture's own caption, - - the given one")
+        row[2].set(title="entropy of the soft label, nats:\n– clean pairs, - - mismatched ones")
     known = {label: line for row in axes for line, label in zip(*row[0].get_legend_handles_labels(), strict=True)}
-    figure.legend(known.values(), known, loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(known.values(), known, loc="outside upper center", ncols=3, frameon=False)
     for axis in axes[-1]:
         axis.set(xlabel="step")
     finish(figure, axes.flat, path)
