@@ -188,8 +188,8 @@ def cold(found: dict[str, dict]) -> Iterator[Run]:
 
 
 def short() -> Iterator[Run]:
-    for name, value in (("info_nce", 2.6), ("self_distillation", 0.1)):
-        yield Run("short", name, size=2_000, value=value)
+    for generation in (1, 2):
+        yield Run("short", "self_distillation", value=0.1, generation=generation, probed=True)
 
 
 def best_of_search(lines: list[dict]) -> dict[str, dict]:
