@@ -1,7 +1,7 @@
 """Do soft labels help where pairs are noisy? Trains every objective on pairs of known noise.
 
     python benchmarks/study.py --folder=runs/study                       # everything; start it again and it goes on
-    python benchmarks/study.py --folder=runs/study --parts short         # one noise level, two methods, minutes
+    python benchmarks/study.py --folder=runs/study --parts short         # minutes: an average teaches, then a run
     python benchmarks/study_report.py runs/study/results.jsonl           # tables and figures
 
 The pairs are the built-in scenes, of which a share `noise` has the caption of another picture; which ones is

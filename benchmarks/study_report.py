@@ -140,6 +140,12 @@ def generation_table(results: Results) -> str:
     return table(["pairs", "generation", "hit@1", "to the first teacher"], rows)
 
 
+def short_table(results: Results) -> str:
+    taught = {1: "by its own average", 2: "by the first"}
+    rows = [[taught[line["generation"]], f"{100 * line[TEACHER]:.1f}"] for line in results.of("short")]
+    return table(["taught", "hit@1"], rows)
+
+
 def long_table(results: Results) -> str:
     lines, rows = results.of("long"), []
     for size, method in dict.fromkeys((line["size"], line["method"]) for line in lines):
@@ -278,7 +284,11 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, help="folder for noise.png, size.png and soft_labels.png")
     arguments = parser.parse_args()
     results = Results(arguments.results)
-    print(f"{len(results.lines)} runs\n\nSearch\n\n{search_table(results)}")
+    print(f"{len(results.lines)} runs\n")
+    if results.of("short"):
+        print(short_table(results))
+    if results.of("search"):
+        print(f"Search\n\n{search_table(results)}")
     for size in sorted({size for size, _ in results.levels()}, reverse=True):
         print(f"hit@1 of the teacher, {size:,} pairs\n\n{grid_tables(results, size)}")
         print(
