@@ -159,10 +159,10 @@ def is_probed(name: str, noise: float, size: int) -> bool:
 
 
 def generations(found: dict[str, dict]) -> Iterator[Run]:
+    best = found["self_distillation"]
     for size in SIZES:
         for generation in range(2, GENERATIONS + 1):
             for seed in SEEDS:
-                best = found["self_distillation"]
                 yield Run("generations", "self_distillation", size=size, seed=seed, **best, generation=generation)
 
 
@@ -174,9 +174,9 @@ def long(found: dict[str, dict]) -> Iterator[Run]:
 
 
 def early(found: dict[str, dict]) -> Iterator[Run]:
+    best = found["self_distillation"]
     for generation in (1, 2):
         for seed in SEEDS:
-            best = found["self_distillation"]
             yield Run("early", "self_distillation", 0.4, 2_000, seed, **best, generation=generation, probed=True)
 
 
@@ -297,12 +297,14 @@ def append(path: Path, line: dict) -> None:
 
 def plan(parts: list[str], lines: list[dict]) -> list[Run]:
     """All runs of these parts, as far as what they need to know has been found."""
+    at_once = {"search": search, "short": short}
+    searched = {"grid": grid, "generations": generations, "long": long, "early": early, "cold": cold}
     runs, found = [], best_of_search(lines)
     for part in parts:
-        if part in ("search", "short"):
-            runs += {"search": search, "short": short}[part]()
+        if part in at_once:
+            runs += at_once[part]()
         elif len(found) == len(METHODS):
-            runs += {"grid": grid, "generations": generations, "long": long, "early": early, "cold": cold}[part](found)
+            runs += searched[part](found)
     return runs
 
 

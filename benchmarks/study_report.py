@@ -29,10 +29,10 @@ TEACHER, STUDENT = "eval/test/hit@1", "eval/test/student/hit@1"
 
 
 def interval(values) -> tuple[float, float]:
-    """The mean, and half the width of its 95% interval (NaN for a single value)."""
+    """The mean, and half the width of its 95% interval (NaN for a single value; both for none)."""
     values = np.asarray(values, float)
     if len(values) < 2:
-        return values.mean(), np.nan
+        return values.sum() if len(values) else np.nan, np.nan
     return values.mean(), stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
 
 
@@ -42,6 +42,11 @@ def shown(values, sign: bool = False) -> str:
         return "–"
     mean, half = (100 * x for x in interval(values))
     return (f"{mean:+.1f}" if sign else f"{mean:.1f}") + ("" if np.isnan(half) else f" ± {half:.1f}")
+
+
+def paired(own: dict[int, dict], baseline: dict[int, dict], metric: str = TEACHER) -> list[float]:
+    """Differences between the lines of the same seeds."""
+    return [own[seed][metric] - baseline[seed][metric] for seed in sorted({*own} & {*baseline})]
 
 
 class Results:
@@ -56,13 +61,16 @@ class Results:
     def of(self, part: str) -> list[dict]:
         return [line for line in self.lines if line["part"] == part]
 
+    def by_seed(self, part: str, **fields) -> dict[int, dict]:
+        """The lines of a part in which these fields have these values."""
+        return {line["seed"]: line for line in self.of(part) if fields.items() <= line.items()}
+
     def values(self, method, noise, size, metric=TEACHER) -> list[float]:
         return [line[metric] for line in self.cells[method, noise, size].values()]
 
     def gains(self, method, noise, size, metric=TEACHER) -> list[float]:
         """Differences to the baseline's runs of the same seeds."""
-        own, baseline = self.cells[method, noise, size], self.cells[BASELINE, noise, size]
-        return [own[seed][metric] - baseline[seed][metric] for seed in sorted({*own} & {*baseline})]
+        return paired(self.cells[method, noise, size], self.cells[BASELINE, noise, size], metric)
 
     def levels(self, size: int | None = None) -> list[tuple[int, float]]:
         found = {(s, noise) for (_, noise, s), cell in self.cells.items() if cell and size in (None, s)}
@@ -131,9 +139,8 @@ def generation_table(results: Results) -> str:
             hits = [line[metric] for line in first.values()]
             rows.append([f"{size:,}", f"1: taught by its own average; the {who}", shown(hits), ""])
         for generation in sorted({line["generation"] for line in results.of("generations")}):
-            lines = [x for x in results.of("generations") if (x["generation"], x["size"]) == (generation, size)]
-            gains = [line[TEACHER] - first[line["seed"]][TEACHER] for line in lines if line["seed"] in first]
-            hits = [line[TEACHER] for line in lines]
+            own = results.by_seed("generations", generation=generation, size=size)
+            hits, gains = [line[TEACHER] for line in own.values()], paired(own, first)
             rows.append(
                 [f"{size:,}", f"{generation}: taught by {generation - 1}", shown(hits), shown(gains, sign=True)]
             )
@@ -147,12 +154,11 @@ def short_table(results: Results) -> str:
 
 
 def long_table(results: Results) -> str:
-    lines, rows = results.of("long"), []
-    for size, method in dict.fromkeys((line["size"], line["method"]) for line in lines):
-        of = lambda name, size=size: {x["seed"]: x[TEACHER] for x in lines if (x["size"], x["method"]) == (size, name)}
-        own, baseline = of(method), of(BASELINE)
-        gains = [own[seed] - baseline[seed] for seed in sorted({*own} & {*baseline})]
-        rows.append([f"{size:,}", LABELS[method], f"{len(own)}", shown([*own.values()]), shown(gains, sign=True)])
+    rows = []
+    for size, method in dict.fromkeys((line["size"], line["method"]) for line in results.of("long")):
+        own, baseline = (results.by_seed("long", size=size, method=name) for name in (method, BASELINE))
+        hits, gains = [line[TEACHER] for line in own.values()], paired(own, baseline)
+        rows.append([f"{size:,}", LABELS[method], f"{len(own)}", shown(hits), shown(gains, sign=True)])
     return table(["pairs", "method", "seeds", "hit@1", "difference to InfoNCE"], rows)
 
 
@@ -161,10 +167,10 @@ def early_table(results: Results) -> str:
     cells = {"InfoNCE": results.cells[BASELINE, 0.4, 2_000]}
     cells["taught by its own average"] = results.cells["self_distillation", 0.4, 2_000]
     for generation, name in ((1, "the same after a quarter of the steps"), (2, "taught by the latter")):
-        cells[name] = {line["seed"]: line for line in results.of("early") if line["generation"] == generation}
+        cells[name] = results.by_seed("early", generation=generation)
     rows = []
     for name, own in cells.items():
-        gains = [own[seed][TEACHER] - cells["InfoNCE"][seed][TEACHER] for seed in sorted({*own} & {*cells["InfoNCE"]})]
+        gains = paired(own, cells["InfoNCE"])
         found = [line["probe/mismatched/true_is_likelier"] for line in own.values() if line["probed"]]
         hits = shown([line[TEACHER] for line in own.values()])
         rows.append([name, hits, shown(gains, sign=True) if name != "InfoNCE" else "", shown(found)])
@@ -185,6 +191,13 @@ def cold_table(results: Results) -> str:
     return table(["temperature", "ramp", "hit@1", "captions in use, first look", "at the end"], rows)
 
 
+def draw_means(axis, places, values: list[list[float]], method: str) -> None:
+    """Means with their intervals, in per cent or points."""
+    means = np.array([interval(of) for of in values]) * 100
+    style = {"color": COLOURS[method], "label": LABELS[method], "capsize": 2, "marker": "o", "ms": 4}
+    axis.errorbar(places, means[:, 0], means[:, 1], **style)
+
+
 def draw_noise(results: Results, path: Path) -> None:
     """A row of two panels for every size: hit@1 against noise, and the difference to InfoNCE."""
     from matplotlib import pyplot as plt
@@ -195,14 +208,12 @@ def draw_noise(results: Results, path: Path) -> None:
     )
     for size, (left, right) in zip(sizes, axes, strict=True):
         noises = np.array([noise for _, noise in results.levels(size)])
-        for i, (method, label) in enumerate(LABELS.items()):
+        for i, method in enumerate(LABELS):
             places = noises + 0.006 * (i - 2.5)  # so that the intervals can be told apart
             for axis, values in ((left, results.values), (right, results.gains)):
                 if axis is right and method == BASELINE:
                     continue
-                means = np.array([interval(values(method, noise, size)) for noise in noises]) * 100
-                style = {"color": COLOURS[method], "label": label, "capsize": 2, "marker": "o", "ms": 4}
-                axis.errorbar(places, means[:, 0], means[:, 1], **style)
+                draw_means(axis, places, [values(method, noise, size) for noise in noises], method)
         left.set(ylabel="flat hit@1, %", title=f"{size:,} pairs")
         right.set(ylabel="points", title=f"{size:,} pairs: difference to InfoNCE, same seeds")
         right.axhline(0, color=COLOURS[BASELINE], lw=1)
@@ -222,13 +233,11 @@ def draw_sizes(results: Results, path: Path) -> None:
         1, len(both), figsize=(4.4 * len(both), 3.6), layout="constrained", sharey=True, squeeze=False
     )
     for axis, noise in zip(axes[0], both, strict=True):
-        for i, (method, label) in enumerate(LABELS.items()):
+        for i, method in enumerate(LABELS):
             if method == BASELINE:
                 continue
-            means = np.array([interval(results.gains(method, noise, size)) for size in sizes]) * 100
             places = np.arange(len(sizes)) + 0.03 * (i - 3)
-            style = {"color": COLOURS[method], "label": label, "capsize": 2, "marker": "o", "ms": 4}
-            axis.errorbar(places, means[:, 0], means[:, 1], **style)
+            draw_means(axis, places, [results.gains(method, noise, size) for size in sizes], method)
         axis.axhline(0, color=COLOURS[BASELINE], lw=1)
         axis.set(title=f"noise {noise:g}", xlabel="training pairs", xticks=range(len(sizes)))
         axis.set_xticklabels([f"{size:,}" for size in sizes])

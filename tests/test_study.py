@@ -58,6 +58,9 @@ def test_a_generation_waits_for_the_one_before_and_two_never_take_the_same(study
     assert study.take(runs, set(), tmp_path) is None
     grid = {run.name for run in study.plan(["grid"], lines)}
     assert all(study.teacher_of(run).name in grid for run in runs if run.generation == 2)
+    for part in ("early", "short"):  # parts that make their own first teacher
+        first, second = ({r.name: r for r in study.plan([part], lines) if r.generation == g} for g in (1, 2))
+        assert second and {study.teacher_of(run).name for run in second.values()} == {*first}
     first, claim = study.take(runs, grid, tmp_path)
     with claim:
         other, claim = study.take(runs, grid, tmp_path)
