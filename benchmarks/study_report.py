@@ -101,12 +101,12 @@ def grid_tables(results: Results, size: int, metric: str = TEACHER) -> str:
     rows = [
         [label, *(shown(results.values(m, noise, size, metric)) for noise in noises)] for m, label in LABELS.items()
     ]
-    gains = [
-        [label, *(shown(results.gains(m, noise, size, metric), sign=True) for noise in noises)]
-        for m, label in LABELS.items()
-        if m != BASELINE
-    ]
-    return table(header, rows) + "\n" + table(["difference to InfoNCE, same seeds", *header[1:]], gains)
+    gains = []
+    for m, label in LABELS.items():
+        if m != BASELINE:
+            found = [results.gains(m, noise, size, metric) for noise in noises]
+            gains.append([label, *(shown(values, sign=True) for values in [*found, sum(found, [])])])
+    return table(header, rows) + "\n" + table(["difference to InfoNCE, same seeds", *header[1:], "all of them"], gains)
 
 
 def shipping_table(results: Results) -> str:
@@ -224,11 +224,14 @@ def draw_noise(results: Results, path: Path) -> None:
 
 
 def draw_sizes(results: Results, path: Path) -> None:
+    """The difference to InfoNCE against the training pairs; a panel for each noise that all sizes have, if any."""
     from matplotlib import pyplot as plt
 
     noises = sorted({noise for _, noise in results.levels()})
     sizes = sorted({size for size, _ in results.levels()})
     both = [noise for noise in noises if all((size, noise) in results.levels() for size in sizes)]
+    if not both:
+        return
     figure, axes = plt.subplots(
         1, len(both), figsize=(4.4 * len(both), 3.6), layout="constrained", sharey=True, squeeze=False
     )
@@ -247,13 +250,18 @@ def draw_sizes(results: Results, path: Path) -> None:
 
 
 def draw_probe(results: Results, path: Path) -> None:
-    """What the average model says of clean and of mismatched pairs while it trains; a row a size, means over seeds."""
+    """What the average model says of clean and of mismatched pairs while it trains; a row a size, means over seeds.
+
+    Draws nothing where no run was looked at while it trained.
+    """
     from matplotlib import pyplot as plt
 
     runs = defaultdict(list)
     for line in results.of("grid"):
         if line["history"]:
             runs[line["size"], line["method"]].append(line["history"])
+    if not runs:
+        return
     sizes = sorted({size for size, _ in runs}, reverse=True)
     shape = {"figsize": (12, 0.7 + 3 * len(sizes)), "layout": "constrained", "sharex": True, "squeeze": False}
     figure, axes = plt.subplots(len(sizes), 3, **shape)

@@ -134,8 +134,9 @@ def test_differences_are_of_the_same_seeds(report, tmp_path):
     hits = {("info_nce", 0): 0.30, ("info_nce", 1): 0.40, ("otter", 0): 0.32, ("otter", 1): 0.42, ("otter", 2): 0.9}
     cell = {"part": "grid", "noise": 0.4, "size": 20_000, "history": []}
     lines = [cell | {"method": m, "seed": s, report.TEACHER: hit} for (m, s), hit in hits.items()]
+    lines += [line | {"noise": 0.0, report.TEACHER: 0.5} for line in lines]
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     results = report.Results(path)
     assert results.gains("otter", 0.4, 20_000) == pytest.approx([0.02, 0.02])
-    assert "| OTTER | +2.0 ± 0.0 |" in report.grid_tables(results, 20_000)
+    assert "| OTTER | +0.0 ± 0.0 | +2.0 ± 0.0 | +1.0 ± 1.8 |" in report.grid_tables(results, 20_000)
