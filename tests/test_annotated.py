@@ -104,6 +104,15 @@ def test_tars_by_class(tmp_path):
     assert again[3] == source[3]
 
 
+def test_a_tar_that_cannot_be_read_moves_no_other_class(tmp_path):
+    for i in range(20):
+        write_tar(tmp_path / f"n{i:02}.tar", {f"n{i:02}_0.JPEG": jpeg(10 * i)})
+    (tmp_path / "n05.tar").write_bytes(b"<html>not found</html>" * 100)
+    source = pairs.open_source(f"folder:{tmp_path}", DATA, "test")
+    assert len(source.classes) == 20
+    assert [record["label"] for record in source] == [(i,) for i in range(20) if i != 5]
+
+
 def test_csv_of_paths_and_labels(tmp_path):
     for name, value in (("a.jpg", 0), ("in/b.jpg", 50), ("c.jpg", 100), ("d.jpg", 150)):
         write(tmp_path / name, jpeg(value))

@@ -55,13 +55,15 @@ class ClassTars:
     def __init__(self, tars: Sequence[Path]):
         self.shards = WebDataset([str(tar) for tar in tars])
         self.classes = [tar.stem for tar in tars]
+        number = {str(tar): label for label, tar in enumerate(tars)}
+        self.labels = [number[path] for path in self.shards.paths]  # a tar that cannot be read is not among them
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, index: int) -> dict:
-        label = int(np.searchsorted(self.shards.starts, index, "right")) - 1
-        return self.shards[index] | {"label": (label,)}
+        shard = int(np.searchsorted(self.shards.starts, index, "right")) - 1
+        return self.shards[index] | {"label": (self.labels[shard],)}
 
 
 def read_folder(spec: str) -> LabelledImages | ClassTars:
