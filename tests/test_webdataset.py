@@ -358,7 +358,8 @@ def test_the_number_of_open_files_is_bounded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["{00..11}", "{8..11}", "{08..11}", "{3..1}", "{a,b}/x{1,2}", "x", "{0..1}{b,}", "{7..7}"]
+    "pattern",
+    ["{00..11}", "{8..11}", "{08..11}", "{3..1}", "{a,b}/x{1,2}", "x", "{0..1}{b,}", "{7..7}", "{0..11}", "{0..011}"],
 )
 def test_braces_expand_as_in_a_shell(pattern, require):
     assert expand_braces(pattern) == list(require("braceexpand").braceexpand(pattern))

@@ -181,7 +181,7 @@ def expand_braces(pattern: str) -> list[str]:
     values = match[1].split(",")
     if bounds := RANGE.fullmatch(match[1]):
         first, last = int(bounds[1]), int(bounds[2])
-        width = max(map(len, bounds.groups())) if any(b.startswith("0") for b in bounds.groups()) else 0
+        width = max(map(len, bounds.groups())) if any(re.match("0.", b) for b in bounds.groups()) else 0
         step = 1 if first <= last else -1
         values = [f"{number:0{width}}" for number in range(first, last + step, step)]
     rest = expand_braces(pattern[match.end() :])
