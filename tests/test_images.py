@@ -92,6 +92,12 @@ def test_stray_bytes_in_a_jpeg_do_no_harm():
     np.testing.assert_array_equal(images.decode(data[:at] + b"\x00\x01" + data[at:]), pillow(data))
 
 
+def test_what_a_phone_appends_to_a_jpeg_does_no_harm():
+    film = np.random.default_rng(0).bytes(10_000_000)
+    assert film.count(b"\xff\xda") > 100
+    np.testing.assert_array_equal(images.decode(JPEGS["baseline"] + film), pillow(JPEGS["baseline"]))
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF"])
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9])
 def test_what_is_truncated_is_bad(format, kept):
