@@ -12,7 +12,6 @@ from zslflax.data.scenes import TEMPLATES
 def get_config(objective: str = ""):
     c = default_config()
     c.name = "demo" + (f"_{objective}" if objective else "")
-    set_objective(c, objective)
     c.batch_size = 128  # pairs
     c.steps = 1_000
     c.compute_dtype = "float32"  # CPUs have no fast bfloat16
@@ -30,6 +29,7 @@ def get_config(objective: str = ""):
     c.objective.log_scale = 2.6
     c.objective.ramp_steps = 200  # the teacher must know something before it is believed
     c.objective.teacher_temperature = 0.05
+    set_objective(c, objective)  # may have a log_scale of its own
     c.teacher.decay = 0.99  # averages the last hundred steps, of a run of hundreds
 
     c.optimizer.name = "adamw"

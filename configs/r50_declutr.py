@@ -15,7 +15,6 @@ from zslflax.config import default_config, eval_set, set_objective
 def get_config(objective: str = ""):
     c = default_config()
     c.name = "r50_declutr" + (f"_{objective}" if objective else "")
-    set_objective(c, objective)
     c.batch_size = 512  # 8 GPUs × 64 pairs (release)
     c.steps = 56_000  # 10 epochs (release) of the 2.9M pairs of CC3M that are still to be had, in batches of 512
 
@@ -30,6 +29,7 @@ def get_config(objective: str = ""):
     c.objective.log_scale = 3.9  # (release)
     c.objective.alpha = 0.5  # (release)
     c.objective.teacher_temperature = 0.01  # a scale of 100 (release)
+    set_objective(c, objective)  # may have a log_scale of its own
     c.teacher.decay = 0.999  # (release)
     c.teacher.batch_norm = "batch"  # (release): its teacher is in training mode
 
