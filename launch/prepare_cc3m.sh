@@ -15,7 +15,7 @@ command=(img2dataset --url_list "$folder/list.tsv" --input_format tsv --url_col 
     --output_folder "$folder" --output_format webdataset --number_sample_per_shard 10000
     --image_size 256 --resize_mode keep_ratio --resize_only_if_bigger True --encode_quality 90
     --processes_count "$(nproc)" --thread_count 64 --retries 1
-    --user_agent_token img2dataset --disallowed_header_directives '["noai", "noindex"]')
+    --user_agent_token img2dataset)
 if [[ -n ${DRY_RUN:-} ]]; then
     printf '%q ' "${command[@]}"
     printf '\n'
@@ -37,10 +37,10 @@ for shard in stats:
 listed, pairs = (sum(shard[name] for shard in stats) for name in ("count", "successes"))
 survived = {"shards": len(stats), "listed": listed, "pairs": pairs}
 survived |= {"reasons": dict(reasons.most_common(20))}
-(folder / "pairs.json").write_text(json.dumps(survived, indent=1) + "\n")
+(folder / "pairs.txt").write_text(json.dumps(survived, indent=1) + "\n")
 print(f"{len(stats)} shards; of {listed} addresses {pairs} pairs survived")
 END
 
 # Expect an hour or two on 16 cores and 2 Gbit/s, 332 shards FOLDER/{00000..00331}.tar, some 60 GB; and
-# FOLDER/pairs.json: of the 3,318,333 addresses that were published, fewer answer every year, and why the
+# FOLDER/pairs.txt: of the 3,318,333 addresses that were published, fewer answer every year, and why the
 # others did not.

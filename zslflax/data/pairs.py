@@ -277,7 +277,8 @@ def stream(rows, prepare, per_host: int, steps: range, threads: int, workers: in
 
 def own_threads() -> int:
     """One more than cores, for the one that reads; each further one contends for Python's lock."""
-    return (os.cpu_count() or 1) + 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # as SLURM deals them
+    return (cores or 1) + 1
 
 
 def join(parts: list[dict]) -> dict:
