@@ -58,6 +58,8 @@ def test_label_space_marks_every_class_of_an_unseen_name(tmp_path):
 def test_label_space_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="'red circel' is none of the 2 class names; .* is 'red circle'"):
         members(["red circle", "owl"], ["owl", "red circel"])
+    with pytest.raises(ValueError, match="'red circel' is none of the 2 class names; .* is 'red circle'"):
+        LabelSpace.read("red circle,owl", "red circel")
     with pytest.raises(ValueError, match="each of 3 names, in their order, found 2"):
         LabelSpace.read("a,b,c", synonyms="d,e")
     with pytest.raises(ValueError, match="each of 2 names, found shape"):

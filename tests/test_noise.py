@@ -132,6 +132,8 @@ def test_what_is_left_out(tmp_path, caplog):
     assert [[source[i] for i in range(len(source))] for source in left] == [["a:0", "a:1"], [], ["c:0"]]
     assert "2 of 5 training samples are left out, of the 3" in caplog.text
     assert exclude.leave_out([a, b], "") == [a, b]
+    file.write_text(file.read_text(), encoding="utf-8-sig")  # as spreadsheets write it
+    assert list(map(len, exclude.leave_out([a, b, c], str(file)))) == [2, 0, 1]
     with pytest.raises(ValueError, match="none of the 3 names .*with names like 'c:0', those of the file like 'a:2"):
         exclude.leave_out([c], str(file))
     file.write_text("score,caption\n0.1,x\n")

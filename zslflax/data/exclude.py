@@ -35,7 +35,7 @@ def leave_out(sources: Sequence, file: str) -> list:
     """
     if not file:
         return list(sources)
-    with open(Path(file).expanduser(), newline="", encoding="utf-8") as lines:
+    with open(Path(file).expanduser(), newline="", encoding="utf-8-sig") as lines:
         table = csv.DictReader(lines)
         if "name" not in (table.fieldnames or ()):
             raise ValueError(f"data.exclude: {file} has the columns {table.fieldnames}, expected one called name")
