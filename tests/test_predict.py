@@ -228,11 +228,13 @@ def test_a_pretrained_encoders_sizes_are_exported_with_it(tiny, tmp_path):
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "config.json").write_text(json.dumps(sizes))
     tiny.model.text.pretrained = str(tmp_path / "encoder")
+    tiny.model.image.pretrained = str(tmp_path / "tower")
     model, tokenizer = predict.build_model(tiny)
     image, text = np.zeros((1, 16, 16, 3), np.uint8), np.zeros((1, 12), np.int32)
     variables = jax.jit(model.init)(jax.random.key(0), image, text, text == 0)
     predictor = Predictor(tiny, model, variables, tokenizer)
     predictor.export(tmp_path / "exported")
+    assert str(tmp_path) not in (tmp_path / "exported" / "config.json").read_text()
     shutil.rmtree(tmp_path / "encoder")
     again = Predictor.restore(tmp_path / "exported")
     assert (16, 24) in {x.shape for x in jax.tree.leaves(again.variables["params"]["text"]["tower"])}
@@ -311,9 +313,11 @@ def test_the_command_line(predictor, exported, pictures, tmp_path, monkeypatch, 
         assert picture.width > 600 and len(picture.getcolors(1 << 20)) > 100
     run_program(monkeypatch, capsys, f"--workdir={exported}", f"--export={tmp_path / 'copy'}")
     assert Predictor.restore(tmp_path / "copy").step == 6
-    with pytest.raises(SystemExit):
-        run_program(monkeypatch, capsys, f"--workdir={exported}")
-    assert "give images and --names" in capsys.readouterr().err
+    for incomplete in ([], [paths[0]], ["--names=a cat,a dog"], [paths[0], f"--export={tmp_path / 'other'}"]):
+        with pytest.raises(SystemExit):
+            run_program(monkeypatch, capsys, f"--workdir={exported}", *incomplete)
+        assert "give images and --names" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_bars_have_their_scores_lengths():

@@ -54,6 +54,7 @@ def save_model(folder: Path, config, variables: dict, step: int) -> None:
     save_file(tensors, folder / WEIGHTS, {"format": "np", "step": str(step)})  # readable by its writer alone
     kept = {name: config[name] for name in ("name", "compute_dtype")}
     kept["model"] = model = config.model.to_dict()
+    model["image"]["pretrained"] = ""  # its weights are in the tensors
     model["text"]["tokenizer"] = TEXT_FOLDER
     model["text"]["pretrained"] = TEXT_FOLDER if config.model.text.pretrained else ""
     kept["objective"] = config.objective.to_dict()

@@ -288,8 +288,8 @@ def main() -> None:
     parser.add_argument("--png", metavar="FILE", help="draw the answers there instead of in the terminal")
     parser.add_argument("--export", metavar="FOLDER", help="write the model there, to be used without the run")
     args = parser.parse_args()
-    if not args.export and not (args.images and args.names):
-        parser.error("give images and --names, or --export")
+    if bool(args.images) != bool(args.names) or not (args.images or args.export):
+        parser.error("give images and --names, or --export, or all of them")
     predictor = Predictor.restore(args.workdir)
     if args.export:
         predictor.export(args.export)
