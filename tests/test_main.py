@@ -1,5 +1,6 @@
 """The command: its flags, and what it says when one is wrong."""
 
+import math
 import os
 import subprocess
 import sys
@@ -46,6 +47,9 @@ def test_the_argument_selects_the_objective(parse, objective):
     c = parse(config=f"r50_declutr.py:{objective}" if objective else "r50_declutr.py")
     assert c.objective.name == (objective or "self_distillation")
     assert c.name == "r50_declutr" + (f"_{objective}" if objective else "")
+    for file in ("r50_declutr", "demo"):
+        scale = math.exp(parse(config=f"{file}.py:{objective}").objective.log_scale)
+        assert (objective == "sigmoid") == (abs(scale - 10) < 1e-3)  # SigLIP's, section 3.2
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_a_wrong_type_is_named(parse):
         ("steps", 0, "steps is 0"),
         ("eval.every", -3, "eval.every is -3"),
         ("data.weights", (1.0, 2.0), "data.weights has 2 values for the 1 sources"),
-        ("data.weights", (-1.0,), r"data.weights are \(-1.0,\), expected none below 0"),
+        ("data.weights", (0.0,), r"data.weights are \(0.0,\), expected each to be above 0"),
         ("data.crop_scale", (0.0, 1.0), r"data.crop_scale is \(0.0, 1.0\), expected 0 < smallest"),
         ("data.max_bad", 5.0, "data.max_bad is 5.0, expected a share"),
         ("eval.best", "eval/tset/hit@1", "eval.best is 'eval/tset/hit@1', expected eval/SET/METRIC.*: test$"),
@@ -97,6 +101,10 @@ def test_a_wrong_type_is_named(parse):
             (("image", -1),),
             "freeze has 'image' for ever, but model.image.pretrained is empty.*nearest that works",
         ),
+        ("freeze", ("text/tower", -1), r"freeze is \('text/tower', -1\), expected pairs of a pattern and a number"),
+        ("freeze", (("text/tower", -2),), "expected steps, or -1 for ever"),
+        ("optimizer.rate_factors", ("image",), r"optimizer.rate_factors is \('image',\), expected pairs of a pattern"),
+        ("data.crop_scale", (0.5,), "expected two shares of the area"),
         ("freeze", (("image/tower[", 3),), r"freeze: 'image/tower\[' is not a regular expression"),
     ],
 )

@@ -76,7 +76,7 @@ def default_config() -> ConfigDict:
     # What the EMA teacher's batch normalisation uses in its forward pass: the statistics of the batch, the average of
     # the student's running statistics (ema), or the student's running statistics as they are (student).
     c.teacher.batch_norm = "batch"
-    c.teacher.workdir = ""  # checkpoint: the other run's workdir
+    c.teacher.workdir = ""  # checkpoint: the workdir of the other run, which is finished: its newest checkpoint counts
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "sgd"  # sgd | adamw | lamb
@@ -251,9 +251,10 @@ def validate(c: ConfigDict) -> None:
     )
     expect(len(c.data.train) > 0, "data.train names no source")
     expect(
-        all(weight >= 0 for weight in c.data.weights) and (not c.data.weights or sum(c.data.weights) > 0),
-        f"data.weights are {tuple(c.data.weights)}, expected none below 0 and not all of them 0",
+        all(weight > 0 for weight in c.data.weights),
+        f"data.weights are {tuple(c.data.weights)}, expected each to be above 0",
     )
+    expect(len(c.data.crop_scale) == 2, f"data.crop_scale is {c.data.crop_scale}, expected two shares of the area")
     low, high = c.data.crop_scale
     expect(0 < low <= high <= 1, f"data.crop_scale is {(low, high)}, expected 0 < smallest ≤ largest ≤ 1, of the area")
     expect(0 <= c.data.max_bad <= 1, f"data.max_bad is {c.data.max_bad}, expected a share, from 0 to 1")
@@ -274,6 +275,14 @@ def validate(c: ConfigDict) -> None:
     )
     bad = c.optimizer.max_bad_steps
     expect(bad >= 0, f"optimizer.max_bad_steps is {bad}, expected 0 (the first one stops the run) or more")
+    for field, entries in (("freeze", c.freeze), ("optimizer.rate_factors", c.optimizer.rate_factors)):
+        expect(
+            all(map(is_pattern_and_number, entries)),
+            f"{field} is {entries!r}, expected pairs of a pattern and a number, such as (('text/tower', -1),)",
+        )
+    expect(
+        all(until >= -1 for _, until in c.freeze), f"freeze is {c.freeze!r}, expected steps, or -1 for ever, not below"
+    )
     for modality in ("image", "text"):
         for pattern, until in c.freeze:
             whole = matches(pattern, f"{modality}/tower/") and until < 0
@@ -283,6 +292,11 @@ def validate(c: ConfigDict) -> None:
                 f"would never learn; nearest that works: give model.{modality}.pretrained, or take the pattern out "
                 "of freeze",
             )
+
+
+def is_pattern_and_number(entry) -> bool:
+    pair = isinstance(entry, (tuple, list)) and len(entry) == 2
+    return pair and isinstance(entry[0], str) and isinstance(entry[1], (int, float))
 
 
 def profiled_steps(c: ConfigDict) -> tuple[int, int] | None:
