@@ -58,6 +58,16 @@ def test_steps_saved_without_an_evaluation_are_kept_by_their_age_alone(tmp_path)
     assert checkpoint.available(tmp_path) == [1, 4, 5]
 
 
+def test_the_best_may_become_so_by_another_metric(tmp_path):
+    write(tmp_path, [1, 2], "eval/hit", {1: 0.9, 2: 0.1})
+    manager = checkpoint.manager(tmp_path, "eval/other")
+    for step, value in ((3, 0.5), (4, 0.2), (5, 0.1)):
+        checkpoint.save(manager, state_at(step), {"eval/other": value})
+    manager.wait_until_finished()
+    manager.close()
+    assert checkpoint.available(tmp_path) == [3, 4, 5]
+
+
 def test_what_was_not_finished_is_no_checkpoint(tmp_path):
     write(tmp_path, [1])
     (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir()

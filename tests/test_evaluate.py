@@ -84,6 +84,26 @@ def test_retrieval_of_captions(tiny, predictors, tmp_path):
         )
 
 
+def test_blank_captions_are_none(tiny, predictors, tmp_path):
+    tiny.eval.sets.test.data = "scenes"
+    (test,) = evaluation.open_sets(tiny)
+
+    class WithBlanks:
+        def __init__(self, source):
+            self.source = source
+
+        def __len__(self):
+            return len(self.source)
+
+        def __getitem__(self, index):
+            record = self.source[index]
+            return record | {"text": (*record["text"], " ")}
+
+    predictor = {"": predictors[""]}
+    expected = evaluation.evaluate(predictor, [test], tiny, tmp_path)
+    assert evaluation.evaluate(predictor, [test._replace(source=WithBlanks(test.source))], tiny, tmp_path) == expected
+
+
 def test_a_label_that_is_no_number_of_a_name(tiny, predictors, tmp_path):
     tiny.eval.sets.test.data = "scenes"
     (test,) = evaluation.open_sets(tiny)

@@ -163,10 +163,14 @@ def test_a_damaged_checkpoint_is_trained_again(tiny, whole, tmp_path, caplog):
     assert_same_bits(saved(whole, 6), expected)
 
 
-def test_a_metric_to_be_best_by_that_no_evaluation_gives_is_named_with_the_nearest(tiny, tmp_path):
-    tiny.eval.best, tiny.steps = "eval/test/hit@3", 1
+def test_a_metric_to_be_best_by_that_no_evaluation_gives_is_named_with_the_nearest(tiny, whole, tmp_path):
+    tiny.eval.best, run = "eval/test/hit@3", tmp_path / "run"
     with pytest.raises(ValueError, match="eval.best is 'eval/test/hit@3', which no evaluation gives.*eval/test/hit@"):
-        training.train(tiny, tmp_path)
+        training.train(tiny, run)
+    assert checkpoint.available(run) == [3]  # an evaluation that fails costs no step
+    tiny.eval.best = "eval/test/hit@1"
+    training.train(tiny, run)
+    assert_same_run(whole, run)
 
 
 def test_another_config_goes_on_when_told(tiny, whole, caplog):

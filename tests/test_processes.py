@@ -328,4 +328,4 @@ def test_a_process_that_fails_says_why_and_ends_the_others(run, tmp_path):
 def test_a_workdir_that_a_process_does_not_see_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(workdirs.parallel, "is_main", lambda: False)
     with pytest.raises(FileNotFoundError, match="a file system that all hosts share"):
-        workdirs.prepare(tiny, tmp_path / "run")
+        workdirs.keep_config(tiny, tmp_path / "run")

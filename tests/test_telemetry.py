@@ -58,6 +58,11 @@ def test_rates_of_devices_that_are_known_and_of_others():
     assert flops.rates(1e9, 2.0, "cpu") == {"flops_per_second": 0.5e9}
 
 
+def test_metrics_that_older_steps_lack_are_those_of_the_others():
+    steps = [{"loss": np.float32(3)}, {"loss": np.float32(1), "truncated": np.float32(0.5)}]
+    assert telemetry.average(steps) == {"train/loss": 2.0, "train/truncated": 0.5}
+
+
 def test_a_stopwatch_divides_by_the_time_that_passed(monkeypatch):
     times = iter([10.0, 11.0, 12.0, 13.0, 13.5, 14.0, 15.0])
     monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(times))

@@ -102,6 +102,8 @@ def test_what_a_run_writes_and_what_is_restored_from_it(tiny, workdir):
         assert picture.size[0] > 600 and len(picture.getcolors(1 << 20)) > 100
 
     # The same figures again from the checkpoint, and the same answers from the folder alone.
+    # What the model is says its folder, not the config that asks.
+    tiny.model.image.size, tiny.teacher.kind = 32, "none"
     evaluated = training.evaluate(tiny, workdir)
     for name, value in last.items():
         if name.startswith("eval/"):
@@ -129,6 +131,33 @@ def test_the_workdir_of_another_config_is_refused(tiny, workdir):
     with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.01 there, 0.5 now"):
         training.train(tiny, workdir)
     assert json.loads((workdir / "config.json").read_text())["optimizer"]["learning_rate"] == 0.01
+
+
+def test_a_config_with_lists_is_the_same_at_the_next_start(tiny, tmp_path):
+    tiny.freeze, tiny.steps, tiny.eval.sets.test.data = [["text/tower", 3]], 2, ""
+    training.train(tiny, tmp_path)
+    training.train(tiny, tmp_path)
+
+
+def test_a_run_is_not_taken_back(tiny, workdir):
+    tiny.steps = 5
+    with pytest.raises(ValueError, match="steps is 5, but .* is at step 6 already"):
+        training.train(tiny, workdir, changed=True)
+
+
+def test_a_change_that_does_not_fit_the_checkpoint_changes_nothing(tiny, workdir):
+    before = (workdir / "config.json").read_text()
+    tiny.model.embed_dim = 12
+    with pytest.raises(ValueError, match="take back what --changed let pass"):
+        training.train(tiny, workdir, changed=True)
+    assert (workdir / "config.json").read_text() == before
+    Predictor.restore(workdir)
+
+
+def test_a_run_that_goes_on_with_longer_captions_is_used_with_them(tiny, workdir):
+    tiny.model.text.max_tokens, tiny.steps = 14, 7
+    training.train(tiny, workdir, changed=True)
+    assert Predictor.restore(workdir).tokenizer.identity["max_tokens"] == 14
 
 
 def test_a_mistake_found_before_the_first_checkpoint_can_be_mended(tiny, tmp_path):

@@ -8,6 +8,7 @@ every flipped bit of the arrays (0.12.8: zstd frames without checksums); the fin
 import contextlib
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def manager(workdir: str | Path, best: str = "", read_only: bool = False) -> ocp
     kept = [checkpoint_managers.LatestN(2)]
     best_fn = None
     if best:
-        best_fn = lambda metrics: metrics[best]
+        best_fn = lambda metrics: metrics.get(best, -math.inf)  # older ones lack it where `best` was another
         kept.append(checkpoint_managers.BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
@@ -149,7 +150,7 @@ def restore_newest(checkpoints: ocp.CheckpointManager, like: TrainState) -> Trai
     shown = "\n  ".join(f"{step}: {reason}" for step, reason in reasons.items())
     raise ValueError(
         f"none of the checkpoints in {checkpoints.directory} can be restored; nothing has been changed there. "
-        f"Put back a copy, or choose another --workdir:\n  {shown}"
+        f"Put back a copy, take back what --changed let pass, or choose another --workdir:\n  {shown}"
     )
 
 

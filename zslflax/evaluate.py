@@ -121,7 +121,7 @@ def evaluate(
 
 def embed(predictors: dict[str, Predictor], test: TestSet, config) -> Embedded:
     """Every readable sample's embeddings by every predictor; each process reads and embeds its share."""
-    size = config.model.image.size
+    size = next(iter(predictors.values())).config.model.image.size
     batches = pairs.eval_batches(
         test.source,
         batch_size=config.eval.batch_size // jax.process_count(),
@@ -136,7 +136,9 @@ def embed(predictors: dict[str, Predictor], test: TestSet, config) -> Embedded:
         for who, predictor in predictors.items():
             image[who].append(predictor.encode_image(batch["image"]))
         index.append(np.where(batch["mask"], batch["index"], -1))
-        described += zip(batch["label"], batch["text"])
+        described += [
+            (labels, [text for text in texts if text.strip()]) for labels, texts in zip(batch["label"], batch["text"])
+        ]
         errors += batch["errors"]
     for name, message in errors[:5]:
         log.warning("%s: left out the unreadable sample %s: %s", test.name, name, message)

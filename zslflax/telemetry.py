@@ -199,12 +199,13 @@ class Profile:
 def average(metrics: list[dict]) -> dict[str, float]:
     """The means of the steps' metrics, as `train/NAME`; this waits for the devices.
 
-    What was not finite in a step that was dropped is left out. Of the counts of bad steps, the last value.
+    What was not finite in a step that was dropped is left out, and steps that lack a metric: those before a resume with
+    another config. Of the counts of bad steps, the last value.
     """
     host = jax.device_get(metrics)
     means = {}
     for name, last in host[-1].items():
-        values = np.array([of_step[name] for of_step in host])
+        values = np.array([of_step[name] for of_step in host if name in of_step])
         finite = values[np.isfinite(values)]
         means[f"train/{name}"] = int(last) if name in COUNTS else float(np.mean(finite)) if len(finite) else np.nan
     return means

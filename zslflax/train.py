@@ -45,11 +45,11 @@ def train(config, workdir: Path, changed: bool = False, *, text_features=None, m
         whether the run is complete; if not, it was asked to stop, and has saved its state.
     """
     with workdirs.locked(workdir):
-        workdirs.prepare(config, workdir, changed)
-        return restore_and_train(config, workdir, text_features, measure)
+        workdirs.check(config, workdir, changed)
+        return restore_and_train(config, workdir, changed, text_features, measure)
 
 
-def restore_and_train(config, workdir: Path, text_features=None, measure=None) -> bool:
+def restore_and_train(config, workdir: Path, changed: bool, text_features=None, measure=None) -> bool:
     """Puts everything together for `take_steps`."""
     model, tokenizer = predict.build_model(config)
     teacher_model, teacher = load_teacher(config, tokenizer)
@@ -64,8 +64,11 @@ def restore_and_train(config, workdir: Path, text_features=None, measure=None) -
             state = checkpoint.restore_newest(checkpoints, state)
             recent = checkpoint.recent_metrics(workdir, int(state.step))
             log.info("resuming from step %d in %s", state.step, workdir)
-        elif parallel.is_main():
+        if int(state.step) > config.steps:
+            raise ValueError(f"config: steps is {config.steps}, but {workdir} is at step {int(state.step)} already")
+        if parallel.is_main() and (changed or not resuming):
             export.save_text_encoder(config, tokenizer, workdir / export.TEXT_FOLDER)
+        workdirs.keep_config(config, workdir)
         describe(config, state, frozen, sources)
         teacher = parallel.replicate(states.without_shared(teacher, state.params, frozen))
 
@@ -102,8 +105,9 @@ def take_steps(config, state, recent, update, batches, evaluate_state, checkpoin
     first, watch, bad = int(state.step), Stopwatch(config.batch_size), BadSamples(config.data.max_bad)
     for step in range(first, config.steps + 1):
         if step > first:
-            batch, errors = watch.next(batches)
-            bad.count(errors, config.batch_size // jax.process_count())
+            with saved_on_error(checkpoints, state, recent, first):
+                batch, errors = watch.next(batches)
+                bad.count(errors, config.batch_size // jax.process_count())
             state, metrics = profile.step(step, update, state, batch)
             recent.append(metrics)
         checkpoint.raise_errors(checkpoints)
@@ -116,7 +120,8 @@ def take_steps(config, state, recent, update, batches, evaluate_state, checkpoin
                 stop_at_bad_step(checkpoints, state)
             if evaluating:
                 warn_of_collapse(config.objective, results)
-                evaluated = stop.unless_asked(evaluate_state, state)
+                with saved_on_error(checkpoints, state, recent, first):
+                    evaluated = stop.unless_asked(evaluate_state, state)
                 if evaluated is None:
                     break
                 results |= evaluated
@@ -134,15 +139,35 @@ def take_steps(config, state, recent, update, batches, evaluate_state, checkpoin
     return step, step == config.steps and not recent
 
 
+@contextlib.contextmanager
+def saved_on_error(checkpoints, state, recent, first: int):
+    """Around what may fail while the state is sound: the steps since `first` are saved before the error goes on.
+
+    Of several processes one alone may have failed, and a save takes all: they go back to the last checkpoint.
+    """
+    try:
+        yield
+    except Exception:
+        if int(state.step) > first and not parallel.several():
+            try:
+                checkpoint.save(checkpoints, state, recent=recent)
+                checkpoint.finish(checkpoints)
+                log.error("step %d is saved; the same command goes on from there", int(state.step))
+            except OSError as error:
+                log.error("%s", error)
+        raise
+
+
 def evaluate(config, workdir: Path, step: int | None = None) -> dict[str, float]:
     """Evaluates a checkpoint of `workdir` (default: the newest) without training; prints and returns the metrics.
 
     The model is what the workdir's own config.json says; the test sets are those of `config`.
     """
     test_sets = evaluation.open_sets(config)
-    uses = {"": "teacher", "student/": "student"} if config.teacher.kind == "ema" else {"": "student"}
     restore = functools.partial(Predictor.restore, workdir, step=step, cache=config.eval.cache)
-    predictors = {who: restore(use=use) for who, use in uses.items()}
+    predictors = {"": restore()}
+    if predictors[""].config.teacher.kind == "ema":
+        predictors["student/"] = restore(step=predictors[""].step, use="student")
     metrics = evaluation.evaluate(predictors, test_sets, config, workdir, config.eval.resamples)
     if not metrics:
         raise ValueError(

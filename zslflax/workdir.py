@@ -50,19 +50,17 @@ def hold(workdir: Path, stack: contextlib.ExitStack) -> bool:
     return True
 
 
-def prepare(config, workdir: Path, changed: bool = False) -> None:
-    """Writes config.json; refuses a workdir whose checkpoints are another config's, but for what is `HARMLESS`.
+def check(config, workdir: Path, changed: bool = False) -> None:
+    """Refuses a workdir whose checkpoints are another config's, but for what is `HARMLESS`.
 
-    The main process looks and writes, the others hear of it: they all go on, or none.
+    The main process looks, the others hear of it: they all go on, or none.
 
     Args:
         changed: go on all the same, and say what differs.
 
     Raises:
         ValueError: names every field that differs, with both values.
-        FileNotFoundError: this process does not see what the main process writes.
     """
-    path = workdir / "config.json"
     differences = parallel.gather_json(compare_kept(config, workdir) if parallel.is_main() else [])[0]
     shown = "\n  ".join(differences)
     if differences and not changed:
@@ -72,6 +70,15 @@ def prepare(config, workdir: Path, changed: bool = False) -> None:
         )
     if differences:
         log.warning("%s goes on with another config:\n  %s", workdir, shown)
+
+
+def keep_config(config, workdir: Path) -> None:
+    """Writes config.json, which says what the workdir's checkpoints are: not before they are known to fit it.
+
+    Raises:
+        FileNotFoundError: this process does not see what the main process writes.
+    """
+    path = workdir / "config.json"
     if parallel.is_main():
         checkpoint.write_json(path, to_json(config))
     parallel.agree(True)  # it is written
@@ -87,8 +94,9 @@ def compare_kept(config, workdir: Path) -> list[str]:
     path = workdir / "config.json"
     if not (path.exists() and checkpoint.available(workdir)):
         return []
+    now = from_json(to_json(config))  # lists within tuples come back as tuples
     return [
         f"{field}: {old!r} there, {new!r} now"
-        for field, old, new in compare(from_json(path.read_text()), config)
+        for field, old, new in compare(from_json(path.read_text()), now)
         if not field.startswith(HARMLESS)
     ]
