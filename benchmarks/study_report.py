@@ -245,7 +245,7 @@ def draw_sizes(results: Results, path: Path) -> None:
         axis.set(title=f"noise {noise:g}", xlabel="training pairs", xticks=range(len(sizes)))
         axis.set_xticklabels([f"{size:,}" for size in sizes])
     axes[0][0].set_ylabel("difference to InfoNCE, points of hit@1")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(both), frameon=False)
     finish(figure, axes[0], path)
 
 
