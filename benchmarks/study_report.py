@@ -192,10 +192,11 @@ def cold_table(results: Results) -> str:
 
 
 def draw_means(axis, places, values: list[list[float]], method: str) -> None:
-    """Means with their intervals, in per cent or points."""
-    means = np.array([interval(of) for of in values]) * 100
+    """Means with their intervals, in per cent or points, of what has any value."""
+    known = [of for of in values if len(of)]
+    means = np.array([interval(of) for of in known]).reshape(-1, 2) * 100
     style = {"color": COLOURS[method], "label": LABELS[method], "capsize": 2, "marker": "o", "ms": 4}
-    axis.errorbar(places, means[:, 0], means[:, 1], **style)
+    axis.errorbar([place for place, of in zip(places, values, strict=True) if len(of)], *means.T, **style)
 
 
 def draw_noise(results: Results, path: Path) -> None:
