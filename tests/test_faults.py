@@ -16,6 +16,7 @@ from zslflax import checkpoint, feed
 from zslflax import evaluate as evaluation
 from zslflax import train as training
 from zslflax.data import pairs, scenes
+from zslflax.predict import Predictor
 
 
 def at_batch(monkeypatch, number, action):
@@ -180,6 +181,16 @@ def test_another_config_goes_on_when_told(tiny, whole, caplog):
     tiny.steps = 7
     training.train(tiny, whole, changed=True)
     assert checkpoint.available(whole)[-1] == 7 and "optimizer.learning_rate: 0.01 there, 0.5 now" in caplog.text
+
+
+@reads_damage  # what does not fit is read in vain as well
+def test_a_change_that_does_not_fit_the_checkpoint_changes_nothing(tiny, whole):
+    before = (whole / "config.json").read_text()
+    tiny.model.embed_dim = 12
+    with pytest.raises(ValueError, match="take back what --changed let pass"):
+        training.train(tiny, whole, changed=True)
+    assert (whole / "config.json").read_text() == before
+    assert Predictor.restore(whole).step == 6
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(tiny, tmp_path):
