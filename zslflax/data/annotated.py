@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from zslflax.data.images import BadSample
 from zslflax.data.webdataset import WebDataset
 
@@ -62,8 +60,7 @@ class ClassTars:
         return len(self.shards)
 
     def __getitem__(self, index: int) -> dict:
-        shard = int(np.searchsorted(self.shards.starts, index, "right")) - 1
-        return self.shards[index] | {"label": (self.labels[shard],)}
+        return self.shards[index] | {"label": (self.labels[self.shards.shard_of(index)],)}
 
 
 def read_folder(spec: str) -> LabelledImages | ClassTars:

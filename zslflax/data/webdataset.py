@@ -73,8 +73,12 @@ class WebDataset:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def shard_of(self, index: int) -> int:
+        """Which of `paths` has the sample."""
+        return int(np.searchsorted(self.starts, index, "right")) - 1
+
     def __getitem__(self, index: int) -> dict:
-        shard = int(np.searchsorted(self.starts, index, "right")) - 1
+        shard = self.shard_of(index)
         try:
             image, text, described, label = self.read(shard, index)
             text, label = describe(text, described, label)
@@ -123,8 +127,7 @@ class WebDataset:
         """Yields the fields of the first JSON files that are readable."""
         for index in np.flatnonzero(self.sizes[:, JSON] >= 0)[:PROBED]:
             try:
-                shard = int(np.searchsorted(self.starts, index, "right")) - 1
-                yield parse(self.read(shard, int(index))[JSON])
+                yield parse(self.read(self.shard_of(index), int(index))[JSON])
             except BadSample:
                 pass
 
