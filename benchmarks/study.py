@@ -73,7 +73,7 @@ METHODS = {
     "self_distillation": Method("self_distillation", {}, "teacher_temperature", (0.05, 0.1, 0.2)),
     "self_distillation_within": Method("self_distillation", BOTH, "teacher_temperature", (0.05, 0.1, 0.2)),
     "otter": Method("otter", {}, "sinkhorn_regulariser", (0.08, 0.15, 0.3, 0.6)),
-    "sigmoid": Method("sigmoid", {"log_scale": 2.6}, "bias", (-10.0, -5.0, -2.5)),
+    "sigmoid": Method("sigmoid", {"log_scale": 2.6}, "bias", (-10.0, -5.0, -2.5)),  # from the same scale as the others
 }
 
 

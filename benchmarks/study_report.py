@@ -193,10 +193,10 @@ def cold_table(results: Results) -> str:
 
 def draw_means(axis, places, values: list[list[float]], method: str) -> None:
     """Means with their intervals, in per cent or points, of what has any value."""
-    known = [of for of in values if len(of)]
-    means = np.array([interval(of) for of in known]).reshape(-1, 2) * 100
+    drawn = [(place, *interval(of)) for place, of in zip(places, values, strict=True) if len(of)]
+    places, means, halves = np.reshape(drawn, (-1, 3)).T
     style = {"color": COLOURS[method], "label": LABELS[method], "capsize": 2, "marker": "o", "ms": 4}
-    axis.errorbar([place for place, of in zip(places, values, strict=True) if len(of)], *means.T, **style)
+    axis.errorbar(places, 100 * means, 100 * halves, **style)
 
 
 def draw_noise(results: Results, path: Path) -> None:

@@ -83,8 +83,8 @@ class LabelSpace:
                 f"found {len(called)}; where the source lacks some of them, give all ids as a file of classes"
             )
         known = {*called, *(ids or ())}
-        one = unseen in known or not ("," in unseen or os.path.isfile(unseen))
-        chosen = [unseen] if unseen and one else read_names(unseen) if unseen else []
+        several = unseen not in known and ("," in unseen or os.path.isfile(unseen))
+        chosen = read_names(unseen) if several else [unseen] if unseen else []
         keys = ids if ids is not None and set(chosen) <= set(ids) else called
         return cls(called, members(keys, chosen), read_names(synonyms) if synonyms else None, ids)
 
