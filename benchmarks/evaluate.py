@@ -35,13 +35,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zslflax import parallel
+from zslflax import distributed
 from zslflax.config import default_config
+from zslflax.data.features import TextFeatures
 from zslflax.data.text import Tokenizer
-from zslflax.features import TextFeatures
-from zslflax.models import pretrained, two_tower
-from zslflax.zeroshot.classifier import class_embeddings, top_k
-from zslflax.zeroshot.labels import read_names
+from zslflax.inference.class_embeddings import class_embeddings
+from zslflax.inference.prompts import read_names
+from zslflax.inference.top_k import top_k
+from zslflax.models.build import build
+from zslflax.models.import_weights import load
+from zslflax.models.import_weights.locate import locate
 
 MB = 1e6
 PEERS = ("zslflax", "matmul", "faiss", "sklearn")
@@ -161,12 +164,12 @@ def load_text_tower(name: str, max_tokens: int):
     config = default_config().model
     config.text.pretrained, config.text.max_tokens = name, max_tokens
     config.image.name, config.image.size = "vit_nano4", 8
-    model, folder = two_tower.build(config), pretrained.locate(name)
+    model, folder = build(config), locate(name)
     text = jnp.zeros((1, max_tokens), jnp.int32)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8), text, text == 0)
-    tower = pretrained.load_text(folder, {"params": variables["params"]["text"]["tower"]})
+    tower = load.load_text(folder, {"params": variables["params"]["text"]["tower"]})
     tokenizer = Tokenizer.from_folder(folder, max_tokens)
-    return model, parallel.replicate({"params": {"text": {"tower": tower["params"]}}}), tokenizer
+    return model, distributed.replicate({"params": {"text": {"tower": tower["params"]}}}), tokenizer
 
 
 def compare_class_embeddings(args) -> None:
@@ -174,11 +177,11 @@ def compare_class_embeddings(args) -> None:
     model, variables, tokenizer = load_text_tower(args.text, args.max_tokens)
     names = read_names(args.names)
     names = [names[i] for i in np.linspace(0, len(names) - 1, min(args.count, len(names))).astype(int)]
-    padded = parallel.map_embed(lambda variables, inputs: model.apply(variables, *inputs, method="text_features"))
+    padded = distributed.map_embed(lambda variables, inputs: model.apply(variables, *inputs, method="text_features"))
     features = TextFeatures(model, variables, capacity=0)
     encode = {
         "by_length": lambda texts: features(*tokenizer(texts)),
-        "padded": lambda texts: parallel.in_batches(padded, variables, tokenizer(texts), 512),
+        "padded": lambda texts: distributed.in_batches(padded, variables, tokenizer(texts), 512),
     }
     few = {"by_length": names, "padded": names[:1]}  # meets every length, or the only one
     seconds, embeddings = {}, {}

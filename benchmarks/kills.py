@@ -30,18 +30,18 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 # Files that show that something has begun; of a step, it is a line of metrics.jsonl.
 TRACES = {
-    "scenes": "scenes/.*.tmp/*.tar",
+    "shapes": "scenes/.*.tmp/*.tar",
     "index": "scenes/scenes-*/*.index.npz*",
     "save": "run/checkpoints/*tmp*",
     "evaluation": "run/predictions/*.png",  # the teacher's; the student is evaluated after it
 }
-ONCE, OFTEN = ("start", "scenes", "index"), ("step", "save", "evaluation")
+ONCE, OFTEN = ("start", "shapes", "index"), ("step", "save", "evaluation")
 CONFIG = """
 from zslflax.config import default_config
 
 def get_config():
     c = default_config()
-    c.name, c.steps, c.batch_size, c.report_every, c.compute_dtype = "tiny", {steps}, 16, 2, "float32"
+    c.name, c.steps, c.batch_size, c.log_every, c.compute_dtype = "tiny", {steps}, 16, 2, "float32"
     c.compilation_cache = {cache!r}
     c.model.embed_dim = 8
     c.model.image.name, c.model.image.size = "vit_nano4", 16
@@ -49,10 +49,10 @@ def get_config():
     c.model.text.scratch = {{"layers": 1, "width": 16, "heads": 2, "vocab_size": 30_522}}
     c.objective.teacher_temperature = 0.1
     c.optimizer.name, c.optimizer.learning_rate = "adamw", 1e-2
-    c.data.scenes.update(root={scenes!r}, train=2048, test=64, size=24)
+    c.data.shapes.update(root={scenes!r}, train=2048, test=64, size=24)
     c.eval.every, c.eval.batch_size, c.checkpoint.every = 16, 32, 4
-    c.eval.best = "eval/test/hit@1"
-    c.eval.sets.test.data = "scenes"
+    c.eval.best_metric = "eval/test/hit@1"
+    c.eval.sets.test.data = "shapes"
     return c
 """
 
@@ -61,7 +61,7 @@ class Run:
     """A workdir, its own scenes, and what trains there: one process with two devices, or several."""
 
     def __init__(self, folder: Path, steps: int, cache: Path, processes: int = 1):
-        self.folder, self.workdir, self.scenes = folder, folder / "run", folder / "scenes"
+        self.folder, self.workdir, self.scenes = folder, folder / "run", folder / "shapes"
         folder.mkdir(parents=True)
         # Of several processes only the main one would find what is compiled, and wait for the others too long.
         cache = str(cache) if processes == 1 else ""
@@ -98,9 +98,9 @@ class Run:
 
     def left(self) -> dict:
         """What the run has left that must be the same however often it was killed."""
-        from zslflax import checkpoint
-        from zslflax.state import TrainState
-        from zslflax.telemetry import MEASURED
+        from zslflax.training import checkpoint
+        from zslflax.training.metrics import MEASURED
+        from zslflax.training.train_state import TrainState
 
         lines = [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
         lines = [{k: v for k, v in line.items() if not k.endswith(MEASURED)} for line in lines]

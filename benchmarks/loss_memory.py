@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zslflax import objectives
 from zslflax.config import default_config, set_objective
-from zslflax.objectives import OBJECTIVES, SOFT_TARGETS, Embeddings
+from zslflax.losses import contrastive
+from zslflax.losses.contrastive import OBJECTIVES, SOFT_TARGETS, Embeddings
 
 MB = 1e6
 STEP = jnp.int32(0)
@@ -40,7 +40,7 @@ def loss_and_gradients(objective, params, student, teacher, valid):
     """The mean loss, and its gradients by the parameters and the student's embeddings."""
 
     def loss(params, student):
-        rows = objectives.pair_losses(objective, params, student, teacher, valid, step=STEP, axis_name="data")
+        rows = contrastive.pair_losses(objective, params, student, teacher, valid, step=STEP, axis_name="data")
         means = jax.tree.map(jnp.mean, rows)
         return means["loss"], means
 
@@ -86,8 +86,8 @@ def measure(name: str, form: str, n: int, width: int, block: int, patience: floa
     config = default_config()
     set_objective(config, name)
     block = min(block, n // 2)  # a batch of one block would not be streamed
-    config.objective.block = {"plain": 0, "streamed": block}[form]
-    params = objectives.init_params(config.objective)
+    config.objective.max_similarities = {"plain": 0, "streamed": block}[form]
+    params = contrastive.init_params(config.objective)
     rng = np.random.default_rng(0)
     student, teacher = random_pairs(rng, n, width), random_pairs(rng, n, width)
     inputs = params, student, teacher if name in SOFT_TARGETS else None, np.ones((1, n), bool)
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", default=("plain", "streamed"), choices=("plain", "streamed"))
     parser.add_argument("--sizes", nargs="+", type=int, default=(1024, 2048, 4096, 8192, 16384), help="pairs")
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--block", type=int, default=default_config().objective.block)
+    parser.add_argument("--block", type=int, default=default_config().objective.max_similarities)
     parser.add_argument("--patience", type=float, default=20.0, help="seconds for the calls of one measurement")
     parser.add_argument("--plan-only", action="store_true", help="compile, but do not run")
     parser.add_argument("--one", action="store_true", help="measure here the one combination that is given")

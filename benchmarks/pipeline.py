@@ -7,7 +7,7 @@ Every contender reads the same shards, 500×375 JPEGs of quality 90 with caption
 else the machine does meets them alike. Each prints a JSON line; the last one has the medians and the ratios.
 
     codec              zslflax.data.images alone, from memory, a thread per core; no flip, captions or batches
-    zslflax            zslflax.data.pairs.train_batches, with a tokenizer
+    zslflax            zslflax.data.pipeline.train_batches, with a tokenizer
     webdataset         the webdataset library with the same codec and tokenizer; a process per core
     pillow             webdataset with OpenCLIP's chain: Pillow, bicubic, to normalised float32; likewise
     pillow_uint8       the same as lean as Pillow goes: bilinear, left as uint8
@@ -36,9 +36,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from zslflax.data import images, pairs
+from zslflax.data import images, pipeline
+from zslflax.data.sources.webdataset import WebDataset, expand
 from zslflax.data.text import Tokenizer
-from zslflax.data.webdataset import WebDataset, expand
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
 CROP, SCALE, RATIO = 224, (0.2, 1.0), (3 / 4, 4 / 3)
@@ -110,7 +110,7 @@ def run_codec(pattern: str, number: int) -> float:
 
 def run_zslflax(pattern: str, number: int) -> float:
     source = WebDataset(pattern, require_captions=True)
-    batches = pairs.train_batches([source], (), load_tokenizer(), batch_size=BATCH, image_size=CROP, seed=0)
+    batches = pipeline.train_batches([source], (), load_tokenizer(), batch_size=BATCH, image_size=CROP, seed=0)
     return timed((len(batch["image"]) for batch in batches), number)
 
 

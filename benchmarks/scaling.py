@@ -29,11 +29,11 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from zslflax import flops, objectives, optimizer
-from zslflax import state as states
 from zslflax.config import compute_dtype
-from zslflax.models import two_tower
-from zslflax.step import AXIS, train_step
+from zslflax.losses import contrastive
+from zslflax.models.build import build
+from zslflax.training import flops, optimizer, train_state
+from zslflax.training.step import AXIS, train_step
 
 CONFIG = Path(__file__).parent.parent / "configs" / "r50_declutr.py"
 REDUCE, GATHER = ("psum", "pmax", "pmin"), ("all_gather", "reduce_scatter")
@@ -98,7 +98,7 @@ class Cost:
 
 def trace(config, devices: int, tokens: int) -> Cost:
     """The cost of the config's training step on so many devices, which need not exist."""
-    model = two_tower.build(config.model, dtype=compute_dtype(config), axis_name=AXIS)
+    model = build(config.model, dtype=compute_dtype(config), axis_name=AXIS)
     size, n, spread = config.model.image.size, config.batch_size, PartitionSpec(AXIS)
     shape = jax.ShapeDtypeStruct
     pairs = lambda n: (
@@ -107,11 +107,11 @@ def trace(config, devices: int, tokens: int) -> Cost:
         shape((n, tokens), jnp.bool_),
     )
     variables = jax.eval_shape(model.init, jax.random.key(0), *pairs(1))
-    objective = jax.eval_shape(functools.partial(objectives.init_params, config.objective))
+    objective = jax.eval_shape(functools.partial(contrastive.init_params, config.objective))
     variables = {**variables, "params": {**variables["params"], "objective": objective}}
     tx = optimizer.build(config, variables["params"], config.steps)
-    state = jax.eval_shape(functools.partial(states.create, tx=tx, ema=True, frozen=()), variables)
-    batch = dict(zip(("image", "text", "text_mask"), pairs(n))) | {"mask": shape((n,), jnp.bool_)}
+    state = jax.eval_shape(functools.partial(train_state.create, tx=tx, ema=True, frozen=()), variables)
+    batch = dict(zip(("image", "text", "text_mask"), pairs(n))) | {"valid": shape((n,), jnp.bool_)}
     step = jax.shard_map(
         functools.partial(train_step, model=model, tx=tx, config=config, frozen=()),
         mesh=AbstractMesh((devices,), (AXIS,)),

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from zslflax.data import pairs
-from zslflax.data.webdataset import WebDataset
+from zslflax.data import pipeline
+from zslflax.data.sources.webdataset import WebDataset
 
 SHARDS, PER_SHARD = 100, 10_000
 SAMPLES, BATCH, SIZE = 200_000, 500, 16
@@ -67,9 +67,9 @@ def read_samples(pattern: str) -> list[float]:
     """Resident memory, after every tenth of the samples."""
     source = WebDataset(pattern)
     options = {"batch_size": BATCH, "image_size": SIZE, "seed": 0}
-    batches, seen = pairs.train_batches([source], (), Lengths(), **options), []
+    batches, seen = pipeline.train_batches([source], (), Lengths(), **options), []
     for step in range(1, SAMPLES // BATCH + 1):
-        assert next(batches)["mask"].all()
+        assert next(batches)["valid"].all()
         if step % (SAMPLES // BATCH // 10) == 0:
             seen.append(round(resident(), 1))
     return seen

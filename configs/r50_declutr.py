@@ -24,13 +24,13 @@ def get_config(objective: str = ""):
     c.model.image.size = 224
     c.model.text.pretrained = "johngiorgi/declutr-sci-base"  # (release)
     c.model.text.max_tokens = 60  # (release)
-    c.model.text.pack = 128  # tokens; CC3M's captions have about 12 of the 60
+    c.model.text.pack_length = 128  # tokens; CC3M's captions have about 12 of the 60
 
-    c.objective.log_scale = 3.9  # (release)
+    c.objective.log_logit_scale = 3.9  # (release)
     c.objective.alpha = 0.5  # (release)
     c.objective.teacher_temperature = 0.01  # a scale of 100 (release)
     set_objective(c, objective)  # may have a log_scale of its own
-    c.teacher.decay = 0.999  # (release)
+    c.teacher.ema_decay = 0.999  # (release)
     c.teacher.batch_norm = "batch"  # (release): its teacher is in training mode
 
     c.optimizer.name = "sgd"  # (release)

@@ -19,10 +19,10 @@ def get_config(objective: str = ""):
     c.model.image.size = 224  # pixels
     c.model.text.pretrained = "sentence-transformers/all-distilroberta-v1"  # RoBERTa, 6 layers, 768 wide, mean pooling
     c.model.text.max_tokens = 60
-    c.model.text.pack = 128  # tokens; CC3M's captions have about 12 of the 60
+    c.model.text.pack_length = 128  # tokens; CC3M's captions have about 12 of the 60
 
     c.objective.alpha = 0.5
-    c.teacher.decay = 0.999
+    c.teacher.ema_decay = 0.999
     c.optimizer.name = "sgd"
     c.optimizer.learning_rate = 3e-3
     c.optimizer.momentum = 0.9

@@ -20,15 +20,15 @@ def get_config(objective: str = ""):
     c.model.image.mean = c.model.image.std = (0.5, 0.5, 0.5)  # what those weights were trained with
     c.model.text.pretrained = "johngiorgi/declutr-base"
     c.model.text.max_tokens = 60
-    c.model.text.pack = 128  # tokens; CC3M's captions have about 12 of the 60
+    c.model.text.pack_length = 128  # tokens; CC3M's captions have about 12 of the 60
 
     c.objective.alpha = 0.5
-    c.teacher.decay = 0.999
+    c.teacher.ema_decay = 0.999
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 1e-4
     c.optimizer.warmup_steps = 1_000
     c.optimizer.weight_decay = 0.05
-    c.optimizer.rate_factors = ((".*/tower", 0.2), (".*", 1.0))  # pretrained towers move slower than new projections
+    c.optimizer.lr_multipliers = ((".*/tower", 0.2), (".*", 1.0))  # pretrained towers move slower than new projections
     c.optimizer.clip_norm = 1.0
 
     c.data.train = ("cc3m/{00000..00331}.tar",)

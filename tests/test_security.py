@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import zslflax
-from zslflax.data import tar_index
+from zslflax.data.sources import tar_index
 
 MODULES = sorted(Path(zslflax.__file__).parent.rglob("*.py"))
 IMPORTS = {

@@ -17,9 +17,10 @@ from typing import NoReturn
 import gradio as gr
 import numpy as np
 
-from zslflax import pictures, program, telemetry
+from zslflax import figures
+from zslflax.cli import exit_on_error, start_logging
 from zslflax.data import images
-from zslflax.predict import Predictor, read_image
+from zslflax.inference.predictor import Predictor, read_image
 
 log = logging.getLogger("zslflax")
 MEGABYTES = 20  # of an upload
@@ -56,7 +57,7 @@ def parse_names(text: str) -> list[str]:
 
 def bars(rows: Sequence[tuple[str, float]]) -> str:
     """Names with their scores and bars."""
-    lengths = pictures.bar_lengths([score for _, score in rows])
+    lengths = figures.bar_lengths([score for _, score in rows])
     parts = [BAR.format(html.escape(name), s, 100 * length) for (name, s), length in zip(rows, lengths)]
     return f'<div class="bars">{"".join(parts)}</div>'
 
@@ -102,13 +103,13 @@ def page(predictor: Predictor, folder: Path | None) -> gr.Blocks:
             refuse(f"This file can't be used: {error}.")
         names = parse_names(text)
         answer = bars(predictor.classify(image, names, top_k=BEST)[0]) if names else HINT
-        return pictures.fitted(image, SIDE), answer
+        return figures.fitted(image, SIDE), answer
 
     def search(query: str):
         if not query.strip() or len(query) > CHARACTERS:
             refuse(f"Type a sentence of at most {CHARACTERS} characters.")
         answer = [(paths[i], score) for i, score in predictor.search(query, image_emb, top_k=FOUND)]
-        return [(pictures.fitted(read_image(path), SIDE), f"{path.name}  {s:.3f}") for path, s in answer]
+        return [(figures.fitted(read_image(path), SIDE), f"{path.name}  {s:.3f}") for path, s in answer]
 
     alone = {"concurrency_limit": 1, "concurrency_id": "model"}
     with gr.Blocks(title="zslflax", analytics_enabled=False, delete_cache=(KEEP // 6, KEEP)) as blocks:
@@ -142,7 +143,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="to serve on; default: this machine alone")
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args()
-    telemetry.start_logging()
+    start_logging()
     blocks = page(Predictor.restore(args.workdir), args.images and args.images.expanduser().resolve())
     _, url, _ = blocks.launch(
         server_name=args.host,
@@ -161,5 +162,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with program.plain_errors():
+    with exit_on_error():
         main()

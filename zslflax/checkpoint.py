@@ -18,8 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from zslflax import parallel
-from zslflax.state import TrainState
+from zslflax import distributed
+from zslflax.errors import StorageError, UserError
 
 log = logging.getLogger("zslflax")
 
@@ -44,7 +44,7 @@ def manager(workdir: str | Path, best: str = "", read_only: bool = False) -> ocp
 
 
 @contextlib.contextmanager
-def opened(workdir: Path, best: str = ""):
+def open_manager(workdir: Path, best: str = ""):
     """The `manager`, closed at the end; an error that ends the run is not replaced by one of a save that fails then."""
     checkpoints = manager(workdir, best)
     try:
@@ -66,7 +66,7 @@ def close(checkpoints: ocp.CheckpointManager) -> None:
 
 def save(
     checkpoints: ocp.CheckpointManager,
-    state: TrainState,
+    state: Any,
     metrics: dict[str, float] | None = None,
     recent: list[dict] = (),
 ) -> None:
@@ -85,7 +85,7 @@ def save(
         checkpoints.delete(step)
     recent = [{name: value.item() for name, value in of_step.items()} for of_step in jax.device_get(list(recent))]
     arguments = ocp.args.Composite(
-        state=ocp.args.StandardSave(parallel.to_global(state)),
+        state=ocp.args.StandardSave(distributed.to_global(state)),
         run=ocp.args.JsonSave({"fingerprints": fingerprints(vars(state)), "recent": recent}),
     )
     with explained(checkpoints):
@@ -111,28 +111,28 @@ def explained(checkpoints: ocp.CheckpointManager):
         yield
     except Exception as error:
         steps = ", ".join(map(str, available(Path(checkpoints.directory).parent))) or "none"
-        raise OSError(
+        raise StorageError(
             f"a checkpoint could not be written to {checkpoints.directory}; whole are those of steps: "
             f"{steps}. {type(error).__name__}: {str(error)[:300]}"
         ) from error
 
 
-def restore(checkpoints: ocp.CheckpointManager, like: TrainState, step: int | None = None) -> TrainState:
+def restore(checkpoints: ocp.CheckpointManager, like: Any, step: int | None = None) -> Any:
     """The state of a step (default: the newest), whatever the number of devices or processes that wrote it.
 
     Raises:
         ValueError: the arrays are not those that were saved. Orbax raises other kinds on other damage.
     """
     step = checkpoints.latest_step() if step is None else step
-    sharding = parallel.replicated()
+    sharding = distributed.replicated()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
     arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    state = parallel.to_local(checkpoints.restore(step, args=arguments).state)
+    state = distributed.to_local(checkpoints.restore(step, args=arguments).state)
     check(vars(state), Path(checkpoints.directory) / str(step))
     return state
 
 
-def restore_newest(checkpoints: ocp.CheckpointManager, like: TrainState) -> TrainState:
+def restore_newest(checkpoints: ocp.CheckpointManager, like: Any) -> Any:
     """The newest state that can be read; newer ones are named in the log and moved to damaged/.
 
     Raises:
@@ -144,11 +144,11 @@ def restore_newest(checkpoints: ocp.CheckpointManager, like: TrainState) -> Trai
             state = restore(checkpoints, like, step)
         except Exception as error:  # Orbax, TensorStore and their parsers raise many kinds
             reasons[step] = f"{type(error).__name__}: {str(error)[:300]}"
-        if parallel.agree(step not in reasons):
+        if distributed.all_hosts(step not in reasons):
             set_aside(checkpoints, [other for other in checkpoints.all_steps() if other > step], reasons)
             return state
     shown = "\n  ".join(f"{step}: {reason}" for step, reason in reasons.items())
-    raise ValueError(
+    raise UserError(
         f"none of the checkpoints in {checkpoints.directory} can be restored; nothing has been changed there. "
         f"Put back a copy, take back what --changed let pass, or choose another --workdir:\n  {shown}"
     )
@@ -165,11 +165,11 @@ def set_aside(checkpoints: ocp.CheckpointManager, steps: list[int], reasons: dic
             kept = kept.with_name(kept.name + "+")
         reason = reasons.get(step, "another process cannot read it")
         log.error("the checkpoint %s is damaged, moved to %s, and not used: %s", folder / str(step), kept, reason)
-        parallel.agree(True)  # all know where to
-        if parallel.is_main():
+        distributed.all_hosts(True)  # all know where to
+        if distributed.is_main():
             kept.parent.mkdir(exist_ok=True)
             (folder / str(step)).rename(kept)
-    parallel.agree(True)  # all wait for the main process
+    distributed.all_hosts(True)  # all wait for the main process
     checkpoints.reload()
 
 
@@ -207,7 +207,7 @@ def check(parts: dict[str, Any], folder: Path) -> None:
     """Raises ValueError if these attributes of a state are not what the checkpoint was written from."""
     saved = about(folder)["fingerprints"]
     if wrong := [name for name, value in fingerprints(parts).items() if value != saved[name]]:
-        raise ValueError(f"the checkpoint {folder} is damaged: {', '.join(wrong)} differ from what was saved")
+        raise UserError(f"the checkpoint {folder} is damaged: {', '.join(wrong)} differ from what was saved")
 
 
 def available(workdir: str | Path) -> list[int]:
@@ -236,12 +236,5 @@ def restore_parts(workdir: str | Path, step: int, names: tuple[str, ...]) -> dic
             restored = handler.restore(folder / "state", args=arguments)
         check(restored, folder)
     except Exception as error:  # Orbax, TensorStore and their parsers raise many kinds
-        raise ValueError(f"the checkpoint {folder} cannot be read: {error}") from error
+        raise UserError(f"the checkpoint {folder} cannot be read: {error}") from error
     return {name: restored.get(name, {}) for name in names}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file such that a reader sees either the old or the new one whole."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(value if isinstance(value, str) else json.dumps(value, indent=1))
-    partial.replace(path)

@@ -1,15 +1,13 @@
 """Every field that a config has, with its default, unit and source; and the checks made before anything is made."""
 
-import difflib
 import json
 import re
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from zslflax.objectives import OBJECTIVES, SOFT_TARGETS
-from zslflax.zeroshot.class_cache import FOLDER
-from zslflax.zeroshot.labels import read_templates
+from zslflax.errors import UserError, nearest_names
+from zslflax.losses.contrastive import OBJECTIVES
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision, of pixels in [0, 1]
 
@@ -26,7 +24,7 @@ def default_config() -> ConfigDict:
     c.steps = 10_000  # length of the run; the end of the data ends nothing
     c.compute_dtype = "bfloat16"  # inside the towers: bfloat16 | float32; everything else is float32
     c.compilation_cache = "~/.cache/zslflax/xla"  # "" for none
-    c.report_every = 20  # steps between lines of metrics.jsonl
+    c.log_every = 20  # steps between lines of metrics.jsonl
     c.profile_steps = ""  # "100:105" writes a trace of these steps into the workdir, from the first to the last of them
 
     c.model = ConfigDict()
@@ -42,10 +40,10 @@ def default_config() -> ConfigDict:
     c.model.text.pretrained = ""  # a BERT or RoBERTa, likewise; its config.json gives the sizes
     c.model.text.tokenizer = ""  # likewise; "" is the folder of the pretrained encoder
     c.model.text.max_tokens = 60  # longer captions are truncated; special tokens counted
-    c.model.text.pack = 0  # tokens in a row that training captions share, at least max_tokens; 0: a row for each
+    c.model.text.pack_length = 0  # tokens in a row that training captions share, at least max_tokens; 0: a row for each
     c.model.text.dropout = 0.1
     c.model.text.remat = False  # likewise
-    c.model.text.keep_features = 0  # captions whose features are computed once, if the text tower is frozen
+    c.model.text.cached_captions = 0  # captions whose features are computed once, if the text tower is frozen
     # Sizes of a BERT without pretrained weights; the vocabulary must hold the tokenizer's.
     c.model.text.scratch = ConfigDict({"layers": 12, "width": 768, "heads": 12, "vocab_size": 30_522})
 
@@ -55,24 +53,27 @@ def default_config() -> ConfigDict:
 
     c.objective = ConfigDict()
     c.objective.name = "self_distillation"  # info_nce | label_smoothing | self_distillation | otter | sigmoid
-    c.objective.log_scale = 3.9  # initial log of the learnt logit scales, kept within log 1 … log 100 (OTTER's release)
+    c.objective.log_logit_scale = (
+        3.9  # initial log of the learnt logit scales, kept within log 1 … log 100 (OTTER's release)
+    )
     c.objective.smoothing = 0.1  # ε of label_smoothing
     c.objective.alpha = 0.5  # weight of the hard term (OTTER's release)
-    c.objective.ramp_steps = 0  # the soft term's weight grows to 1 − alpha over so many steps
+    c.objective.soft_ramp_steps = 0  # the soft term's weight grows to 1 − alpha over so many steps
     # τ of self_distillation's soft labels. 0.01 is OTTER's release, for pretrained towers; from scratch a run collapses
     # there (docs/study.md), and 0.05 to 0.1 work.
     c.objective.teacher_temperature = 0.01
-    c.objective.image_image = 0.0  # w_vv of the teacher's similarity; 0: the paper; OTTER's release: 1
-    c.objective.text_text = 0.0  # w_tt, likewise
+    c.objective.image_image_weight = 0.0  # w_vv of the teacher's similarity; 0: the paper; OTTER's release: 1
+    c.objective.text_text_weight = 0.0  # w_tt, likewise
     c.objective.remove_diagonal = False  # no soft label on the pair itself; OTTER: True
     c.objective.sinkhorn_regulariser = 0.15  # λ (OTTER, section 4)
     c.objective.sinkhorn_iterations = 5  # (OTTER, section 4)
-    c.objective.bias = -10.0  # sigmoid: initial bias (SigLIP, section 3.2)
-    c.objective.block = 2048  # a device that would hold more than block × block similarities streams them so; 0: never
+    c.objective.logit_bias = -10.0  # sigmoid: initial bias (SigLIP, section 3.2)
+    # Similarities that a device holds at a time: a larger matrix is computed in chunks of rows; 0: never in chunks.
+    c.objective.max_similarities = 2**22
 
     c.teacher = ConfigDict()
     c.teacher.kind = "ema"  # ema: the average of the student | checkpoint: another run's model | none
-    c.teacher.decay = 0.999  # of the average, warmed up as min(decay, (1 + k) / (10 + k)) over updates k
+    c.teacher.ema_decay = 0.999  # of the average, warmed up as min(decay, (1 + k) / (10 + k)) over updates k
     # What the EMA teacher's batch normalisation uses in its forward pass: the statistics of the batch, the average of
     # the student's running statistics (ema), or the student's running statistics as they are (student).
     c.teacher.batch_norm = "batch"
@@ -86,35 +87,35 @@ def default_config() -> ConfigDict:
     c.optimizer.b1, c.optimizer.b2, c.optimizer.eps = 0.9, 0.98, 1e-6  # adamw, lamb
     c.optimizer.weight_decay = 0.0  # decoupled for adamw and lamb; added to the gradient for sgd
     c.optimizer.no_decay = (r".*/(bias|scale)$", "objective/")  # patterns of parameters without weight decay
-    c.optimizer.rate_factors = ()  # ((pattern, factor), ...): of the learning rate; the first match counts
+    c.optimizer.lr_multipliers = ()  # ((pattern, factor), ...): of the learning rate; the first match counts
     c.optimizer.clip_norm = 0.0  # of the whole gradient; 0: no clipping
-    c.optimizer.max_bad_steps = 0  # not finite: so many in a run are dropped and counted, one more stops it
+    c.optimizer.max_nonfinite_steps = 0  # not finite: so many in a run are dropped and counted, one more stops it
 
     c.data = ConfigDict()
-    c.data.train = ("scenes",)  # "scenes", tar shards "path/{00000..00331}.tar" (globs too), "tfds:NAME/SPLIT"
+    c.data.train = ("shapes",)  # "shapes", tar shards "path/{00000..00331}.tar" (globs too), "tfds:NAME/SPLIT"
     c.data.exclude = ""  # a CSV whose column `name` has the training samples to leave out, as zslflax.noise writes it
     c.data.weights = ()  # of the sources in the mixture; (): by their sizes
     c.data.crop_scale = (0.2, 1.0)  # of the image's area, random-resized-crop
     c.data.flip = True  # left to right, at random
     c.data.threads = 0  # that read and decode, in each worker; 0: one more than cores; remote shards want more
     c.data.workers = 0  # processes; 0: threads of this one
-    c.data.max_bad = 0.05  # stop when more than this share of the samples read so far is unreadable
+    c.data.max_bad_fraction = 0.05  # stop when more than this share of the samples read so far is unreadable
     c.data.tfds_dir = ""  # "": tfds' own default
-    c.data.scenes = ConfigDict()  # the built-in procedural source
-    c.data.scenes.root = "~/.cache/zslflax"  # where its shards are written, once
-    c.data.scenes.train, c.data.scenes.test = 20_000, 2_000  # images
-    c.data.scenes.size = 32  # pixels
-    c.data.scenes.noise = 0.0  # share of training captions taken from another image
-    c.data.scenes.seed = 0
+    c.data.shapes = ConfigDict()  # the built-in procedural source
+    c.data.shapes.root = "~/.cache/zslflax"  # where its shards are written, once
+    c.data.shapes.train, c.data.shapes.test = 20_000, 2_000  # images
+    c.data.shapes.size = 32  # pixels
+    c.data.shapes.noise = 0.0  # share of training captions taken from another image
+    c.data.shapes.seed = 0
 
     c.eval = ConfigDict()
     c.eval.every = 1_000  # steps; the last step is always evaluated
     c.eval.batch_size = 512  # images, over all devices
-    c.eval.resize = 1.15  # shorter side to this many times the image size, then a centre crop
+    c.eval.resize_factor = 1.15  # shorter side to this many times the image size, then a centre crop
     c.eval.templates = ("a photo of a {}.",)  # prompts of which a class embedding is the average; or a file of them
-    c.eval.resamples = 1_000  # of the bootstrap that gives --mode=evaluate its 95% intervals; 0 for none
-    c.eval.best = ""  # the metric whose best checkpoint is kept, such as "eval/test/hit@1"; "": the newest alone
-    c.eval.cache = FOLDER  # of class embeddings that --mode=evaluate and predictions keep, 1 GB at most; "" for none
+    c.eval.bootstrap_resamples = 1_000  # of the bootstrap that gives --mode=evaluate its 95% intervals; 0 for none
+    c.eval.best_metric = ""  # the metric whose best checkpoint is kept, such as "eval/test/hit@1"; "": the newest alone
+    c.eval.class_cache = "~/.cache/zslflax/classes"  # of class embeddings that --mode=evaluate and predictions keep, 1 GB at most; "" for none
     c.eval.sets = ConfigDict()
     c.eval.sets.test = eval_set()
 
@@ -137,7 +138,7 @@ def eval_set(
 
     Args:
         data: a source, as `data.train` takes them, or labelled images: "folder:FOLDER", "csv:FILE",
-            "open_images:FOLDER,LABELS.csv", "ml_images:FOLDER,LIST.txt" (`zslflax.data.annotated`). Labels are
+            "open_images:FOLDER,LABELS.csv", "ml_images:FOLDER,LIST.txt" (`zslflax.data.sources.labelled`). Labels are
             ids where the source knows ids, or else indices into the names.
         names: a file with one class name a line, or "cat,dog,…"; "" where the source, `classes` or `wordnet`
             brings them.
@@ -164,16 +165,10 @@ def set_objective(c: ConfigDict, name: str) -> None:
     """Selects an objective and what its source prescribes with it: the argument of `--config=FILE:NAME`."""
     c.objective.name = name or "self_distillation"
     if name == "otter":  # OTTER's release: train_OTTER.sh
-        c.objective.image_image = c.objective.text_text = 1.0
+        c.objective.image_image_weight = c.objective.text_text_weight = 1.0
         c.objective.remove_diagonal = True
     if name == "sigmoid":
-        c.objective.log_scale = 2.302585  # a scale of 10 (SigLIP, section 3.2)
-
-
-def resolve(c: ConfigDict) -> None:
-    """Puts a file's prompt templates in the place of its name, so that they travel with the run."""
-    templates = c.eval.templates
-    c.eval.templates = tuple(read_templates(templates[0] if len(templates) == 1 else templates))
+        c.objective.log_logit_scale = 2.302585  # a scale of 10 (SigLIP, section 3.2)
 
 
 def fields(c: ConfigDict, prefix: str = "") -> list[str]:
@@ -192,10 +187,7 @@ def check_overrides(c: ConfigDict, arguments: list[str]) -> None:
             name = argument.partition("config.")[2].partition("=")[0]
             name = name.partition("[")[0]
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-                raise ValueError(
-                    f"--config.{name}: there is no such field" + (f"; nearest: {', '.join(near)}" if near else "")
-                )
+                raise UserError(f"--config.{name}: there is no such field; nearest: {nearest_names(name, known, 3)}")
 
 
 def validate(c: ConfigDict) -> None:
@@ -203,10 +195,10 @@ def validate(c: ConfigDict) -> None:
 
     def expect(ok: bool, message: str):
         if not ok:
-            raise ValueError(f"config: {message}")
+            raise UserError(f"config: {message}")
 
     def one_of(field: str, value: str, choices) -> None:
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+        near = nearest_names(value, choices)
         expect(value in choices, f"{field} is {value!r}, expected one of {', '.join(choices)}; nearest: {near}")
 
     o = c.objective
@@ -215,7 +207,7 @@ def validate(c: ConfigDict) -> None:
     one_of("teacher.batch_norm", c.teacher.batch_norm, ("batch", "ema", "student"))
     one_of("optimizer.name", c.optimizer.name, ("sgd", "adamw", "lamb"))
     one_of("compute_dtype", c.compute_dtype, ("bfloat16", "float32"))
-    for field in ("steps", "batch_size", "report_every", "eval.every", "eval.batch_size", "checkpoint.every"):
+    for field in ("steps", "batch_size", "log_every", "eval.every", "eval.batch_size", "checkpoint.every"):
         value = c
         for part in field.split("."):
             value = value[part]
@@ -225,10 +217,13 @@ def validate(c: ConfigDict) -> None:
     expect(0.0 <= o.smoothing < 1.0, f"objective.smoothing is {o.smoothing}, expected 0 ≤ ε < 1")
     expect(o.teacher_temperature > 0, f"objective.teacher_temperature is {o.teacher_temperature}, expected > 0")
     expect(o.sinkhorn_regulariser > 0, f"objective.sinkhorn_regulariser is {o.sinkhorn_regulariser}, expected > 0")
-    expect(o.block >= 0, f"objective.block is {o.block}, expected 0 (never in blocks) or rows and columns at a time")
-    expect(0.0 <= c.teacher.decay < 1.0, f"teacher.decay is {c.teacher.decay}, expected 0 ≤ decay < 1")
     expect(
-        not (o.name in SOFT_TARGETS and c.teacher.kind == "none"),
+        o.max_similarities >= 0,
+        f"objective.max_similarities is {o.max_similarities}, expected 0 (never in chunks) or a number of similarities",
+    )
+    expect(0.0 <= c.teacher.ema_decay < 1.0, f"teacher.ema_decay is {c.teacher.ema_decay}, expected 0 ≤ decay < 1")
+    expect(
+        not (OBJECTIVES[o.name].needs_teacher and c.teacher.kind == "none"),
         f"objective.name {o.name} learns from a teacher, but teacher.kind is none; set it to ema or checkpoint",
     )
     expect(
@@ -241,8 +236,8 @@ def validate(c: ConfigDict) -> None:
         "model.text.pretrained and model.text.tokenizer are both empty; a tower from scratch still needs a tokenizer",
     )
     expect(
-        c.model.text.pack == 0 or c.model.text.pack >= c.model.text.max_tokens,
-        f"model.text.pack is {c.model.text.pack}, expected 0 (a row for each caption) or at least "
+        c.model.text.pack_length == 0 or c.model.text.pack_length >= c.model.text.max_tokens,
+        f"model.text.pack_length is {c.model.text.pack_length}, expected 0 (a row for each caption) or at least "
         f"model.text.max_tokens, {c.model.text.max_tokens}",
     )
     expect(
@@ -257,14 +252,18 @@ def validate(c: ConfigDict) -> None:
     expect(len(c.data.crop_scale) == 2, f"data.crop_scale is {c.data.crop_scale}, expected two shares of the area")
     low, high = c.data.crop_scale
     expect(0 < low <= high <= 1, f"data.crop_scale is {(low, high)}, expected 0 < smallest ≤ largest ≤ 1, of the area")
-    expect(0 <= c.data.max_bad <= 1, f"data.max_bad is {c.data.max_bad}, expected a share, from 0 to 1")
     expect(
-        c.eval.resize >= 1, f"eval.resize is {c.eval.resize}, expected at least 1, or the crop is larger than the image"
+        0 <= c.data.max_bad_fraction <= 1,
+        f"data.max_bad_fraction is {c.data.max_bad_fraction}, expected a share, from 0 to 1",
+    )
+    expect(
+        c.eval.resize_factor >= 1,
+        f"eval.resize_factor is {c.eval.resize_factor}, expected at least 1, or the crop is larger than the image",
     )
     filled = [name for name, test in c.eval.sets.items() if test.data]
     expect(
-        not c.eval.best or c.eval.best.split("/")[1:2] in [[name] for name in filled],
-        f"eval.best is {c.eval.best!r}, expected eval/SET/METRIC with a SET of eval.sets that has data: "
+        not c.eval.best_metric or c.eval.best_metric.split("/")[1:2] in [[name] for name in filled],
+        f"eval.best_metric is {c.eval.best_metric!r}, expected eval/SET/METRIC with a SET of eval.sets that has data: "
         f"{', '.join(filled) or 'there is none'}",
     )
     profiled_steps(c)
@@ -273,9 +272,9 @@ def validate(c: ConfigDict) -> None:
         0 <= warmup < c.steps,
         f"optimizer.warmup_steps is {warmup}, expected 0 to {c.steps - 1}, for steps is {c.steps}",
     )
-    bad = c.optimizer.max_bad_steps
-    expect(bad >= 0, f"optimizer.max_bad_steps is {bad}, expected 0 (the first one stops the run) or more")
-    for field, entries in (("freeze", c.freeze), ("optimizer.rate_factors", c.optimizer.rate_factors)):
+    bad = c.optimizer.max_nonfinite_steps
+    expect(bad >= 0, f"optimizer.max_nonfinite_steps is {bad}, expected 0 (the first one stops the run) or more")
+    for field, entries in (("freeze", c.freeze), ("optimizer.lr_multipliers", c.optimizer.lr_multipliers)):
         expect(
             all(map(is_pattern_and_number, entries)),
             f"{field} is {entries!r}, expected pairs of a pattern and a number, such as (('text/tower', -1),)",
@@ -305,7 +304,7 @@ def profiled_steps(c: ConfigDict) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", c.profile_steps)
     if not found or not 1 <= int(found[1]) <= int(found[2]) <= c.steps:
-        raise ValueError(
+        raise UserError(
             f"config: profile_steps is {c.profile_steps!r}, expected FIRST:LAST, two of the steps 1 to {c.steps} in "
             'order, such as 100:105, or "" for no trace'
         )
@@ -317,21 +316,21 @@ def matches(pattern: str, path: str) -> bool:
     try:
         return re.match(pattern, path) is not None
     except re.error as error:
-        raise ValueError(f"config: freeze: {pattern!r} is not a regular expression: {error}") from None
+        raise UserError(f"config: freeze: {pattern!r} is not a regular expression: {error}") from None
 
 
 def check_devices(c: ConfigDict, devices: int) -> None:
     """Refuses batch sizes that do not divide evenly over all devices, and those into micro-batches."""
     for field, size in (("batch_size", c.batch_size), ("eval.batch_size", c.eval.batch_size)):
         if size % devices:
-            raise ValueError(
+            raise UserError(
                 f"config: {field} is {size}, which {devices} devices cannot share evenly; "
                 f"nearest that works: {max(devices, size // devices * devices)}"
             )
     share = c.batch_size // devices
     if c.micro_batch and share % c.micro_batch:
         divisors = (size for size in range(1, share + 1) if share % size == 0)
-        raise ValueError(
+        raise UserError(
             f"config: micro_batch is {c.micro_batch}, which does not divide the {share} pairs of a device; "
             f"nearest that works: {min(divisors, key=lambda size: abs(size - c.micro_batch))}"
         )

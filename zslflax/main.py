@@ -7,9 +7,12 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from zslflax import config as configs
-from zslflax import parallel, program, telemetry
-from zslflax.train import evaluate, train
+from zslflax import distributed
+from zslflax.cli import exit_on_error, start_logging
+from zslflax.config import check_devices, check_overrides, validate
+from zslflax.evaluation.zero_shot import evaluate_run
+from zslflax.inference.prompts import resolve_templates
+from zslflax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with an argument after a colon if it takes one."
@@ -38,28 +41,28 @@ def parse(arguments: list[str]) -> list[str]:
         flags.FLAGS.unparse_flags()
         sys.argv = [argument for argument in arguments if not argument.lstrip("-").startswith("config.")]
         flags.FLAGS(sys.argv)  # without the overrides, which ml_collections looks up in sys.argv
-        configs.check_overrides(CONFIG.value, arguments)
+        check_overrides(CONFIG.value, arguments)
         raise
     except (flags.Error, OSError) as error:
         sys.exit(f"zslflax: {error}")
 
 
 def main(_) -> int:
-    telemetry.start_logging()
+    start_logging()
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.name}").expanduser().absolute()
-    configs.resolve(config)
-    configs.validate(config)
-    parallel.start(config.compilation_cache)
-    configs.check_devices(config, jax.device_count())
+    resolve_templates(config)
+    validate(config)
+    distributed.start(config.compilation_cache)
+    check_devices(config, jax.device_count())
     if MODE.value == "evaluate":
-        evaluate(config, workdir, STEP.value)
+        evaluate_run(config, workdir, STEP.value)
         return 0
     return 0 if train(config, workdir, CHANGED.value) else STOPPED_STATUS.value
 
 
 def run() -> None:
-    with program.plain_errors():
+    with exit_on_error():
         app.run(main, flags_parser=parse)
 
 

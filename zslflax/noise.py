@@ -1,6 +1,6 @@
 """How noisy a dataset's pairing of images and captions is, as a trained model sees it.
 
-    python -m zslflax.noise --workdir=runs/demo --data=scenes
+    python -m zslflax.noise --workdir=runs/demo --data=shapes
     python -m zslflax.main --config=… --config.data.exclude=runs/demo/noise/noise.csv
 
 With the embeddings v, t of a batch of n pairs and the model's learnt scale s, P_ij = softmax_j(s · v_i·t_j).
@@ -19,10 +19,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zslflax import evaluate, pictures, program, telemetry
-from zslflax.data import pairs, samples
-from zslflax.predict import Predictor
-from zslflax.zeroshot.classifier import top_k
+from zslflax import figures
+from zslflax.cli import exit_on_error, start_logging
+from zslflax.data import preprocess
+from zslflax.data.sources.opening import open_source
+from zslflax.errors import UserError
+from zslflax.evaluation import zero_shot
+from zslflax.evaluation.test_sets import TestSet
+from zslflax.inference.predictor import Predictor
+from zslflax.inference.top_k import top_k
 
 log = logging.getLogger("zslflax")
 SIZES = (512, 1024, 2048)  # n
@@ -47,11 +52,11 @@ class Pairs(NamedTuple):
 
 def embed(predictor: Predictor, source: Sequence, name: str) -> Pairs:
     """Every pair's embeddings; what is unreadable or has no caption is left out, and logged."""
-    found = evaluate.embed({"": predictor}, evaluate.TestSet(name, source, None), predictor.config)
+    found = zero_shot.embed({"": predictor}, TestSet(name, source, None), predictor.config)
     first = [next((text for text in texts if text.strip()), None) for texts in found.captions]
     kept = np.flatnonzero([caption is not None for caption in first])
     if not len(kept):
-        raise ValueError(f"{name} has no captions")
+        raise UserError(f"{name} has no captions")
     log.info("%d of %d samples are readable and have a caption", len(kept), len(source))
     captions = [first[i] for i in kept]
     parts = [predictor.encode_text(captions[i : i + TEXTS]) for i in range(0, len(captions), TEXTS)]
@@ -123,8 +128,8 @@ def draw(found: Pairs, worst: np.ndarray, source: Sequence):
     for i, *others in zip(worst, best, ids):
         own = (found.captions[i], float(scores[i]), True)
         rows.append([own] + [(captions[c], float(s), False) for s, c in zip(*others) if captions[c] != own[0]])
-    shown = [samples.pixels(source[int(found.number[i])]) for i in worst]
-    return pictures.prediction_grid(shown, rows, [(found.captions[i],) for i in worst])
+    shown = [preprocess.pixels(source[int(found.number[i])]) for i in worst]
+    return figures.prediction_grid(shown, rows, [(found.captions[i],) for i in worst])
 
 
 def main() -> None:
@@ -136,11 +141,11 @@ def main() -> None:
     args = parser.parse_args()
     if not 0.0 < args.worst < 1.0:
         parser.error(f"--worst is {args.worst}, expected a share between 0 and 1")
-    telemetry.start_logging()
+    start_logging()
     predictor = Predictor.restore(args.workdir)
-    source = pairs.open_source(args.data, predictor.config.data, "train")
+    source = open_source(args.data, predictor.config.data, "train")
     found = embed(predictor, source, args.data)
-    log_scale = predictor.variables["params"]["objective"]["hard_log_scale"]
+    log_scale = predictor.variables["params"]["objective"]["log_logit_scale"]
     figures = analyse(found, float(np.exp(log_scale)))
     folder = Path(args.to or Path(args.workdir) / "noise").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,5 +158,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with program.plain_errors():
+    with exit_on_error():
         main()

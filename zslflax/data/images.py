@@ -11,6 +11,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from zslflax.errors import UserError
+
 MAX_PIXELS = 1 << 26  # 8192 × 8192: 200 MB once decoded
 MAX_SCANS = 100  # of a progressive JPEG, where each costs the time of a whole image; the usual ones have 10
 LARGE = 1 << 28  # bytes; images that need more to be decoded wait for each other
@@ -22,7 +24,7 @@ cv2.setNumThreads(0)  # the pipeline has threads of its own
 _large = threading.Lock()
 
 
-class BadSample(ValueError):
+class BadSample(UserError):
     """A sample that cannot be read; the pipeline masks and reports it. May carry the sample's `name`."""
 
 

@@ -4,9 +4,15 @@ The number of rows follows from the lengths of the training captions alone; shap
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
+from zslflax.data.images import BadSample
+from zslflax.data.pipeline import global_order, own_threads
+from zslflax.data.preprocess import AUGMENTATION_STREAM, draw_caption
+from zslflax.errors import UserError
 
 SAMPLE = 4_096  # captions whose lengths are looked at
 SIGMAS = 6.0  # above the mean; a normal variable is higher once in a billion draws
@@ -72,7 +78,7 @@ def pack(text: np.ndarray, mask: np.ndarray, rows: int, width: int) -> dict[str,
         ValueError: not even one token of each text fits.
     """
     if len(text) > rows * width:
-        raise ValueError(f"{len(text)} texts do not fit into {rows} rows of {width} tokens")
+        raise UserError(f"{len(text)} texts do not fit into {rows} rows of {width} tokens")
     lengths = mask.sum(axis=1)
     limit = int(lengths.max(initial=0))
     while (places := place(np.minimum(lengths, limit), rows, width)) is None:
@@ -96,3 +102,42 @@ def pack_batches(batches: Iterator[dict], rows: int, width: int, parts: int) -> 
         texts, masks = np.split(batch["text"], parts), np.split(batch.pop("text_mask"), parts)
         packed = [pack(text, mask, rows, width) for text, mask in zip(texts, masks)]
         yield batch | {name: np.concatenate([part[name] for part in packed]) for name in packed[0]}
+
+
+def count_lengths(
+    sources: Sequence,
+    weights: Sequence[float],
+    tokenizer,
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 0,
+) -> np.ndarray:
+    """How many of the first training captions have 0, 1, … max_tokens tokens: int64 [max_tokens + 1].
+
+    Of the first `SAMPLE` positions of the global order, or of one epoch if that is fewer, host h of H reads
+    h, h + H, …; the sum of what all hosts return does not depend on how many they are. Samples that cannot
+    be read are left out.
+
+    Args:
+        sources, weights, tokenizer, seed: as `train_batches` takes them.
+        process_index, process_count: h and H.
+        threads: that read; 0: `own_threads()`.
+    """
+    sizes = [len(source) for source in sources]
+    order = global_order(sizes, weights, seed)
+
+    def caption(position: int) -> str | None:
+        source, index = order[position]
+        try:
+            rng = np.random.default_rng([AUGMENTATION_STREAM, seed, position])
+            return draw_caption(sources[source][index], rng)
+        except BadSample:
+            return None
+
+    positions = range(process_index, min(SAMPLE, sum(sizes)), process_count)
+    with ThreadPoolExecutor(threads or own_threads()) as pool:
+        captions = [caption for caption in pool.map(caption, positions) if caption is not None]
+    _, mask = tokenizer(captions)
+    return np.bincount(mask.sum(axis=1), minlength=mask.shape[1] + 1)

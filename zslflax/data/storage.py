@@ -13,6 +13,8 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 
+from zslflax.errors import UserError
+
 log = logging.getLogger("zslflax")
 
 ATTEMPTS = 6  # of a read
@@ -71,7 +73,7 @@ class RemoteFile:
         self.name, (self.system, self.path) = shown(path), file_system(path)
         info = self.system.info(self.path)
         if info.get("size") is None:
-            raise ValueError(f"the server of {self.name} does not say its size, which reading in place needs")
+            raise UserError(f"the server of {self.name} does not say its size, which reading in place needs")
         version = repr([info[key] for key in VERSIONS if key in info]).encode()
         digest = hashlib.sha256(version).digest()
         self.stamp = FORMAT, int(info["size"]), int.from_bytes(digest[:7], "big")
@@ -95,7 +97,7 @@ class RemoteFile:
     def fetch(self, start: int, stop: int) -> bytes:
         data = self.system.cat_file(self.path, start=start, end=stop)
         if len(data) > stop - start:
-            raise ValueError(no_ranges(self.name))
+            raise UserError(no_ranges(self.name))
         if len(data) < stop - start:
             raise ConnectionError(f"{stop - start} bytes were asked for and {len(data)} came")
         return data
@@ -109,7 +111,7 @@ class RemoteFile:
             try:
                 file.read(1)
             except ValueError as error:  # fsspec's word for it, which looks at the answer's header alone
-                raise ValueError(no_ranges(self.name)) from error
+                raise UserError(no_ranges(self.name)) from error
 
 
 class RemoteStream(io.RawIOBase):
@@ -182,7 +184,7 @@ def open_file(path: str, stamp: Stamp) -> LocalFile | RemoteFile:
     """
     file = RemoteFile(path) if is_remote(path) else LocalFile(path)
     if file.stamp != stamp:
-        raise ValueError(f"the shard {shown(path)} has been changed while it was in use; start again")
+        raise UserError(f"the shard {shown(path)} has been changed while it was in use; start again")
     return file
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from zslflax.errors import MissingFileError, UserError
+
 FAST = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 VOCABULARIES = {"BertTokenizer": ("vocab.txt",), "RobertaTokenizer": ("vocab.json", "merges.txt")}
@@ -33,7 +35,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, max_tokens: int, pad_token: str):
         special = backend.num_special_tokens_to_add(is_pair=False)
         if max_tokens <= special:
-            raise ValueError(f"max_tokens is {max_tokens}, expected more than the {special} special tokens")
+            raise UserError(f"max_tokens is {max_tokens}, expected more than the {special} special tokens")
         self.max_tokens, self.pad_token, self.pad_id = max_tokens, pad_token, backend.token_to_id(pad_token)
         backend.no_padding()
         backend.no_truncation()
@@ -61,14 +63,14 @@ class Tokenizer:
         settings = read_json(folder / SETTINGS)
         longest = settings.get("model_max_length")
         if longest and max_tokens > longest:
-            raise ValueError(f"model.text.max_tokens is {max_tokens}, but the encoder in {folder} takes {longest}")
+            raise UserError(f"model.text.max_tokens is {max_tokens}, but the encoder in {folder} takes {longest}")
         if (folder / FAST).is_file():
             backend = tokenizers.Tokenizer.from_file(str(folder / FAST))
         else:
             backend = convert(folder, settings)
         if backend is None:
             there = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{folder} has no tokenizer: expected {FAST}, or vocab.txt, or vocab.json with merges.txt; "
                 f"found: {there}"
             )
@@ -110,7 +112,7 @@ def find_pad_token(folder: Path, settings: dict, backend: tokenizers.Tokenizer) 
     for token in (*named, *PAD_TOKENS):
         if backend.token_to_id(token) is not None:
             return token
-    raise ValueError(
+    raise UserError(
         f"the tokenizer in {folder} has no padding token: name one of its tokens as pad_token in {SETTINGS}"
     )
 

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from zslflax.errors import UserError
 from zslflax.models.transformer import Attention, Mlp
 
 HF_SIZES = {  # BertConfig's names → config.json's
@@ -53,17 +54,17 @@ class BertConfig:
         """
         kind = values.get("model_type")
         if kind not in ("bert", "roberta"):
-            raise ValueError(f"config.json has model_type {kind!r}; expected bert or roberta")
+            raise UserError(f"config.json has model_type {kind!r}; expected bert or roberta")
         for field, wanted in (
             ("hidden_act", "gelu"),
             ("position_embedding_type", "absolute"),
             ("is_decoder", False),
         ):
             if values.get(field, wanted) != wanted:
-                raise ValueError(f"config.json has {field} {values[field]!r}; only {wanted!r} is implemented")
+                raise UserError(f"config.json has {field} {values[field]!r}; only {wanted!r} is implemented")
         missing = [field for field in HF_SIZES.values() if field not in values]
         if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}; take the one published with the weights")
+            raise UserError(f"config.json lacks {', '.join(missing)}; take the one published with the weights")
         return cls(
             **{ours: values[theirs] for ours, theirs in HF_SIZES.items()},
             first_position=values.get("pad_token_id", 1) + 1 if kind == "roberta" else 0,
@@ -107,7 +108,7 @@ class Bert(nn.Module):
         """int32 [b, t], bool [b, t] → fp32 [b, width]. A text without any token gives zeros."""
         c = self.config
         if text.shape[1] > c.max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"texts of {text.shape[1]} tokens, but the encoder has {c.max_tokens} positions; "
                 "lower model.text.max_tokens"
             )

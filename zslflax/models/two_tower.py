@@ -1,17 +1,8 @@
 """The image tower, the text tower, and their projections to the joint space."""
 
-import difflib
-import json
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-from zslflax.models.bert import Bert, BertConfig
-from zslflax.models.pretrained import locate
-from zslflax.models.resnet import RESNETS, ResNet
-from zslflax.models.vit import VITS, ViT
 
 
 class Side(nn.Module):
@@ -85,53 +76,3 @@ class TwoTower(nn.Module):
     def encode_text(self, text: jax.Array, text_mask: jax.Array, train: bool = False) -> jax.Array:
         """int32 [b, t], bool [b, t] → unit vectors fp32 [b, d]."""
         return self.project_text(self.text_features(text, text_mask, train))
-
-
-def build(config, *, dtype: Any = jnp.float32, axis_name: str | None = None) -> TwoTower:
-    """The model that a config's `model` section describes.
-
-    Args:
-        config: `embed_dim`, `image.{name, mean, std, remat}`,
-            `text.{pretrained, dropout, max_tokens, scratch, remat}`.
-            Where `text.pretrained` is given, that folder's config.json has the text tower's sizes.
-        dtype: of the towers' computation.
-        axis_name: the mapped axis over which batch statistics are synchronised.
-
-    Raises:
-        ValueError: no such image tower, or more tokens than the text tower has positions.
-    """
-    bert = text_config(config.text)
-    if config.text.max_tokens > bert.max_tokens:
-        raise ValueError(
-            f"model.text.max_tokens is {config.text.max_tokens}; the encoder has {bert.max_tokens} positions, "
-            f"nearest that works: {bert.max_tokens}"
-        )
-    project = lambda: nn.Dense(config.embed_dim)
-    return TwoTower(
-        image=Side(image_tower(config.image.name, dtype, axis_name, config.image.remat), project()),
-        text=Side(Bert(bert, dtype, config.text.remat), project()),
-        mean=tuple(config.image.mean),
-        std=tuple(config.image.std),
-    )
-
-
-def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool) -> nn.Module:
-    """A ResNet or a ViT by its name."""
-    options = {"dtype": dtype, "remat": remat}
-    if name in RESNETS:
-        return ResNet(*RESNETS[name], **options, axis_name=axis_name)
-    if name == "resnet_nano":  # the quick start's: 8 layers, 0.3 million parameters
-        return ResNet((1, 1, 1), False, **options, axis_name=axis_name, stem_width=32, small=True)
-    if name in VITS:
-        return ViT(*VITS[name], **options)
-    towers = [*RESNETS, "resnet_nano", *VITS]
-    near = difflib.get_close_matches(name, towers, n=1, cutoff=0.0)[0]
-    raise ValueError(f"model.image.name is {name!r}; expected one of {', '.join(towers)}; nearest: {near}")
-
-
-def text_config(config) -> BertConfig:
-    """The text tower's sizes: those of the pretrained folder's config.json, or the config's own."""
-    if config.pretrained:
-        return BertConfig.from_hf(json.loads((locate(config.pretrained) / "config.json").read_text()), config.dropout)
-    s = config.scratch
-    return BertConfig(s.vocab_size, s.width, s.layers, s.heads, 4 * s.width, dropout=config.dropout)

@@ -1,0 +1,83 @@
+"""The cost that benchmarks/scaling.py reads off a step, against what is published and what arithmetic says."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from zslflax.models.resnet import RESNETS, ResNet
+
+scaling = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "scaling.py")))
+IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+
+
+def cost(function, *arguments, devices: int = 1):
+    """What one of so many devices does, each with the same arguments."""
+    mapped = jax.shard_map(
+        function,
+        mesh=AbstractMesh((devices,), ("data",)),
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return scaling.Cost().add(jax.make_jaxpr(mapped)(*arguments).jaxpr).total
+
+
+def test_resnet50_has_the_published_number_of_multiplications():
+    model = ResNet(*RESNETS["resnet50"])
+    variables = jax.eval_shape(model.init, jax.random.key(0), IMAGE)
+    total = cost(model.apply, variables, IMAGE)
+    assert total["float32"] / 2 == pytest.approx(4.09e9, rel=0.002)  # torchvision's table
+
+
+def test_a_gradient_costs_twice_the_forward_pass_with_strides_and_in_loops_as_well():
+    def forward(kernel, x):
+        convolve = lambda x, _: (jax.lax.conv_transpose(strided(kernel, x), kernel, (2, 2), "SAME"), None)
+        return jnp.sum(jax.lax.scan(convolve, x, length=3)[0])
+
+    def strided(kernel, x):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    kernel, x = jnp.zeros((3, 3, 8, 8)), jnp.zeros((2, 16, 16, 8))
+    once = 2 * (2 * 8 * 8 * 8) * (3 * 3 * 8)  # 2 · outputs · window
+    assert cost(strided, kernel, x)["float32"] == once
+    assert cost(forward, kernel, x)["float32"] == 6 * once
+    assert cost(jax.grad(forward, argnums=(0, 1)), kernel, x)["float32"] == 18 * once
+
+
+def test_collectives_are_counted_by_what_all_devices_hold():
+    def step(x):
+        gathered = jax.lax.all_gather(x, "data", tiled=True)
+        back = jax.lax.psum_scatter(gathered, "data", tiled=True)
+        return jax.lax.scan(lambda c, _: (jax.lax.psum(c, "data"), None), back, length=5)[0]
+
+    total = cost(step, jnp.zeros((4, 3)), devices=8)
+    assert total["embedding"] == 2 * 8 * 4 * 3 * 4 and total["gradient"] == 5 * 4 * 3 * 4
+
+
+def test_every_batch_normalisation_is_exchanged_forwards_and_backwards():
+    model = ResNet(*RESNETS["resnet18"], axis_name="data")
+    variables = jax.eval_shape(model.init, jax.random.key(0), IMAGE)
+
+    def loss(params, batch_stats, x):
+        variables = {"params": params, "batch_stats": batch_stats}
+        return jnp.sum(model.apply(variables, x, train=True, mutable=["batch_stats"])[0])
+
+    total = cost(jax.grad(loss), variables["params"], variables["batch_stats"], IMAGE, devices=4)
+    assert total["normalisations"] == 2 * (1 + 16 + 3)  # the stem, two in each of 8 blocks, 3 shortcuts
+    channels = 64 + 4 * 64 + (4 + 1) * (128 + 256 + 512)
+    assert total["normalisation"] == 2 * channels * 2 * 4  # mean and mean square, fp32
+
+
+def test_an_all_reduce_takes_what_rings_take():
+    ring = scaling.Machine(1.0, 1.0, (scaling.Level(4, 100.0),), 0.0)
+    assert scaling.reduce_seconds(ring, 1000.0) == pytest.approx(2 * 3 / 4 * 1000 / 100 / 0.8)
+    two = scaling.Machine(1.0, 1.0, (scaling.Level(4, 100.0), scaling.Level(2, 10.0)), 0.0)
+    inside, between = 2 * 3 / 4 * 1000 / 100, 2 * 1 / 2 * 250 / 10
+    assert scaling.reduce_seconds(two, 1000.0) == pytest.approx((inside + between) / 0.8)

@@ -1,0 +1,276 @@
+"""Labelled images in the formats in which their datasets come, and what is wrong with them."""
+
+import csv
+import io
+import logging
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zslflax.config import default_config
+from zslflax.data import images, pipeline
+from zslflax.data.images import BadSample
+from zslflax.data.sources.labelled import READERS, LabelledImages
+from zslflax.data.sources.opening import open_source
+from zslflax.evaluation.label_space import LabelSpace
+from zslflax.evaluation.metrics import zero_shot_metrics
+
+DATA = default_config().data
+
+
+def jpeg(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 9, 3), value, np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write(path, data: bytes | str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def contents(source) -> dict:
+    """What a source says of each image: labels as ids where it has them."""
+    records = [source[i] for i in range(len(source))]
+    assert all(record["text"] == () for record in records)
+    ids = source.classes or range(1000)
+    return {
+        (record["name"].rpartition("/")[2], int(images.decode(record["image"]).mean())): {
+            ids[label] for label in record["label"]
+        }
+        for record in records
+    }
+
+
+def test_folders_by_class(tmp_path):
+    for value, path in enumerate(["n02/x.JPEG", "n01/a.jpg", "n01/deep/b.png", "n10/c.webp"]):
+        write(tmp_path / path, jpeg(50 * value))
+    for path in ("n02/notes.txt", ".hidden/d.jpg", "readme.md"):
+        write(tmp_path / path, b"")
+    source = open_source(f"folder:{tmp_path}", DATA, "test")
+    assert source.classes == ["n01", "n02", "n10"] and len(source) == 4
+    assert contents(source) == {("a.jpg", 50): {"n01"}, ("b.png", 100): {"n01"}, ("x.JPEG", 0): {"n02"}} | {
+        ("c.webp", 150): {"n10"}
+    }
+    batch = next(pipeline.eval_batches(pickle.loads(pickle.dumps(source)), batch_size=4, image_size=8, resize=8))
+    assert batch["label"] == [(0,), (0,), (1,), (2,)] and batch["valid"].all()
+
+
+def test_class_numbers_are_in_the_order_of_numbers(tmp_path):
+    for name in ("0", "10", "2"):
+        write(tmp_path / name / "a.jpg", jpeg(0))
+    assert READERS["folder"](str(tmp_path)).classes == ["0", "2", "10"]
+
+
+def test_folders_without_images(tmp_path, caplog):
+    (tmp_path / "n01").mkdir()
+    with pytest.raises(ValueError, match="none of the 1 subfolders .* has an image"):
+        READERS["folder"](str(tmp_path))
+    write(tmp_path / "n02" / "a.jpg", jpeg(0))
+    with caplog.at_level(logging.WARNING):
+        assert READERS["folder"](str(tmp_path)).classes == ["n01", "n02"]  # a candidate, if never the truth
+    assert "1 classes of" in caplog.text and "(n01)" in caplog.text
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        READERS["folder"](str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="named by class in .*, found neither"):
+        READERS["folder"](str(tmp_path / "n02"))
+    write(tmp_path / "n03.tar", b"")
+    with pytest.raises(ValueError, match="found both: n01, n03.tar"):
+        READERS["folder"](str(tmp_path))
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_tars_by_class(tmp_path):
+    write_tar(tmp_path / "n02.tar", {f"n02_{i}.JPEG": jpeg(10 * i) for i in range(3)})
+    write_tar(tmp_path / "n01.tar", {})  # the classes' order is that of their ids, images or not
+    write_tar(tmp_path / "n03.tar", {"n03_7.JPEG": jpeg(200)})
+    source = open_source(f"folder:{tmp_path}", DATA, "test")
+    assert source.classes == ["n01", "n02", "n03"]
+    assert [source[i]["label"] for i in range(len(source))] == [(1,), (1,), (1,), (2,)]
+    assert source[3]["name"].endswith("n03.tar:n03_7")
+    assert int(images.decode(source[2]["image"]).mean()) == 20
+    again = pickle.loads(pickle.dumps(source))
+    assert again[3] == source[3]
+
+
+def test_a_tar_that_cannot_be_read_moves_no_other_class(tmp_path):
+    for i in range(20):
+        write_tar(tmp_path / f"n{i:02}.tar", {f"n{i:02}_0.JPEG": jpeg(10 * i)})
+    (tmp_path / "n05.tar").write_bytes(b"<html>not found</html>" * 100)
+    source = open_source(f"folder:{tmp_path}", DATA, "test")
+    assert len(source.classes) == 20
+    assert [record["label"] for record in source] == [(i,) for i in range(20) if i != 5]
+
+
+def test_csv_of_paths_and_labels(tmp_path):
+    for name, value in (("a.jpg", 0), ("in/b.jpg", 50), ("c.jpg", 100), ("d.jpg", 150)):
+        write(tmp_path / name, jpeg(value))
+    text = "split,path,labels\ntest,a.jpg,n2 n1\ntest,in/b.jpg,\ntest,c.jpg, n1 n1\ntest,c.jpg,n3\n"
+    source = open_source(f"csv:{write(tmp_path / 'x.csv', text)}", DATA, "test")
+    assert source.classes == ["n1", "n2", "n3"] and source.excluded == {"missing_images": 0}
+    assert contents(source) == {
+        ("a.jpg", 0): {"n1", "n2"},
+        ("b.jpg", 50): set(),
+        ("c.jpg", 100): {"n1", "n3"},
+    }
+    # One ";" anywhere and blanks belong to the ids.
+    text = "path,labels\r\na.jpg,hot dog; owl\r\nd.jpg,hot dog\r\n"
+    source = READERS["csv"](str(write(tmp_path / "y.csv", text)))
+    assert contents(source) == {("a.jpg", 0): {"hot dog", "owl"}, ("d.jpg", 150): {"hot dog"}}
+    source = READERS["csv"](str(write(tmp_path / "z.csv", "path,labels\na.jpg,10\nd.jpg,9\n")))
+    assert source.classes == ["9", "10"]
+
+
+def test_csv_with_faults(tmp_path, caplog):
+    write(tmp_path / "a.jpg", jpeg(0))
+
+    def read(text):
+        return READERS["csv"](str(write(tmp_path / "x.csv", text)))
+
+    with pytest.raises(ValueError, match="x.csv has no column labels; found: path, class"):
+        read("path,class\na.jpg,n1\n")
+    with pytest.raises(ValueError, match="x.csv has no column path, labels; found: nothing"):
+        read("")
+    with pytest.raises(ValueError, match="x.csv, line 3 has 1 fields, the header 2"):
+        read("path,labels\na.jpg,n1\nb.jpg\n")
+    with pytest.raises(ValueError, match="x.csv, line 2: the path is empty"):
+        read("path,labels\n,n1\n")
+    with pytest.raises(FileNotFoundError, match=r"none of the 2 annotated images is in .* \(b.jpg, c.jpg\)"):
+        read("path,labels\nb.jpg,n1\nc.jpg,n1\n")
+    with pytest.raises(FileNotFoundError, match="there are no annotations"):
+        read("path,labels\n")
+    with pytest.raises(FileNotFoundError, match="there is no file .*none.csv"):
+        READERS["csv"](str(tmp_path / "none.csv"))
+    with caplog.at_level(logging.WARNING):
+        source = read("path,labels\na.jpg,n1\nb.jpg,n2\n")
+    assert len(source) == 1 and source.classes == ["n1", "n2"] and source.excluded == {"missing_images": 1}
+    assert "1 of 2 annotated images are not in" in caplog.text and "(b.jpg)" in caplog.text
+
+
+OPEN_IMAGES = [
+    ("ImageID", "Source", "LabelName", "Confidence"),
+    ("0001eeaf4aed83f9", "verification", "/m/0cmf2", "1"),
+    ("0001eeaf4aed83f9", "verification", "/m/015p6", "0"),
+    ("0001eeaf4aed83f9", "crowdsource-verification", "/m/0cmf2", "1"),
+    ("000595fe6fee6369", "verification", "/m/015p6", "1.0"),
+    ("000595fe6fee6369", "verification", "/m/04rky", "1"),
+    ("000595fe6fee6369", "crowdsource-verification", "/m/04rky", "0"),
+    ("00075905539074f2", "verification", "/m/04rky", "0"),
+    ("ffffffffffffffff", "verification", "/m/9", "1"),
+]
+
+
+def open_images(folder, rows=OPEN_IMAGES):
+    for value, name in enumerate(["0001eeaf4aed83f9", "000595fe6fee6369", "train_f/00075905539074f2"]):
+        write(folder / "images" / f"{name}.jpg", jpeg(50 * value))
+    with open(folder / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return f"open_images:{folder / 'images'},{folder / 'labels.csv'}"
+
+
+def test_open_images_tells_labels_from_negatives(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        source = open_source(open_images(tmp_path), DATA, "test")
+    assert contents(source) == {
+        ("0001eeaf4aed83f9.jpg", 0): {"/m/0cmf2"},
+        ("000595fe6fee6369.jpg", 50): {"/m/015p6"},
+        ("00075905539074f2.jpg", 100): set(),
+    }
+    assert [{source.classes[c] for c in no} for no in source.negatives] == [{"/m/015p6"}, set(), {"/m/04rky"}]
+    assert source.excluded == {"missing_images": 1, "disputed_labels": 1}
+    assert "1 of 4 annotated images are not in" in caplog.text and "(ffffffffffffffff)" in caplog.text
+    assert "1 labels of" in caplog.text and "count as neither" in caplog.text
+
+
+def test_open_images_with_faults(tmp_path):
+    def read(*rows):
+        return open_source(open_images(tmp_path, [*OPEN_IMAGES[:1], *rows]), DATA, "test")
+
+    with pytest.raises(
+        ValueError, match="labels.csv, line 2: the confidence is '0.7', expected a person's verdict, 1 or 0"
+    ):
+        read(("0001eeaf4aed83f9", "machine", "/m/1", "0.7"))
+    with pytest.raises(ValueError, match="labels.csv, line 2: the label is empty"):
+        read(("0001eeaf4aed83f9", "verification", "", "1"))
+    with pytest.raises(FileNotFoundError, match="none of the 1 annotated images"):
+        read(("ffffffffffffffff", "verification", "/m/1", "1"))
+    spec = open_images(tmp_path, [("ImageID", "Source", "LabelName"), ("0001eeaf4aed83f9", "v", "/m/1")])
+    with pytest.raises(ValueError, match="no column Confidence; found: ImageID, Source, LabelName"):
+        open_source(spec, DATA, "test")
+    with pytest.raises(FileNotFoundError, match="there is no file .*none.csv; expected open_images:FOLDER"):
+        open_source(f"open_images:{tmp_path},none.csv", DATA, "test")
+    with pytest.raises(FileNotFoundError, match="none is no folder; expected open_images:FOLDER"):
+        open_source("open_images:none,none.csv", DATA, "test")
+    with pytest.raises(ValueError, match="expected open_images:FOLDER,LABELS.csv, found"):
+        open_source(f"open_images:{tmp_path}", DATA, "test")
+    spec = open_images(tmp_path)
+    write(tmp_path / "images" / "again" / "000595fe6fee6369.png", jpeg(1))
+    with pytest.raises(ValueError, match="two files are called by the same image id: .*000595fe6fee6369"):
+        open_source(spec, DATA, "test")
+
+
+def test_ml_images(tmp_path):
+    for value, name in enumerate(["4473324750_o.jpg", "7239_6997334729_o.jpg", "sub/3035.jpg"]):
+        write(tmp_path / "images" / name, jpeg(50 * value))
+    lines = (
+        "https://farm5.example.com/4041/4473324750_o.jpg\t1193:0.8\t1053:0.8\n"
+        "https://c4.example.com/8/7239/6997334729_o.jpg  3:1  5193:0.9  3:1 \n"
+        "\n"
+        "sub/3035.jpg 7\n"
+        "gone.jpg\t9416:1.0\n"
+    )
+    file = write(tmp_path / "list.txt", lines)
+    source = open_source(f"ml_images:{tmp_path / 'images'},{file}", DATA, "test")
+    assert source.classes is None and source.excluded == {"missing_images": 1}
+    assert source.labels == [(1193, 1053), (3, 5193), (7,)]
+    assert [int(images.decode(source[i]["image"]).mean()) for i in range(3)] == [0, 50, 100]
+    for line in ("sub/3035.jpg n01:1", "sub/3035.jpg 7:1.5", "sub/3035.jpg -1:1", "sub/3035.jpg 7:0"):
+        write(file, line)
+        with pytest.raises(ValueError, match="list.txt, line 1: found '.*', expected CLASS:CONFIDENCE"):
+            READERS["ml_images"](f"{tmp_path / 'images'},{file}")
+    write(file, "sub/3035.jpg 7:1\nsub/3035.jpg 8:1\n")
+    with pytest.raises(ValueError, match="list.txt, line 2: sub/3035.jpg comes a second time"):
+        READERS["ml_images"](f"{tmp_path / 'images'},{file}")
+
+
+def test_labels_alone_train_nothing(tmp_path):
+    for reader in READERS:
+        with pytest.raises(ValueError, match="has labels and no captions, which training needs"):
+            open_source(f"{reader}:{tmp_path}", DATA, "train")
+
+
+def test_a_file_that_vanishes_is_a_bad_sample(tmp_path):
+    source = LabelledImages([tmp_path / "gone.jpg"], [(0,)], ["cat"])
+    with pytest.raises(BadSample, match="its file cannot be read: No such file") as caught:
+        source[0]
+    assert caught.value.name == str(tmp_path / "gone.jpg")
+
+
+def test_open_images_from_its_files_to_figures(tmp_path):
+    source = open_source(open_images(tmp_path), DATA, "test")
+    descriptions = "/m/zz,Never seen\n/m/04rky,Mammal\n/m/0cmf2,Airplane\n/m/015p6,Bird\n"
+    file = write(tmp_path / "class-descriptions.csv", descriptions)
+    space = LabelSpace.read(classes=str(file), own=source.classes)
+    labels, outside = space.relabel(source.labels, source.classes)
+    negatives, _ = space.relabel(source.negatives, source.classes)
+    assert [[space.names[c] for c in of_image] for of_image in labels] == [["Airplane"], ["Bird"], []]
+    assert negatives == [(3,), (), (1,)] and outside == 0
+    class_emb = np.eye(4, dtype=np.float32)
+    image_emb = np.array([[0, 0, 1, 2], [0, 0, 0, 1], [9, 9, 9, 9]], np.float32)
+    found = zero_shot_metrics(image_emb, class_emb, labels, negatives=negatives, ks=(1, 2))
+    assert found["hit@1"] == 0.5 and found["hit@2"] == 1.0
+    assert (found["labelled"], found["unlabelled"]) == (2, 1)
+    # Of birds alone, where the first image is none and scores 2, and the second is one and scores 1.
+    assert found["mAP"] == 0.5

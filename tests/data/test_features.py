@@ -1,0 +1,94 @@
+"""Kept text features: each text through the tower once, whatever comes with it, the same to the bit."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from zslflax import distributed
+from zslflax.config import default_config
+from zslflax.data.features import TextFeatures
+from zslflax.models.build import build
+
+TOKENS = 20
+
+
+@pytest.fixture(scope="module")
+def built():
+    config = default_config().model
+    config.image.name, config.image.size = "vit_nano4", 8
+    config.text.max_tokens = TOKENS
+    config.text.scratch = {"layers": 1, "width": 16, "heads": 2, "vocab_size": 40}
+    model = build(config)
+    image, text = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, TOKENS), np.int32)
+    return model, jax.jit(model.init)(jax.random.key(0), image, text, text == 0)
+
+
+def texts(n, seed=0):
+    rng = np.random.default_rng(seed)
+    mask = np.arange(TOKENS) < rng.integers(1, TOKENS + 1, (n, 1))
+    return np.where(mask, rng.integers(0, 40, (n, TOKENS)), 0).astype(np.int32), mask
+
+
+@pytest.fixture
+def counted(built):
+    """Features, and how many texts each call of the tower got."""
+    model, variables = built
+    features, calls = TextFeatures(model, distributed.replicate(variables), capacity=50, frozen=True), []
+    function = features.function
+
+    def count(variables, inputs):
+        calls.append(sum(len({row.tobytes() for row in rows}) for rows in inputs[0]))
+        return function(variables, inputs)
+
+    features.function = count
+    return features, calls
+
+
+def test_they_are_the_towers_outputs(built, counted):
+    model, variables = built
+    tokens, mask = texts(30)
+    direct = jax.jit(functools.partial(model.apply, method="text_features"))(variables, tokens, mask)
+    np.testing.assert_allclose(counted[0](tokens, mask), direct, atol=1e-5)
+
+
+def test_a_text_goes_through_once(counted):
+    features, calls = counted
+    tokens, mask = texts(30)
+    first = features(tokens, mask)
+    before = len(calls)
+    again = features(tokens[::-1], mask[::-1])
+    assert len(calls) == before
+    np.testing.assert_array_equal(again[::-1], first)
+
+
+def test_a_text_has_the_same_bits_in_any_company(built, counted):
+    model, variables = built
+    tokens, mask = texts(30)
+    alone = TextFeatures(model, distributed.replicate(variables), capacity=0, frozen=True)
+    together = counted[0](tokens, mask)
+    for i in (0, 7, 29):
+        np.testing.assert_array_equal(alone(tokens[i : i + 1], mask[i : i + 1])[0], together[i])
+
+
+def test_no_more_than_the_capacity_is_kept(counted):
+    features, calls = counted
+    tokens, mask = texts(80)
+    first = features(tokens, mask)
+    assert len(features.places) == 50 and len(features.kept) == 50
+    before = len(calls)
+    np.testing.assert_array_equal(features(tokens, mask), first)
+    assert len(calls) > before  # the rest was computed again
+
+
+def test_other_variables_forget_what_was_kept_unless_the_tower_is_frozen(built):
+    model, variables = built
+    tokens, mask = texts(4)
+    features = TextFeatures(model, distributed.replicate(variables), capacity=50)
+    before = features(tokens, mask)
+    doubled = distributed.replicate(jax.tree.map(lambda x: 2 * x, variables))
+    assert np.abs(features.with_variables(doubled)(tokens, mask) - before).max() > 1e-3
+    np.testing.assert_array_equal(features(tokens, mask), before)
+    frozen = TextFeatures(model, distributed.replicate(variables), capacity=50, frozen=True)
+    assert frozen.with_variables(doubled) is frozen

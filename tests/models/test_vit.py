@@ -1,0 +1,229 @@
+"""Vision transformers against Hugging Face's PyTorch model, in its own and in timm's names."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zslflax.models.import_weights import load
+from zslflax.models.import_weights.layouts import HF_VIT, TIMM_VIT
+from zslflax.models.vit import VITS, ViT
+
+PATCH, WIDTH, DEPTH, HEADS = 8, 32, 3, 4
+PARAMETERS = {  # of timm's models for 224 pixels, less their classifier of 1,000 classes
+    "vit_ti16": 5_717_416 - 193_000,
+    "vit_s16": 22_050_664 - 385_000,
+    "vit_b16": 86_567_656 - 769_000,
+    "vit_b32": 88_224_232 - 769_000,
+}
+
+
+def reference(require, folder, size, eps=1e-6):
+    """A small ViT of `transformers` with everything in it random, saved in `folder`."""
+    torch, transformers = require("torch"), require("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH,
+        patch_size=PATCH,
+        image_size=size,
+        layer_norm_eps=eps,
+    )
+    model = transformers.ViTForImageClassification(config).eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn_like(value) * (0.15 if value.ndim == 2 else 0.3))
+    model.save_pretrained(folder)
+    return model
+
+
+def features(model, images, **kwargs):
+    """The original's class token of NHWC images, after its last norm."""
+    import torch
+
+    with torch.no_grad():
+        outputs = model.vit(torch.tensor(images.transpose(0, 3, 1, 2)), **kwargs)
+    return outputs.last_hidden_state[:, 0].numpy()
+
+
+def pictures(b, size):
+    return np.random.default_rng(0).normal(size=(b, size, size, 3)).astype(np.float32)
+
+
+def small(**kwargs):
+    return ViT(PATCH, WIDTH, DEPTH, HEADS, **kwargs)
+
+
+def shapes(model, size):
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+
+
+def load(folder, size):
+    resize = lambda table: load.resize_positions(table, size // PATCH)
+    return load.fill(folder, shapes(small(), size), (TIMM_VIT, HF_VIT), {("position",): resize})
+
+
+def all_hosts(ours, original):
+    assert original.std(axis=0).max() > 0.05, "the original's output hardly depends on the image"
+    np.testing.assert_allclose(ours, original, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-12])
+def test_agrees_with_transformers(require, tmp_path, eps):
+    original = reference(require, tmp_path, 32, eps)
+    images = pictures(3, 32)
+    variables = load(tmp_path, 32)
+    agree(jax.jit(small(eps=eps).apply)(variables, images), features(original, images))
+
+
+def timm_weights(torch, original):
+    """The weights in timm's published layout."""
+    names = {
+        r"vit\.embeddings\.cls_token": "cls_token",
+        r"vit\.embeddings\.position_embeddings": "pos_embed",
+        r"vit\.embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+        r"vit\.encoder\.layer\.": "blocks.",
+        r"layernorm_before": "norm1",
+        r"layernorm_after": "norm2",
+        r"vit\.layernorm": "norm",
+        r"attention\.output\.dense": "attn.proj",
+        r"intermediate\.dense": "mlp.fc1",
+        r"output\.dense": "mlp.fc2",
+        r"classifier": "head",
+    }
+    weights = {}
+    published = original_names(original)
+    for name, value in published.items():
+        for old, new in names.items():
+            name = re.sub(old, new, name)
+        weights[name] = value
+    for i in range(DEPTH):
+        for leaf in ("weight", "bias"):
+            parts = [weights.pop(f"blocks.{i}.attention.attention.{x}.{leaf}") for x in ("query", "key", "value")]
+            weights[f"blocks.{i}.attn.qkv.{leaf}"] = torch.cat(parts)
+    return weights
+
+
+def original_names(original):
+    """The weights by the names that save_pretrained publishes, which the classes' own may differ from."""
+    import tempfile
+
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        original.save_pretrained(folder)
+        return load_file(f"{folder}/model.safetensors")
+
+
+def timm_names(depth):
+    block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    modules = [
+        "patch_embed.proj",
+        *(f"blocks.{i}.{part}" for i in range(depth) for part in block),
+        "norm",
+        "head",
+    ]
+    return {
+        "cls_token",
+        "pos_embed",
+        *(f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")),
+    }
+
+
+def test_timm_names(require, tmp_path):
+    original = reference(require, tmp_path / "hf", 32)
+    weights = timm_weights(require("torch"), original)
+    assert weights.keys() == timm_names(DEPTH)
+    (tmp_path / "timm").mkdir()
+    require("safetensors.torch").save_file(weights, tmp_path / "timm" / "model.safetensors")
+    images = pictures(3, 32)
+    agree(jax.jit(small().apply)(load(tmp_path / "timm", 32), images), features(original, images))
+
+
+def test_tiny_at_its_real_size_through_load_image(require, tmp_path):
+    torch, transformers = require("torch"), require("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=192,
+        num_hidden_layers=12,
+        num_attention_heads=3,
+        intermediate_size=768,
+        layer_norm_eps=1e-6,
+    )
+    original = transformers.ViTForImageClassification(config).eval()
+    with torch.no_grad():
+        original.vit.embeddings.position_embeddings.normal_()
+        original.vit.embeddings.cls_token.normal_()
+    original.save_pretrained(tmp_path)
+    model = ViT(*VITS["vit_ti16"])
+    variables = load.load_image(tmp_path, "vit_ti16", shapes(model, 224), 224)
+    images = pictures(1, 224)
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, images), features(original, images), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 7), (14, 24), (7, 4), (14, 7), (5, 1)])
+def test_positions_are_resized_as_timm_does(require, old, new):
+    torch = require("torch")
+    table = np.random.default_rng(0).normal(size=(1, 1 + old**2, 6)).astype(np.float32)
+    grid = torch.tensor(table[:, 1:].reshape(1, old, old, 6)).permute(0, 3, 1, 2)
+    wanted = torch.nn.functional.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
+    resized = load.resize_positions(table, new)
+    np.testing.assert_array_equal(resized[:, 0], table[:, 0])
+    grid = resized[:, 1:].reshape(1, new, new, 6).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(grid, wanted.numpy(), atol=2e-6)
+
+
+def test_same_size_leaves_positions_alone():
+    table = np.random.default_rng(0).normal(size=(1, 17, 6)).astype(np.float32)
+    assert load.resize_positions(table, 4) is table
+
+
+def test_positions_that_are_no_square_are_refused():
+    with pytest.raises(ValueError, match=r"\(1, 16, 6\).*square"):
+        load.resize_positions(np.zeros((1, 16, 6), np.float32), 4)
+
+
+def test_another_resolution_agrees_with_transformers_on_smooth_positions(require, tmp_path):
+    # transformers interpolates with another cubic (a = −0.75, no antialias): on linear ramps they differ at the
+    # grid's edges alone.
+    torch = require("torch")
+    original = reference(require, tmp_path, 64)
+    ramp = torch.arange(8.0) - 3.5
+    with torch.no_grad():
+        directions = torch.randn(2, WIDTH) * 0.05
+        grid = ramp[:, None, None] * directions[0] + ramp[None, :, None] * directions[1]
+        original.vit.embeddings.position_embeddings[0, 1:] = grid.reshape(64, WIDTH)
+    original.save_pretrained(tmp_path)
+    images = pictures(3, 96)
+    variables = load(tmp_path, 96)
+    theirs = features(original, images, interpolate_pos_encoding=True)
+    apply = jax.jit(small().apply)
+    np.testing.assert_allclose(apply(variables, images), theirs, atol=2e-3)
+    grid = variables["params"]["position"][:, 1:].reshape(1, 12, 12, WIDTH).swapaxes(1, 2).reshape(1, 144, WIDTH)
+    variables["params"]["position"][:, 1:] = grid
+    assert np.abs(apply(variables, images) - theirs).max() > 1e-2  # transposed positions would be noticed
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_as_many_as_published(name):
+    params = shapes(ViT(*VITS[name]), 224)["params"]
+    assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[name]
+
+
+def test_size_that_patches_do_not_fill_is_refused():
+    with pytest.raises(ValueError, match="36 × 36 pixels: expected multiples of the patch's 8.*model.image.size"):
+        shapes(small(), 36)
+
+
+def test_bfloat16_is_near_float32():
+    images = pictures(4, 32)
+    variables = jax.jit(small().init)(jax.random.key(0), images)
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    outputs = jax.jit(small(dtype=jnp.bfloat16).apply)(variables, images)
+    expected = jax.jit(small().apply)(variables, images)
+    assert outputs.dtype == jnp.float32
+    assert float(jnp.linalg.norm(outputs - expected) / jnp.linalg.norm(expected)) < 0.02

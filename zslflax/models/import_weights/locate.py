@@ -1,0 +1,56 @@
+"""Finds the folder of a published model: a local folder, an installed package's, or the Hugging Face Hub's."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from zslflax.errors import MissingFileError
+
+
+def locate(name: str) -> Path:
+    """The folder of a published model.
+
+    Args:
+        name: an existing folder; `package:MODULE/FOLDER`, a folder in an installed package, which is not
+            imported; or an id on the Hugging Face Hub, whose safetensors, json and tokenizer files are
+            downloaded unless they are in its cache.
+
+    Raises:
+        FileNotFoundError: no such folder or package, and the Hub does not have it or can't be reached.
+    """
+    if name.startswith("package:"):
+        return locate_in_package(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/")):
+        raise MissingFileError(
+            f"{name!r} is no folder here; expected a folder, package:MODULE/FOLDER or a Hub id such as "
+            "microsoft/resnet-50"
+        )
+    import huggingface_hub  # takes 0.3 s, and most runs read a folder
+
+    try:
+        files = ["*.safetensors", "*.json", "vocab.txt", "merges.txt"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except OSError as error:  # refused by the Hub, connection lost, or not in the cache
+        raise MissingFileError(
+            f"{name!r} is no folder here, and the Hugging Face Hub did not give it. Check the spelling; "
+            "where the Hub can't be reached, copy the model's folder here and name that. "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def locate_in_package(name: str) -> Path:
+    module, _, rest = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingFileError(
+            f"{name!r}: no package {module!r} is installed here; expected package:MODULE/FOLDER, with MODULE "
+            "as it is imported"
+        )
+    folders = [Path(root) / rest for root in spec.submodule_search_locations]
+    for folder in folders:
+        if folder.is_dir():
+            return folder
+    raise MissingFileError(f"{name!r}: the installed package has no folder {folders[0]}")

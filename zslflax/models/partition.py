@@ -1,0 +1,24 @@
+"""Splits a two-tower model's parameters into trained ones and frozen towers, and puts them together again."""
+
+from typing import Any
+
+Tree = Any  # a nested dict of arrays
+
+
+def partition(params: Tree, frozen: tuple[str, ...]) -> tuple[Tree, Tree]:
+    """Takes the towers of the modalities in `frozen` out of the parameters.
+
+    >>> params = {"image": {"tower": 1, "projection": 2}, "text": {"tower": 3, "projection": 4}, "objective": {}}
+    >>> partition(params, ("text",))
+    ({'image': {'tower': 1, 'projection': 2}, 'text': {'projection': 4}, 'objective': {}}, {'text': {'tower': 3}})
+    """
+    trained = {
+        group: {name: value for name, value in entries.items() if name != "tower" or group not in frozen}
+        for group, entries in params.items()
+    }
+    return trained, {modality: {"tower": params[modality]["tower"]} for modality in frozen}
+
+
+def combine(params: Tree, frozen_params: Tree) -> Tree:
+    """Undoes `partition`. Parameters that `params` has itself take precedence."""
+    return {group: {**frozen_params.get(group, {}), **entries} for group, entries in params.items()}

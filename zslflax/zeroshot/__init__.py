@@ -1,1 +1,0 @@
-"""Zero-shot evaluation: names to class embeddings, and what is measured with them."""
