@@ -10,10 +10,10 @@ import struct
 import subprocess
 import tarfile
 
-from tests.testing import broken
 import numpy as np
 import pytest
 
+from tests.testing import broken
 from zslflax.data import images, pipeline
 from zslflax.data.images import BadSample
 from zslflax.data.sources import tar_format

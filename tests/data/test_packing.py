@@ -317,7 +317,9 @@ def test_a_run_has_the_losses_of_one_with_padded_captions(tiny, tmp_path, frozen
 def test_a_row_holds_the_longest_caption():
     c = default_config()
     c.model.text.pretrained, c.model.text.pack_length = "somewhere", 59
-    with pytest.raises(ValueError, match="model.text.pack_length is 59, expected 0 .* at least model.text.max_tokens, 60"):
+    with pytest.raises(
+        ValueError, match="model.text.pack_length is 59, expected 0 .* at least model.text.max_tokens, 60"
+    ):
         validate(c)
     for fine in (0, 60, 128):
         c.model.text.pack_length = fine

@@ -11,8 +11,8 @@ import tarfile
 
 import fsspec
 import pytest
-from tests.testing.range_server import serve
 
+from tests.testing.range_server import serve
 from zslflax.data import storage
 from zslflax.data.sources import tar_index
 from zslflax.data.sources.webdataset import WebDataset, expand

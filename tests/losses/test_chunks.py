@@ -8,8 +8,8 @@ import ml_collections
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from tests.losses.test_contrastive import make
 
+from tests.losses.test_contrastive import make
 from zslflax.losses import contrastive, sinkhorn
 from zslflax.losses.contrastive import OBJECTIVES, SOFT_TARGETS, Embeddings
 

@@ -103,7 +103,14 @@ def plain(o, student, teacher, scale_hard, scale_soft):
 
 
 VARIANTS = [make(name) for name in OBJECTIVES] + [
-    make("self_distillation", image_image_weight=0.3, text_text_weight=0.6, teacher_temperature=0.2, alpha=0.3, soft_ramp_steps=10),
+    make(
+        "self_distillation",
+        image_image_weight=0.3,
+        text_text_weight=0.6,
+        teacher_temperature=0.2,
+        alpha=0.3,
+        soft_ramp_steps=10,
+    ),
     make("self_distillation", remove_diagonal=True, teacher_temperature=0.5),
     make("otter", image_image_weight=0.0, text_text_weight=0.5, remove_diagonal=False, sinkhorn_iterations=2),
 ]

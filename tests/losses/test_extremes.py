@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.losses.test_contrastive import make
 
+from tests.losses.test_contrastive import make
 from zslflax.losses import contrastive
 from zslflax.losses.contrastive import LOG_LOGIT_SCALE_RANGE, OBJECTIVES, SOFT_TARGETS, Embeddings
 

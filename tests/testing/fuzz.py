@@ -22,11 +22,11 @@ import time
 import warnings
 from pathlib import Path
 
-from tests.testing import broken
 import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
+from tests.testing import broken
 from zslflax.data import images, storage
 from zslflax.data.sources import tar_format, webdataset
 

@@ -9,9 +9,9 @@ import signal
 import jax
 import numpy as np
 import pytest
+
 from tests.test_checkpoint import reads_damage, unfinished_reads  # noqa: F401, the second is its fixture
 from tests.training.test_loop import assert_same_bits, lines, saved
-
 from zslflax.data import pipeline
 from zslflax.data.sources import shapes
 from zslflax.evaluation import zero_shot
@@ -166,7 +166,9 @@ def test_a_damaged_checkpoint_is_trained_again(tiny, whole, tmp_path, caplog):
 
 def test_a_metric_to_be_best_by_that_no_evaluation_gives_is_named_with_the_nearest(tiny, whole, tmp_path):
     tiny.eval.best_metric, run = "eval/test/hit@3", tmp_path / "run"
-    with pytest.raises(ValueError, match="eval.best_metric is 'eval/test/hit@3', which no evaluation gives.*eval/test/hit@"):
+    with pytest.raises(
+        ValueError, match="eval.best_metric is 'eval/test/hit@3', which no evaluation gives.*eval/test/hit@"
+    ):
         loop.train(tiny, run)
     assert checkpoint.available(run) == [3]  # an evaluation that fails costs no step
     tiny.eval.best_metric = "eval/test/hit@1"

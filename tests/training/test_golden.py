@@ -10,8 +10,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-from tests.training.test_step import AXIS, MODEL, batch_of, config_of
 
+from tests.training.test_step import AXIS, MODEL, batch_of, config_of
 from zslflax import distributed
 from zslflax.losses import contrastive
 from zslflax.losses.contrastive import OBJECTIVES

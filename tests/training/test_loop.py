@@ -166,7 +166,9 @@ def test_a_mistake_found_before_the_first_checkpoint_can_be_mended(tiny, tmp_pat
 def test_too_many_unreadable_samples_stop_the_run(tiny, damaged, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.BadSamples, "ENOUGH", 32)
     tiny.data.train = (damaged,)
-    with pytest.raises(ValueError, match=r"(?s)could not be read, more than data.max_bad_fraction = 0.05.*damaged.tar: \d+"):
+    with pytest.raises(
+        ValueError, match=r"(?s)could not be read, more than data.max_bad_fraction = 0.05.*damaged.tar: \d+"
+    ):
         loop.train(tiny, tmp_path / "run")
 
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.training.test_step import batch_of, config_of, start, variables  # noqa: F401
 
+from tests.training.test_step import batch_of, config_of, start, variables  # noqa: F401
 from zslflax import distributed
 from zslflax.config import default_config, profiled_steps
 from zslflax.models.bert import Bert, BertConfig

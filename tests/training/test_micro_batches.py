@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.training.test_step import BERT, MODEL, N, batch_of, config_of, run
-from tests.losses.test_chunks import assert_equal
 
+from tests.losses.test_chunks import assert_equal
+from tests.training.test_step import BERT, MODEL, N, batch_of, config_of, run
 from zslflax.data.packing import pack_batches
 from zslflax.losses import contrastive
 from zslflax.losses.contrastive import OBJECTIVES, Embeddings
@@ -73,7 +73,9 @@ def test_a_frozen_text_tower(variables, kept):
     batches = BATCHES
     if kept:
         features = lambda b: VIT.apply(variables, b["text"], b["text_mask"], method="text_features")
-        batches = [{"image": b["image"], "valid": b["valid"], "text_features": np.asarray(features(b))} for b in BATCHES]
+        batches = [
+            {"image": b["image"], "valid": b["valid"], "text_features": np.asarray(features(b))} for b in BATCHES
+        ]
     c.micro_batch = FEW
     for wanted, found in zip(whole, steps(c, variables, batches), strict=True):
         assert_equal(found, wanted)

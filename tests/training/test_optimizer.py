@@ -108,7 +108,9 @@ def test_a_thawed_parameter_starts_without_momentum(params):
 
 def test_rate_factors_scale_the_update(params):
     plain = run(config_with(learning_rate=0.1), params, steps=1)[0]
-    scaled = run(config_with(learning_rate=0.1, lr_multipliers=((".*/tower", 0.25), ("image", 0.5))), params, steps=1)[0]
+    scaled = run(config_with(learning_rate=0.1, lr_multipliers=((".*/tower", 0.25), ("image", 0.5))), params, steps=1)[
+        0
+    ]
     change = lambda after: jax.tree.map(lambda new, old: new - old, after, params)
     ratio = jax.tree.map(lambda a, b: float(jnp.mean(a / b)), change(scaled), change(plain))
     assert all(value == pytest.approx(0.25, rel=1e-3) for value in jax.tree.leaves(ratio["image"]["tower"]))

@@ -58,14 +58,18 @@ def test_the_teachers_batch_statistics(params):
     variables = {"params": params, "batch_stats": {"image": {"tower": {"mean": jnp.ones(2)}}}}
     state = train_state.create(variables, optax.sgd(0.1), ema=True, frozen=())
     state = state.replace(teacher_batch_stats=jax.tree.map(lambda x: x * 5, state.teacher_batch_stats))
-    mean = lambda choice: float(train_state.teacher_variables(state, choice)["batch_stats"]["image"]["tower"]["mean"][0])
+    mean = lambda choice: float(
+        train_state.teacher_variables(state, choice)["batch_stats"]["image"]["tower"]["mean"][0]
+    )
     assert mean("ema") == 5.0 and mean("student") == 1.0
 
 
 def test_a_teacher_keeps_its_towers_but_those_that_are_the_students(params):
     teacher = {"params": {m: params[m] for m in ("image", "text")}, "batch_stats": {}}
     assert "tower" not in train_state.without_shared(teacher, params, ("image", "text"))["params"]["text"]
-    assert "tower" in train_state.without_shared(teacher, params, ("image",))["params"]["text"]  # the student's will move
+    assert (
+        "tower" in train_state.without_shared(teacher, params, ("image",))["params"]["text"]
+    )  # the student's will move
     other = {**params, "text": {**params["text"], "tower": {"kernel": jnp.full((2,), 3.001, jnp.float32)}}}
     assert "tower" in train_state.without_shared(teacher, other, ("image", "text"))["params"]["text"]
     assert train_state.without_shared({}, params, ("text",)) == {}
