@@ -21,8 +21,8 @@ def compute_gradients(
 ) -> tuple[Tree, Tree, Tree]:
     """The gradient by `params` of loss_fn(params["objective"], v), where v = embed(params, inputs, key) are embeddings.
 
-    With one micro-batch, all activations are kept for the backward pass. With several, those of one at a time are, as in
-    GradCache (Gao et al. 2021, arXiv 2101.06983): by the chain rule
+    With one micro-batch, all activations are kept for the backward pass. With several, those of one micro-batch at a
+    time are kept, as in GradCache (Gao et al. 2021, arXiv 2101.06983): by the chain rule
 
         d loss / d params = Σ_i (d v_i / d params)ᵀ · d loss / d v_i,
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from zslflax.config import matches_pattern
 from zslflax.errors import UserError, nearest_names
 from zslflax.models.partition import MODALITIES, Tree, partition
 
