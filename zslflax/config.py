@@ -66,6 +66,8 @@ def model_fields() -> ConfigDict:
     # Tokens in a row that several training captions share, at least max_tokens; 0: each caption has its own row.
     c.text.pack_length = 0
     c.text.dropout = 0.1  # probability, on hidden states (BERT, arXiv 1810.04805)
+    # A learnt linear layer after the tower; False: none, where the tower is as wide as embed_dim (OTTER's release).
+    c.text.projection = True
     c.text.remat = False  # as image.remat
     # Captions whose features are kept in memory, where the text tower is always frozen; 0: features are not kept.
     c.text.cached_captions = 0
