@@ -43,7 +43,7 @@ def test_no_module_imports_tensorflow_or_torch(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-# Lower layers first. Modules of one layer may import each other.
+# Lower layers first. Modules of one layer may import each other. All other modules are commands, the highest layer.
 LAYERS = (
     ("errors", "files", "figures"),
     ("cli", "distributed", "checkpoint_checks", "checkpoint"),
@@ -53,22 +53,20 @@ LAYERS = (
     ("inference",),
     ("evaluation",),
     ("training",),
-    ("main", "predict", "noise", "app"),
 )
 
 
 def layer(module: str) -> int:
-    return next(i for i, names in enumerate(LAYERS) if module.split(".")[1] in names)
+    """The number of a module's layer, from the lowest."""
+    return next((i for i, names in enumerate(LAYERS) if module.split(".")[1] in names), len(LAYERS))
 
 
 def imports(module: str) -> set[str]:
     """The modules of the package that a module imports, also inside functions."""
     path = PACKAGE.joinpath(*module.split(".")[1:])
-    tree = ast.parse(
-        (path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py").read_text()
-    )
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
