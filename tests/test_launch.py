@@ -53,9 +53,9 @@ DEVICES = {"local_processes.sh": 4, "slurm.sbatch": 64, "tpu_pod.sh": 256, "jobs
 @pytest.mark.parametrize("name", DEVICES)
 def test_the_example_of_a_launcher_is_a_valid_run(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    settings = re.findall(r"(--config[\w.]*)='?([^\s'\\]+)", (LAUNCH / name).read_text())
+    settings = dict(re.findall(r"(--config[\w.]*)='?([^\s'\\]+)", (LAUNCH / name).read_text()))
     try:
-        config = parse_flags(monkeypatch, [f"{flag}={value}" for flag, value in settings])
+        config = parse_flags(monkeypatch, [f"{flag}={value}" for flag, value in settings.items()])
     finally:
         reset_flags()
     validate(config)
