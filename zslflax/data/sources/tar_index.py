@@ -14,7 +14,7 @@ from tqdm import tqdm
 from zslflax.data import storage
 from zslflax.data.sources.tar_format import iter_members
 from zslflax.data.storage import Fingerprint
-from zslflax.errors import MissingFileError, StorageError, UserError
+from zslflax.errors import MissingFileError, MissingLibraryError, StorageError, UserError
 from zslflax.files import write_atomically
 
 log = logging.getLogger("zslflax")
@@ -55,7 +55,7 @@ def load_indexes(paths: Sequence[str]) -> list[tuple[str, TarIndex]]:
 
     Raises:
         MissingFileError: names the files that are missing.
-        StorageError: the storage cannot be read.
+        StorageError, MissingLibraryError: the storage cannot be read.
         UserError: more shards are unreadable; gives the reasons for the first of them.
     """
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -77,8 +77,8 @@ def load_index_or_reason(path: str) -> TarIndex | str | None:
         return load_index(path)
     except FileNotFoundError:
         return None
-    except StorageError:
-        raise  # of the storage, not of this one file
+    except (StorageError, MissingLibraryError):
+        raise  # other shards would fail in the same way
     except UserError as error:
         return str(error)
 
