@@ -136,7 +136,9 @@ def teacher_of(run: Run) -> Run:
 
 def validation_set(folder: Path, options):
     """Pictures of another seed."""
-    written = shapes.ensure_shards(folder / "shapes", train=1, test=options.test, size=options.size, seed=VALIDATION_SEED)
+    written = shapes.ensure_shards(
+        folder / "shapes", train=1, test=options.test, size=options.size, seed=VALIDATION_SEED
+    )
     unseen = ",".join(shapes.CLASS_NAMES[i] for i in shapes.UNSEEN)
     return eval_set(data=written.test, names=",".join(shapes.CLASS_NAMES), unseen=unseen)
 
