@@ -6,7 +6,7 @@ A process runs on each host and owns that host's devices. Mapped functions run o
 import collections
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -77,7 +77,9 @@ def shard(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), tree)
 
 
-def prefetch_to_devices(batches: Iterator[dict[str, Any]], size: int = 2) -> Iterator[tuple[dict[str, jax.Array], Any]]:
+def prefetch_to_devices(
+    batches: Iterator[Mapping[str, Any]], size: int = 2
+) -> Iterator[tuple[dict[str, jax.Array], Any]]:
     """Copies batches to the devices ahead of their use.
 
     Args:
@@ -90,8 +92,8 @@ def prefetch_to_devices(batches: Iterator[dict[str, Any]], size: int = 2) -> Ite
     sharding = NamedSharding(local_mesh(), PartitionSpec(AXIS))
     queue: collections.deque[tuple[dict[str, jax.Array], Any]] = collections.deque()
     for batch in batches:
-        errors = batch.pop("errors", ())
-        queue.append((jax.device_put(shard(batch), sharding), errors))
+        arrays = {key: value for key, value in batch.items() if key != "errors"}
+        queue.append((jax.device_put(shard(arrays), sharding), batch.get("errors", ())))
         if len(queue) >= size:
             yield queue.popleft()
     yield from queue
