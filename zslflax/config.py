@@ -42,6 +42,8 @@ def default_config() -> ConfigDict:
     c.model.text.max_tokens = 60  # longer captions are truncated; special tokens counted
     c.model.text.pack_length = 0  # tokens in a row that training captions share, at least max_tokens; 0: a row for each
     c.model.text.dropout = 0.1
+    # A learnt linear layer after the tower; False: none, where the tower is as wide as embed_dim (OTTER's release).
+    c.model.text.projection = True
     c.model.text.remat = False  # likewise
     c.model.text.cached_captions = 0  # captions whose features are computed once, if the text tower is frozen
     # Sizes of a BERT without pretrained weights; the vocabulary must hold the tokenizer's.

@@ -19,7 +19,7 @@ def build_two_tower(config, *, dtype: Any = jnp.float32, axis_name: str | None =
 
     Args:
         config: `embed_dim`, `image.{name, mean, std, remat}`,
-            `text.{pretrained, dropout, max_tokens, scratch, remat}`.
+            `text.{pretrained, dropout, max_tokens, scratch, remat, projection}`.
             Where `text.pretrained` is given, that folder's config.json has the text tower's sizes.
         dtype: of the towers' computation.
         axis_name: the mapped axis over which batch statistics are synchronised.
@@ -33,10 +33,15 @@ def build_two_tower(config, *, dtype: Any = jnp.float32, axis_name: str | None =
             f"model.text.max_tokens is {config.text.max_tokens}; the encoder has {bert.max_tokens} positions, "
             f"nearest that works: {bert.max_tokens}"
         )
+    if not config.text.projection and bert.width != config.embed_dim:
+        raise UserError(
+            f"model.text.projection is False, but the text tower is {bert.width} wide and model.embed_dim is "
+            f"{config.embed_dim}; set model.embed_dim={bert.width} or model.text.projection=True"
+        )
     project = lambda: nn.Dense(config.embed_dim)
     return TwoTower(
         image=Side(image_tower(config.image.name, dtype, axis_name, config.image.remat), project()),
-        text=Side(Bert(bert, dtype, config.text.remat), project()),
+        text=Side(Bert(bert, dtype, config.text.remat), project() if config.text.projection else None),
         mean=tuple(config.image.mean),
         std=tuple(config.image.std),
     )

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 
 
 class Side(nn.Module):
-    """A tower and the linear projection after it."""
+    """A tower and the linear projection after it, or None where the tower is as wide as the joint space."""
 
     tower: nn.Module
-    projection: nn.Module
+    projection: nn.Module | None
 
     def __call__(self, *inputs, train: bool) -> jax.Array:
         return self.project(self.features(*inputs, train=train))
@@ -22,7 +22,9 @@ class Side(nn.Module):
 
     def project(self, features: jax.Array) -> jax.Array:
         """[b, f] → unit vectors fp32 [b, d]."""
-        x = self.projection(features.astype(jnp.float32))
+        x = features.astype(jnp.float32)
+        if self.projection is not None:
+            x = self.projection(x)
         # Not x / norm(x), whose gradient at 0 is NaN, also where a mask takes the row out of the loss.
         return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-12))
 
