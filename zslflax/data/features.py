@@ -25,7 +25,7 @@ class TextFeatures:
 
     def __init__(self, model, variables, capacity: int, frozen: bool = False):
         apply = lambda variables, inputs: model.apply(variables, *inputs, method="text_features")
-        self.function, self.variables = distributed.map_embed(apply), variables
+        self.function, self.variables = distributed.map_over_devices(apply), variables
         self.capacity, self.frozen = capacity, frozen
         self.places, self.kept = {}, None
 
@@ -54,7 +54,7 @@ class TextFeatures:
             own = rows[widths == width]
             inputs = tokens[own, :width], mask[own, :width]
             size = ROWS * jax.local_device_count()
-            outputs |= zip(own.tolist(), distributed.in_batches(self.function, self.variables, inputs, size))
+            outputs |= zip(own.tolist(), distributed.map_in_batches(self.function, self.variables, inputs, size))
         return [outputs[row] for row in rows.tolist()]
 
     def keep(self, computed: dict[bytes, np.ndarray]) -> None:

@@ -54,8 +54,10 @@ def open_set(name: str, test, config) -> TestSet:
 
 def label_space(test, own: list[str] | None, wordnet: WordNet | None) -> LabelSpace | None:
     """The classes of one of the config's test sets; None where neither the config nor the source names any."""
-    if test.names or test.classes or own is not None:
-        return LabelSpace.read(test.names, test.unseen, test.synonyms, classes=test.classes, own=own, wordnet=wordnet)
+    if test.class_names or test.classes or own is not None:
+        return LabelSpace.read(
+            test.class_names, test.unseen, test.synonyms, classes=test.classes, own=own, wordnet=wordnet
+        )
     if test.data == "shapes":
         unseen = members(shapes.NAMES, [shapes.NAMES[i] for i in shapes.UNSEEN])
         return LabelSpace(shapes.NAMES, unseen, shapes.SYNONYMS)

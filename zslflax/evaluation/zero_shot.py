@@ -166,7 +166,7 @@ def share_among_hosts(encode_text):
 def embed_classes(predictor: Predictor, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
     """`Predictor.class_embeddings` by all processes together; the main one alone reads and writes what is kept."""
     cache = predictor.class_cache if distributed.is_main() else ClassCache()
-    class_emb = distributed.from_main(cache.read(names, templates))
+    class_emb = distributed.broadcast_from_main(cache.read(names, templates))
     if class_emb is None:
         class_emb = class_embeddings(share_among_hosts(predictor.encode_text), names, templates)
         cache.write(names, templates, class_emb)

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from zslflax.config import from_json
+from zslflax.config_json import read_config
 from zslflax.data.text import Tokenizer
 from zslflax.errors import MissingFileError, UserError
 from zslflax.models.import_weights.locate import locate
@@ -82,7 +82,7 @@ def load_model(folder: Path) -> tuple:
         ValueError: another kind of model, or a damaged file.
     """
     try:
-        config = from_json((folder / "config.json").read_text())
+        config = read_config(folder / "config.json")
         with safe_open(folder / WEIGHTS, "numpy") as file:
             step = int(file.metadata()["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}

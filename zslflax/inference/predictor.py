@@ -17,7 +17,8 @@ from PIL import Image
 
 import zslflax
 from zslflax import checkpoint, distributed
-from zslflax.config import compute_dtype, from_json
+from zslflax.config import compute_dtype
+from zslflax.config_json import read_config
 from zslflax.data import images
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.text import Tokenizer
@@ -49,7 +50,7 @@ class Predictor:
         self.config, self.model, self.tokenizer, self.step = config, model, tokenizer, step
         self.variables, self.class_cache = distributed.replicate(variables), ClassCache()
         self.text_features = text_features or TextFeatures(model, self.variables, DEFAULT_CAPACITY)
-        map_method = lambda method: distributed.map_embed(lambda variables, x: model.apply(variables, x, method=method))
+        map_method = lambda method: distributed.map_over_devices(lambda variables, x: model.apply(variables, x, method=method))
         self._encode_image, self._project_text = map_method("encode_image"), map_method("project_text")
 
     def with_variables(self, variables, step: int) -> "Predictor":
@@ -210,7 +211,7 @@ class Predictor:
         size = devices
         while size < min(len(array), largest):
             size *= 2
-        return distributed.in_batches(function, self.variables, array, min(size, largest))
+        return distributed.map_in_batches(function, self.variables, array, min(size, largest))
 
 
 def nearest(queries: np.ndarray, keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -251,12 +252,12 @@ def build_model(config) -> tuple[two_tower.TwoTower, Tokenizer]:
 
 def read_run(workdir: Path, step: int | None, use: str) -> tuple:
     """Of a training run, for `Predictor.restore`: config, what the model is applied to (NumPy), step."""
-    steps = checkpoint.available(workdir)
+    steps = checkpoint.complete_steps(workdir)
     if not steps or step not in (None, *steps):
         found = f"found steps {', '.join(map(str, steps))}" if steps else "found none"
         raise MissingFileError(f"{workdir} has no complete checkpoint{f' of step {step}' if step else ''}; {found}")
     step = steps[-1] if step is None else step
-    config = from_json((workdir / "config.json").read_text())
+    config = read_config(workdir / "config.json")
     names = ("params", "frozen_params", "batch_stats", "teacher_params", "teacher_batch_stats")
     saved = checkpoint.restore_parts(workdir, step, names if use == "teacher" else names[:3])
     params, batch_stats = saved["params"], saved["batch_stats"]

@@ -28,7 +28,7 @@ def device_batches(
         batches = with_text_features(batches, text_features)
     elif config.model.text.pack_length:
         batches = with_packed_text(config, sources, tokenizer, batches)
-    return distributed.to_devices(batches)
+    return distributed.prefetch_to_devices(batches)
 
 
 def host_batches(config, sources, tokenizer, start_step: int) -> Iterator[dict]:

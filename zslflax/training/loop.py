@@ -78,15 +78,15 @@ def train_loop(run: Run, stop: StopRequest) -> tuple[int, bool]:
         state, metrics = run.train_step(state, batch)
         run.profile.after(step, metrics)
         recent.append(metrics)
-        checkpoint.raise_errors(run.checkpoints)
+        checkpoint.check_for_errors(run.checkpoints)
         reported = report_and_save(run, step, state, recent, watch, stop)
         if not reported or stop.requested(step):
             break
 
     if int(state.failed_step) >= 0:
         stop_at_failed_step(run.checkpoints, state)
-    checkpoint.save(run.checkpoints, state, recent=recent)
-    checkpoint.finish(run.checkpoints)
+    checkpoint.save(run.checkpoints, state, recent_metrics=recent)
+    checkpoint.wait_until_finished(run.checkpoints)
     return step, step == config.steps and not recent
 
 
@@ -132,8 +132,8 @@ def save_on_error(run: Run, step: int, state: TrainState, recent: list[dict]) ->
     except Exception:
         if step > run.first_step and not distributed.is_multi_process():
             try:
-                checkpoint.save(run.checkpoints, state, recent=recent)
-                checkpoint.finish(run.checkpoints)
+                checkpoint.save(run.checkpoints, state, recent_metrics=recent)
+                checkpoint.wait_until_finished(run.checkpoints)
                 log.error("step %d is saved; the same command continues from there", step)
             except OSError as error:
                 log.error("%s", error)
@@ -161,7 +161,7 @@ def warn_of_collapse(objective, metrics: dict[str, float]) -> None:
 def stop_at_failed_step(checkpoints, state: TrainState) -> None:
     """Saves the state as it was before the first non-finite step that was not skipped, and raises."""
     checkpoint.save(checkpoints, state.replace(failed_step=jnp.full((), -1, jnp.int32)))
-    checkpoint.finish(checkpoints)
+    checkpoint.wait_until_finished(checkpoints)
     step, skipped = int(state.failed_step), int(state.nonfinite_steps)
     before = f", after {skipped} that were skipped" if skipped else ""
     raise NonFiniteError(

@@ -1,7 +1,6 @@
 """Schedules, parameter groups and freezing, put together from optax."""
 
 import operator
-import re
 from functools import partial
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from zslflax.config_checks import compile_pattern
 from zslflax.errors import UserError, nearest_names
 from zslflax.models.partition import partition
 
@@ -31,11 +31,7 @@ def match(params: Any, patterns: tuple[tuple[str, Any], ...], default: Any, fiel
     def value_of(path: str):
         values = []
         for pattern, value in patterns:
-            try:
-                found = re.match(pattern, path)
-            except re.error as error:
-                raise UserError(f"config: {field}: {pattern!r} is not a regular expression: {error}") from None
-            if found:
+            if compile_pattern(field, pattern).match(path):
                 matched.add(pattern)
                 values.append(value)
         return values[0] if values else default
