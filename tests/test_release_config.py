@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from zslflax import config
+from zslflax.config_checks import validate
 from zslflax.errors import UserError
 
 CONFIG = Path(__file__).parent.parent / "configs" / "r50_declutr.py"
@@ -21,7 +21,7 @@ def get_config():
 
 def test_release_sets_what_the_scripts_set(get_config):
     c = get_config("release")
-    config.validate(c)
+    validate(c)
     assert c.name == "r50_declutr_release" and c.objective.name == "self_distillation"
     assert c.steps == 10 * (2_911_810 // c.batch_size) == 56_870
     assert (c.objective.image_image_weight, c.objective.text_text_weight) == (1.0, 1.0)
@@ -33,11 +33,11 @@ def test_release_sets_what_the_scripts_set(get_config):
 @pytest.mark.parametrize("objective", ["info_nce", "label_smoothing", "self_distillation", "otter"])
 def test_release_takes_an_objective(get_config, objective):
     c = get_config(f"release_{objective}")
-    config.validate(c)
+    validate(c)
     assert c.objective.name == objective and c.objective.smoothing == 0.0
     assert c.objective.remove_diagonal == (objective == "otter")
 
 
 def test_a_mistyped_release_is_refused(get_config):
     with pytest.raises(UserError, match="objective.name is 'relese'"):
-        config.validate(get_config("relese"))
+        validate(get_config("relese"))
