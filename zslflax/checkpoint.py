@@ -1,26 +1,24 @@
-"""Checkpoints with Orbax: saves a train state, restores it on any number of devices, and detects damage.
+"""Checkpoints with Orbax: saves train states, and restores them on any number of devices.
 
 A train state is any object whose attributes (`vars(state)`) are pytrees of arrays, among them the scalar `step`. A
 checkpoint has two items: `state`, the arrays, and `run`, JSON with a fingerprint of each attribute and the metrics of
-the steps since the last report. The fingerprints are needed because Orbax detects damage to its own tables, but not
-every flipped bit of the arrays (0.12.8 writes zstd frames without checksums).
+the steps since the last report.
 """
 
 import contextlib
-import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from zslflax import distributed
+from zslflax.checkpoint_checks import MismatchError, check_fingerprints, check_structure, fingerprints, read_run_item
 from zslflax.errors import StorageError, UserError
 
 log = logging.getLogger("zslflax")
@@ -28,10 +26,6 @@ log = logging.getLogger("zslflax")
 Metrics = dict[str, Any]  # scalars by name
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"  # in the workdir
-
-
-class MismatchError(UserError):
-    """A checkpoint has other arrays than the train state that it should be restored to."""
 
 
 def create_manager(workdir: str | Path, best_metric: str = "") -> ocp.CheckpointManager:
@@ -242,60 +236,3 @@ def recent_metrics(workdir: str | Path, step: int) -> list[Metrics]:
     scalar = lambda value: np.int32(value) if isinstance(value, int) else np.float32(value)
     saved = read_run_item(Path(workdir) / FOLDER / str(step))["recent_metrics"]
     return [{name: scalar(value) for name, value in metrics.items()} for metrics in saved]
-
-
-def read_run_item(folder: Path) -> dict[str, Any]:
-    """The item `run` of a checkpoint: {"fingerprints", "recent_metrics"}."""
-    return json.loads((folder / "run" / "metadata").read_text())
-
-
-def check_structure(folder: Path, like: Any) -> None:
-    """Raises a MismatchError where the arrays of a checkpoint have other names or shapes than those of `like`."""
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        saved = shapes_by_name(handler.metadata(folder / "state").tree)
-    expected = shapes_by_name(like)
-    common = sorted(saved.keys() & expected.keys())
-    reshaped = [f"{name} {saved[name]} and {expected[name]}" for name in common if saved[name] != expected[name]]
-    differences = {
-        "only the checkpoint has": sorted(saved.keys() - expected.keys()),
-        "only this run has": sorted(expected.keys() - saved.keys()),
-        "shapes differ for": reshaped,
-    }
-    some = lambda names: ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    if described := [f"{kind} {some(names)}" for kind, names in differences.items() if names]:
-        raise MismatchError(
-            f"the checkpoint {folder} was written by an older version of zslflax or with another config, and does not "
-            f"fit this run: {'; '.join(described)}. Choose another --workdir, use the version that wrote it, or take "
-            "back what --changed let pass; nothing has been changed there"
-        )
-
-
-def shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of each array by its path, such as "params/image/tower/kernel": of a state, or of Orbax's metadata."""
-    return {name: tuple(array.shape) for name, array in ocp.tree.to_flat_dict(tree, sep="/").items()}
-
-
-@jax.jit
-def array_fingerprint(array: jax.Array) -> jax.Array:
-    """Σ over positions i of (2i + 1) · word_i mod 2³², where words are the array's elements as unsigned integers."""
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
-    words = array.view(unsigned).astype(jnp.uint32).ravel()
-    weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
-    return jnp.sum(words * weights, dtype=jnp.uint32)
-
-
-def fingerprints(trees: Mapping[str, Any]) -> dict[str, int]:
-    """The sum of each tree's `array_fingerprint`s mod 2³², computed on the devices that hold the arrays.
-
-    Odd weights are invertible mod 2³². Therefore every change of a single word changes the fingerprint, and other
-    damage goes unnoticed once in 2³² cases. The sum depends neither on the order of the arrays nor on the devices.
-    """
-    sums = jax.device_get({name: [array_fingerprint(x) for x in jax.tree.leaves(tree)] for name, tree in trees.items()})
-    return {name: sum(map(int, of_tree)) % 2**32 for name, of_tree in sums.items()}
-
-
-def check_fingerprints(trees: Mapping[str, Any], folder: Path) -> None:
-    """Raises a UserError where attributes of a state differ from what was saved."""
-    saved = read_run_item(folder)["fingerprints"]
-    if wrong := [name for name, value in fingerprints(trees).items() if value != saved[name]]:
-        raise UserError(f"the checkpoint {folder} is damaged: {', '.join(wrong)} differ from what was saved")

@@ -101,21 +101,32 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     return value
 
 
-def read_rows(
+def iter_rows(
     path: str | Path, delimiter: str = ",", quoting: Literal[0, 1, 2, 3] = csv.QUOTE_MINIMAL
-) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV or TSV file that are not blank: (line number from 1, fields without surrounding blanks).
+) -> Iterator[tuple[int, list[str]]]:
+    """Yields the rows of a CSV or TSV file that are not blank: (line number from 1, fields without surrounding blanks).
+
+    Only CR and LF end a row. Captions may hold the other characters at which `str.splitlines` splits.
 
     Raises:
         MissingFileError, StorageError: as `read_text`.
         UserError: the file is not valid CSV.
     """
-    reader = csv.reader(io.StringIO(read_text(path)), delimiter=delimiter, quoting=quoting)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, quoting=quoting)
     try:
-        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
+        for row in reader:
+            fields = [field.strip() for field in row]
+            if any(fields):
+                yield reader.line_num, fields
     except csv.Error as error:
-        raise UserError(f"{path} is not a valid CSV file: {error}") from error
-    return [(number, row) for number, row in rows if any(row)]
+        raise UserError(f"{path}, line {reader.line_num} is not valid CSV: {error}") from error
+
+
+def read_rows(
+    path: str | Path, delimiter: str = ",", quoting: Literal[0, 1, 2, 3] = csv.QUOTE_MINIMAL
+) -> list[tuple[int, list[str]]]:
+    """All rows that `iter_rows` yields."""
+    return list(iter_rows(path, delimiter, quoting))
 
 
 def read_columns(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -132,12 +143,12 @@ def read_columns(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int
         MissingFileError, StorageError: as `read_text`.
         UserError: the file has no such column, or a row has another number of fields than the header.
     """
-    rows = read_rows(path)
-    header = rows[0][1] if rows else []
+    rows = iter_rows(path)
+    _, header = next(rows, (0, []))
     if missing := [column for column in columns if column not in header]:
         raise UserError(f"{path} has no column {', '.join(missing)}; found: {', '.join(header) or 'nothing'}")
     indices = [header.index(column) for column in columns]
-    for number, row in rows[1:]:
+    for number, row in rows:
         if len(row) != len(header):
             raise UserError(f"{path}, line {number} has {len(row)} fields, the header {len(header)}")
         yield number, [row[i] for i in indices]

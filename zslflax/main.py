@@ -42,6 +42,7 @@ def parse(arguments: list[str]) -> list[str]:
     Ends the program with a one-line message where a flag is wrong. The message for an override of a field that does not
     exist names the nearest field.
     """
+    check_config_file(arguments)
     try:
         return flags.FLAGS(arguments)
     except (AttributeError, KeyError):
@@ -51,8 +52,17 @@ def parse(arguments: list[str]) -> list[str]:
         flags.FLAGS(sys.argv)
         check_overrides(CONFIG.value, arguments)
         raise
-    except (flags.Error, OSError) as error:
+    except flags.Error as error:
         sys.exit(f"zslflax: {error}")
+
+
+def check_config_file(arguments: list[str]) -> None:
+    """Ends the program where --config names a file that does not exist, for which absl has no clear message."""
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        flag, _, value = argument.partition("=")
+        path = (value or following).partition(":")[0]
+        if flag in ("-config", "--config") and not Path(path).is_file():
+            sys.exit(f"zslflax: {flag}={path}: there is no such file")
 
 
 def main(_: Any) -> int:

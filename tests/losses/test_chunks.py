@@ -121,7 +121,7 @@ def test_small_losses_are_as_exact_as_large_ones():
 
 def test_potentials_of_chunks_on_four_devices_equal_those_of_the_whole():
     _, teacher = related_pairs()
-    valid, position = np.arange(N) % 5 != 1, np.arange(N, dtype=np.int32)
+    valid, position = jnp.arange(N) % 5 != 1, np.arange(N, dtype=np.int32)
     regulariser = np.float32(0.15)
 
     def potential(devices, chunks):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from zslflax.config_checks import compile_pattern
 from zslflax.errors import UserError, nearest_names
 from zslflax.models.partition import MODALITIES, Tree, partition
 
@@ -41,9 +42,7 @@ def match_patterns(params: Tree, patterns: tuple[tuple[str, Any], ...], default:
     """
     paths = parameter_paths(params)
     all_paths = jax.tree.leaves(paths)
-    matched = {
-        pattern: {path for path in all_paths if matches_pattern(pattern, path, field)} for pattern, _ in patterns
-    }
+    matched = {pattern: set(filter(compile_pattern(field, pattern).match, all_paths)) for pattern, _ in patterns}
     if unmatched := [pattern for pattern, found in matched.items() if not found]:
         raise UserError(
             f"config: {field}: no parameter matches {', '.join(map(repr, unmatched))}; patterns are matched from the "
