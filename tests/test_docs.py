@@ -18,7 +18,7 @@ from zslflax.losses import contrastive
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 FIELDS = set(field_names(default_config()))
-GROUPS = {field.rpartition(".")[0] for field in FIELDS}
+GROUPS = {field[: dot.start()] for field in FIELDS for dot in re.finditer(r"\.", field)}
 
 
 @pytest.fixture(params=PAGES, ids=lambda page: page.name)
