@@ -78,7 +78,7 @@ def test_the_map_lists_every_module():
     assert listed == modules
 
 
-def test_the_examples_of_using_a_model_run(finished, tmp_path, monkeypatch):
+def test_the_examples_of_using_a_model_run(finished, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("image.jpg", "other.jpg"):
         Image.new("RGB", (24, 24), "red").save(name)
