@@ -12,8 +12,8 @@ def rgb(colour):
     return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
 
 
-def count_pixels(picture, colour, box=None):
-    return int(np.sum(np.all(np.asarray(picture.crop(box) if box else picture) == rgb(colour), axis=-1)))
+def count_pixels(grid, colour, box=None):
+    return int(np.sum(np.all(np.asarray(grid.crop(box) if box else grid) == rgb(colour), axis=-1)))
 
 
 def solid(colour, height=32, width=32):
@@ -23,27 +23,27 @@ def solid(colour, height=32, width=32):
 def test_images_of_all_sizes_fill_their_cells():
     colours = [(250, 10, 20), (20, 240, 30), (15, 25, 235), (200, 10, 220)]
     images = [solid(c, *size) for c, size in zip(colours, [(32, 32), (224, 224), (100, 50), (3, 500)])]
-    picture = prediction_grid(images, [[("a", 0.5, False)]] * 4, [("a",)] * 4, columns=3)
-    pixels = np.asarray(picture)
+    grid = prediction_grid(images, [[("a", 0.5, False)]] * 4, [("a",)] * 4, columns=3)
+    pixels = np.asarray(grid)
     expected = [160 * 160, 160 * 160, 160 * 80, 160 * 1]
     for place, (colour, area) in enumerate(zip(colours, expected)):
         where = np.argwhere(np.all(pixels == colour, axis=-1))
         assert len(where) == area
         middle = where.mean(axis=0)  # three in the first row, one in the second
-        assert (middle[0] > picture.height / 2) == (place == 3)
-        assert int(middle[1] // (picture.width / 3)) == place % 3
+        assert (middle[0] > grid.height / 2) == (place == 3)
+        assert int(middle[1] // (grid.width / 3)) == place % 3
 
 
 def test_bars_have_the_lengths_of_their_scores_and_true_ones_are_green():
-    rows = [
+    predictions = [
         [("one", 0.8, False), ("two", 0.4, True), ("three", 0.0, False)],
         [("four", 0.2, True), ("five", -0.2, False)],
     ]
-    picture = prediction_grid([solid(128)] * 2, rows, [("two",), ("four",)], columns=1)
+    grid = prediction_grid([solid(128)] * 2, predictions, [("two",), ("four",)], columns=1)
     left = figures.MARGIN + figures.SIDE + figures.GAP
     lengths = {}
     # The rows of pixels above and below the text show the whole length of a bar.
-    pixels = np.asarray(picture)[:, left : left + figures.BAR_WIDTH]
+    pixels = np.asarray(grid)[:, left : left + figures.BAR_WIDTH]
     for kind, colour in (("true", figures.TRUE_BAR), ("other", figures.OTHER_BAR)):
         per_line = np.all(pixels == rgb(colour), axis=-1).sum(axis=1)
         lengths[kind] = sorted(set(per_line.tolist()))
@@ -55,9 +55,9 @@ def test_bars_have_the_lengths_of_their_scores_and_true_ones_are_green():
 
 def test_only_true_names_have_a_tick():
     def tick_pixels(is_true):
-        picture = prediction_grid([solid(128)], [[("x", 1.0, is_true)]], [("x",)])
+        grid = prediction_grid([solid(128)], [[("x", 1.0, is_true)]], [("x",)])
         left, top = figures.MARGIN + figures.SIDE + figures.GAP, figures.MARGIN
-        return count_pixels(picture, figures.TRUE_TEXT, (left, top, left + 20, top + figures.BAR_HEIGHTS[1]))
+        return count_pixels(grid, figures.TRUE_TEXT, (left, top, left + 20, top + figures.BAR_HEIGHTS[1]))
 
     assert tick_pixels(True) > 15 and tick_pixels(False) == 0
 
@@ -83,8 +83,8 @@ def test_text_is_wrapped_and_shortened_to_its_width():
 
 
 def test_scores_that_are_not_finite_and_empty_predictions_are_drawn():
-    picture = prediction_grid([solid(1), solid(2)], [[("a", float("nan"), True)], []], [(), ("b",)])
-    assert count_pixels(picture, figures.TRUE_BAR) == 0 and count_pixels(picture, figures.TRUE_TEXT) > 0
+    grid = prediction_grid([solid(1), solid(2)], [[("a", float("nan"), True)], []], [(), ("b",)])
+    assert count_pixels(grid, figures.TRUE_BAR) == 0 and count_pixels(grid, figures.TRUE_TEXT) > 0
 
 
 def test_lists_of_different_lengths_are_refused():

@@ -1,4 +1,4 @@
-"""Figures of predictions: images with their best names as bars, in a picture or in text."""
+"""Figures of predictions: images with their best names as bars, drawn or as text."""
 
 from collections.abc import Sequence
 
