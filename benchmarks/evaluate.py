@@ -15,7 +15,7 @@ Of the search: the 20 nearest of the classes for each image by inner product, th
 
 Peers are run in turns on the same machine, so that what else runs there meets all of them.
 
-Of the class embeddings: names × seven prompts through a text tower, as `class_embeddings` batches them by
+Of the class embeddings: names × seven prompts through a text tower, as `embed_class_names` batches them by
 length, and as batches of 512 that are padded to the maximum length; both compiled before.
 
     prompts_per_second
@@ -39,8 +39,8 @@ from zslflax import distributed
 from zslflax.config import default_config
 from zslflax.data.features import TextFeatures
 from zslflax.data.text import Tokenizer
-from zslflax.inference.class_embeddings import class_embeddings
-from zslflax.inference.prompts import read_names
+from zslflax.inference.class_embeddings import embed_class_names
+from zslflax.inference.prompts import read_class_names
 from zslflax.inference.top_k import top_k
 from zslflax.models.build import build
 from zslflax.models.import_weights.load import load_text_tower
@@ -175,7 +175,7 @@ def load_text_model(name: str, max_tokens: int):
 def compare_class_embeddings(args) -> None:
     """Prints one line for batches by length, and one for batches that are padded to the maximum."""
     model, variables, tokenizer = load_text_model(args.text, args.max_tokens)
-    names = read_names(args.names)
+    names = read_class_names(args.names)
     names = [names[i] for i in np.linspace(0, len(names) - 1, min(args.count, len(names))).astype(int)]
     padded = distributed.map_embed(lambda variables, inputs: model.apply(variables, *inputs, method="text_features"))
     features = TextFeatures(model, variables, capacity=0)
@@ -186,9 +186,9 @@ def compare_class_embeddings(args) -> None:
     few = {"by_length": names, "padded": names[:1]}  # meets every length, or the only one
     seconds, embeddings = {}, {}
     for form, encode_text in encode.items():
-        class_embeddings(encode_text, few[form], TEMPLATES)
+        embed_class_names(encode_text, few[form], TEMPLATES)
         start = time.perf_counter()
-        embeddings[form] = class_embeddings(encode_text, names, TEMPLATES)
+        embeddings[form] = embed_class_names(encode_text, names, TEMPLATES)
         seconds[form] = time.perf_counter() - start
     for form in encode:
         line = {"benchmark": "evaluate", "measured": "class_embeddings", "form": form, "names": len(names)}

@@ -20,7 +20,8 @@ import numpy as np
 from zslflax import figures
 from zslflax.cli import exit_on_error, start_logging
 from zslflax.data import images
-from zslflax.inference.predictor import Predictor, read_image
+from zslflax.inference.image_input import read_image
+from zslflax.inference.predictor import Predictor
 
 log = logging.getLogger("zslflax")
 MEGABYTES = 20  # of an upload
@@ -48,7 +49,7 @@ footer { display: none !important }
 
 
 def parse_names(text: str) -> list[str]:
-    """Names with commas or line ends between them, each once; unlike `read_names`, never a file."""
+    """Names with commas or line ends between them, each once; unlike `read_class_names`, never a file."""
     names = list(dict.fromkeys(name.strip() for name in re.split(r"[,\n]", text) if name.strip()))
     if len(names) > NAMES or max(map(len, names), default=0) > CHARACTERS:
         refuse(f"At most {NAMES:,} names of {CHARACTERS} characters each.")
@@ -74,7 +75,7 @@ def read_folder(predictor: Predictor, folder: Path) -> tuple[list[Path], np.ndar
         prepared = []
         for path in candidates[start : start + CHUNK]:
             try:
-                prepared.append(predictor.prepare(path))
+                prepared.append(predictor.preprocess(path))
                 paths.append(path)
             except (images.BadSample, OSError) as error:
                 log.warning("left out %s", error)
@@ -103,13 +104,13 @@ def page(predictor: Predictor, folder: Path | None) -> gr.Blocks:
             refuse(f"This file can't be used: {error}.")
         names = parse_names(text)
         answer = bars(predictor.classify(image, names, top_k=BEST)[0]) if names else HINT
-        return figures.fitted(image, SIDE), answer
+        return figures.fit_image(image, SIDE), answer
 
     def search(query: str):
         if not query.strip() or len(query) > CHARACTERS:
             refuse(f"Type a sentence of at most {CHARACTERS} characters.")
         answer = [(paths[i], score) for i, score in predictor.search(query, image_emb, top_k=FOUND)]
-        return [(figures.fitted(read_image(path), SIDE), f"{path.name}  {s:.3f}") for path, s in answer]
+        return [(figures.fit_image(read_image(path), SIDE), f"{path.name}  {s:.3f}") for path, s in answer]
 
     alone = {"concurrency_limit": 1, "concurrency_id": "model"}
     with gr.Blocks(title="zslflax", analytics_enabled=False, delete_cache=(KEEP // 6, KEEP)) as blocks:

@@ -9,8 +9,8 @@ from zslflax import config
 from zslflax.data.images import decode
 from zslflax.evaluation import zero_shot
 from zslflax.evaluation.test_sets import open_sets
-from zslflax.inference import predictor
 from zslflax.inference.predictor import Predictor
+from zslflax.inference.restore import build_model
 from zslflax.training.setup import create_state
 
 IDS = ["n02084071", "n02121808", "n02958343"]
@@ -23,7 +23,7 @@ def predictors(tiny):
     made = {}
     for seed, who in enumerate(("", "student/")):
         tiny.seed = seed
-        model, tokenizer = predictor.build_model(tiny)
+        model, tokenizer = build_model(tiny)
         state, _, _ = create_state(tiny, model, pretrained_weights=False)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         made[who] = Predictor(tiny, model, variables, tokenizer, step=7)

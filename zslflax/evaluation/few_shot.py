@@ -12,7 +12,7 @@ import optax
 
 from zslflax.errors import UserError
 from zslflax.evaluation.bootstrap import bootstrap, bounds
-from zslflax.inference.class_embeddings import unit
+from zslflax.inference.class_embeddings import l2_normalize
 from zslflax.inference.top_k import top_k
 
 AT_ONCE = 50  # episodes
@@ -214,4 +214,4 @@ def check(embeddings, labels, among=None) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"expected labels from 0 on, found {labels.min()}")
     if among is not None and len(unknown := np.setdiff1d(labels, among)):
         raise UserError(f"{len(unknown)} classes have test images and no training image; the first is {unknown[0]}")
-    return unit(embeddings), labels.astype(np.int64)
+    return l2_normalize(embeddings), labels.astype(np.int64)

@@ -11,7 +11,7 @@ import numpy as np
 from zslflax.errors import UserError
 from zslflax.evaluation.class_lists import read_classes
 from zslflax.evaluation.wordnet import WordNet
-from zslflax.inference.prompts import read_names
+from zslflax.inference.prompts import read_class_names
 
 CODE = re.compile(r"n\d{8}|/[a-z]/.+|\d+")  # ids that are no names: of WordNet, Open Images' MIDs, numbers
 
@@ -64,7 +64,7 @@ class LabelSpace:
         """A label space from what a config says and a source brings along.
 
         Args:
-            names: what `read_names` takes, in the order of the classes; "": as the file of classes calls
+            names: what `read_class_names` takes, in the order of the classes; "": as the file of classes calls
                 them, or else WordNet, or else, unless they are codes, their ids are their names.
             unseen: one or more of the names, or of the ids, likewise; "" means none.
             synonyms: like `names`; "" means none.
@@ -74,7 +74,7 @@ class LabelSpace:
         """
         ids, named = read_classes(classes) if classes else (None if own is None else list(own), {})
         if names:
-            called = read_names(names)
+            called = read_class_names(names)
         elif ids is None:
             raise UserError("expected names or classes, because the source's labels are only numbers")
         else:
@@ -86,9 +86,9 @@ class LabelSpace:
             )
         known = {*called, *(ids or ())}
         several = unseen not in known and ("," in unseen or os.path.isfile(unseen))
-        chosen = read_names(unseen) if several else [unseen] if unseen else []
+        chosen = read_class_names(unseen) if several else [unseen] if unseen else []
         keys = ids if ids is not None and set(chosen) <= set(ids) else called
-        return cls(called, members(keys, chosen), read_names(synonyms) if synonyms else None, ids)
+        return cls(called, members(keys, chosen), read_class_names(synonyms) if synonyms else None, ids)
 
     def relabel(self, labels, classes: list[str] | None = None) -> tuple[list[tuple[int, ...]], int]:
         """A source's labels as labels of this space: (n tuples, how many labels are none of its classes).

@@ -16,7 +16,7 @@ from zslflax.errors import UserError
 from zslflax.evaluation.metrics import zero_shot_metrics
 from zslflax.evaluation.retrieval import retrieval_recall
 from zslflax.evaluation.test_sets import TestSet, open_sets
-from zslflax.inference.class_embeddings import ClassCache, class_embeddings
+from zslflax.inference.class_embeddings import share_among_processes
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.top_k import top_k
 
@@ -115,7 +115,7 @@ def embed(predictors: dict[str, Predictor], test: TestSet, config) -> Embedded:
 
 def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test: TestSet, config, resamples: int):
     """One predictor's metrics on one test set, and its answers: for each shown image [(name, score, true), …]."""
-    encode_text = share_among_hosts(predictor.encode_text)
+    encode_text = share_among_processes(predictor.encode_text)
     metrics, candidates = {}, None
     captions = [caption for of_image in embedded.captions for caption in of_image]
     if captions:
@@ -128,8 +128,7 @@ def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test:
     if test.labels is not None and any(embedded.labels):
         space = test.labels
         check_labels(test, embedded)
-        embed_names = lambda names: embed_classes(predictor, names, config.eval.templates)
-        class_emb = embed_names(space.names)
+        class_emb = predictor.class_embeddings(space.names, config.eval.templates)
         unseen = space.unseen if space.unseen.any() else None
         measure = lambda class_emb: zero_shot_metrics(
             image_emb,
@@ -142,35 +141,13 @@ def score(predictor: Predictor, image_emb: np.ndarray, embedded: Embedded, test:
         )
         metrics |= measure(class_emb) | embedded.excluded
         if space.synonyms is not None:
-            results = measure(embed_names(space.synonyms))
+            results = measure(predictor.class_embeddings(space.synonyms, config.eval.templates))
             metrics |= {f"synonyms/{name}": value for name, value in results.items()}
         truth = [set(embedded.labels[i]) for i in shown(len(image_emb))]
         candidates = class_emb, space.names, truth
     elif test.labels is not None:
         log.warning("%s: no image has a label among the %d classes; %s", test.name, len(test.labels), embedded.excluded)
     return metrics, best_names(image_emb, *candidates) if candidates else []
-
-
-def share_among_hosts(encode_text):
-    """The same function, each process encoding a part of the texts and all getting the whole."""
-
-    def encode(texts: Sequence[str]) -> np.ndarray:
-        per_host = -(-len(texts) // jax.process_count())
-        own = list(texts[jax.process_index() * per_host :][:per_host])
-        padded = own + [""] * (per_host - len(own))
-        return distributed.gather_hosts(encode_text(padded))[: len(texts)]
-
-    return encode
-
-
-def embed_classes(predictor: Predictor, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-    """`Predictor.class_embeddings` by all processes together; the main one alone reads and writes what is kept."""
-    cache = predictor.class_cache if distributed.is_main() else ClassCache()
-    class_emb = distributed.broadcast_from_main(cache.read(names, templates))
-    if class_emb is None:
-        class_emb = class_embeddings(share_among_hosts(predictor.encode_text), names, templates)
-        cache.write(names, templates, class_emb)
-    return class_emb
 
 
 def check_labels(test: TestSet, embedded: Embedded) -> None:

@@ -23,7 +23,8 @@ from zslflax.data.text import Tokenizer
 from zslflax.errors import UserError
 from zslflax.evaluation.test_sets import open_sets
 from zslflax.inference.export import TEXT_FOLDER, save_text_encoder
-from zslflax.inference.predictor import Predictor, build_model
+from zslflax.inference.predictor import Predictor
+from zslflax.inference.restore import build_model
 from zslflax.losses.contrastive import init_params
 from zslflax.models.import_weights.load import load_image_tower, load_text_tower
 from zslflax.models.import_weights.locate import locate
