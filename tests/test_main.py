@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
 
 from tests.testing.configs import ROOT
+from tests.testing.flags import parse_flags, reset_flags
 from zslflax import main
 from zslflax.errors import UserError
 from zslflax.inference.prompts import resolve_templates
@@ -21,21 +21,10 @@ DEMO = ROOT / "configs" / "demo.py"
 def parse(monkeypatch):
     """Parses arguments as the command does, and returns its config."""
 
-    def parse(*arguments, config=DEMO):
-        reset_flags()
-        monkeypatch.setattr(sys, "argv", ["main", *([f"--config={config}"] if config else []), *arguments])
-        main.parse(sys.argv)
-        return main.CONFIG.value
-
-    yield parse
+    yield lambda *arguments, config=DEMO: parse_flags(
+        monkeypatch, [*([f"--config={config}"] if config else []), *arguments]
+    )
     reset_flags()
-
-
-def reset_flags():
-    """Undoes the parsing, and removes the flags that ml_collections defined for the overrides."""
-    flags.FLAGS.unparse_flags()
-    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-        delattr(flags.FLAGS, name)
 
 
 def test_overrides(parse):

@@ -160,6 +160,7 @@ class Profile:
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         self.first, self.last = steps or (0, 0)
         self.folder, self.running = folder, False
+        self.annotation: jax.profiler.StepTraceAnnotation | None = None
 
     def before(self, step: int, state: Any) -> None:
         """Call it before each step. Starts the trace once the devices have computed `state`."""
@@ -176,7 +177,7 @@ class Profile:
         """Call it after each step. Ends the trace once the devices have computed the last step's `metrics`."""
         if not self.running:
             return
-        self.annotation.__exit__(None, None, None)
+        self._end_step()
         if step == self.last:
             jax.block_until_ready(metrics)
             self.close()
@@ -185,6 +186,7 @@ class Profile:
         """Ends a trace that is in progress, as when a run stops or fails."""
         if not self.running:
             return
+        self._end_step()
         self.running = False
         jax.profiler.stop_trace()
         log.info(
@@ -195,6 +197,12 @@ class Profile:
             self.folder,
             self.folder,
         )
+
+    def _end_step(self) -> None:
+        """Ends the annotation of a step that has not ended."""
+        if self.annotation is not None:
+            self.annotation.__exit__(None, None, None)
+            self.annotation = None
 
 
 def average(metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
