@@ -128,7 +128,7 @@ def draw(found: Pairs, worst: np.ndarray, source: Sequence):
     for i, *others in zip(worst, best, ids):
         own = (found.captions[i], float(scores[i]), True)
         rows.append([own] + [(captions[c], float(s), False) for s, c in zip(*others) if captions[c] != own[0]])
-    shown = [preprocess.pixels(source[int(found.number[i])]) for i in worst]
+    shown = [preprocess.record_image(source[int(found.number[i])]) for i in worst]
     return figures.prediction_grid(shown, rows, [(found.captions[i],) for i in worst])
 
 

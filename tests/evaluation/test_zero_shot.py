@@ -91,6 +91,8 @@ def test_blank_captions_are_none(tiny, predictors, tmp_path):
     (test,) = open_sets(tiny)
 
     class WithBlanks:
+        classes, negatives, excluded = None, None, {}
+
         def __init__(self, source):
             self.source = source
 

@@ -1,10 +1,10 @@
 """Opens the test sets that a config describes: a source of images, and the classes of their labels."""
 
 import logging
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from zslflax.data.sources import shapes
+from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.errors import UserError
 from zslflax.evaluation.hierarchy import Hierarchy
@@ -19,13 +19,13 @@ class TestSet(NamedTuple):
 
     Attributes:
         name: its key in `config.eval.sets`.
-        source: raw records, as `open_source` describes them.
+        source: of images, labels and captions.
         labels: the classes of its labels, or None where it has captions only.
         hierarchy: of these classes, or None where the config gives no WordNet.
     """
 
     name: str
-    source: Sequence
+    source: Source
     labels: LabelSpace | None
     hierarchy: Hierarchy | None = None
 
@@ -38,7 +38,7 @@ def open_sets(config) -> list[TestSet]:
 def open_set(name: str, test, config) -> TestSet:
     source = open_source(test.data, config.data, "test")
     wordnet = WordNet.read(test.wordnet) if test.wordnet else None
-    labels = label_space(test, getattr(source, "classes", None), wordnet)
+    labels = label_space(test, source.classes, wordnet)
     if labels is not None and (twins := repeated(labels.names)):
         log.info(
             "%s: several classes are called %r (%d such names); a twin counts as a miss",
@@ -59,6 +59,6 @@ def label_space(test, own: list[str] | None, wordnet: WordNet | None) -> LabelSp
             test.class_names, test.unseen, test.synonyms, classes=test.classes, own=own, wordnet=wordnet
         )
     if test.data == "shapes":
-        unseen = members(shapes.NAMES, [shapes.NAMES[i] for i in shapes.UNSEEN])
-        return LabelSpace(shapes.NAMES, unseen, shapes.SYNONYMS)
+        unseen = members(shapes.CLASS_NAMES, [shapes.CLASS_NAMES[i] for i in shapes.UNSEEN])
+        return LabelSpace(shapes.CLASS_NAMES, unseen, shapes.SYNONYMS)
     return None

@@ -104,8 +104,8 @@ def embed(predictors: dict[str, Predictor], test: TestSet, config) -> Embedded:
         raise UserError(f"eval.sets.{test.name}: none of the {len(test.source)} samples can be read; {errors[0]}")
     index, image = index[order], {who: x[order] for who, x in image.items()}
     labels, captions = map(list, zip(*(map(tuple, described[i]) for i in order)))
-    classes, negatives = (getattr(test.source, name, None) for name in ("classes", "negatives"))
-    excluded = dict(getattr(test.source, "excluded", {}))
+    classes, negatives = test.source.classes, test.source.negatives
+    excluded = dict(test.source.excluded)
     if test.labels is not None and classes is not None:
         labels, excluded["labels_outside"] = test.labels.relabel(labels, classes)
         if negatives is not None:
@@ -174,7 +174,7 @@ def best_names(image_emb, text_emb, names: Sequence[str], truth: list[set[int]])
 def draw(test: TestSet, embedded: Embedded, answers):
     """The picture of the shown images, their answers and their true names or captions."""
     rows, named = shown(len(embedded.index)), test.labels is not None and any(embedded.labels)
-    pixels = [preprocess.pixels(test.source[int(embedded.index[i])]) for i in rows]
+    pixels = [preprocess.record_image(test.source[int(embedded.index[i])]) for i in rows]
     true_names = [[test.labels.names[c] for c in embedded.labels[i]] if named else embedded.captions[i] for i in rows]
     return figures.prediction_grid(pixels, answers, true_names)
 
