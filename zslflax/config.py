@@ -126,7 +126,7 @@ def default_config() -> ConfigDict:
 
 def eval_set(
     data: str = "",
-    names: str = "",
+    class_names: str = "",
     unseen: str = "",
     synonyms: str = "",
     classes: str = "",
@@ -134,13 +134,13 @@ def eval_set(
 ) -> ConfigDict:
     """One test set, evaluated where `data` is given.
 
-    Images with labels are classified among `names`; images with captions are also retrieved by them.
+    Images with labels are classified among `class_names`; images with captions are also retrieved by them.
 
     Args:
         data: a source, as `data.train` takes them, or labelled images: "folder:FOLDER", "csv:FILE",
             "open_images:FOLDER,LABELS.csv", "ml_images:FOLDER,LIST.txt" (`zslflax.data.sources.labelled`). Labels are
             ids where the source knows ids, or else indices into the names.
-        names: a file with one class name a line, or "cat,dog,…"; "" where the source, `classes` or `wordnet`
+        class_names: a file with one class name a line, or "cat,dog,…"; "" where the source, `classes` or `wordnet`
             brings them.
         unseen: the classes whose figures are reported apart, as names or ids.
         synonyms: other names of the same classes, line by line, evaluated as well.
@@ -152,7 +152,7 @@ def eval_set(
     return ConfigDict(
         {
             "data": data,
-            "names": names,
+            "class_names": class_names,
             "unseen": unseen,
             "synonyms": synonyms,
             "classes": classes,

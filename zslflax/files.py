@@ -1,6 +1,7 @@
 """Small files: written whole or not at all, read with errors that name the file."""
 
 import csv
+import io
 import json
 import os
 import uuid
@@ -81,7 +82,7 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
 def read_rows(path: str | Path, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> list[tuple[int, list[str]]]:
     """The non-blank rows of a CSV or TSV file: (line number from 1, stripped fields)."""
     try:
-        reader = csv.reader(read_text(path).splitlines(keepends=True), delimiter=delimiter, quoting=quoting)
+        reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, quoting=quoting)
         rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
     except csv.Error as error:
         raise UserError(f"{path} is not a valid CSV file: {error}") from error

@@ -5,6 +5,7 @@ import functools
 import io
 import math
 import threading
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ MAX_PIXELS = 1 << 26  # 8192 × 8192: 200 MB once decoded
 MAX_SCANS = 100  # of a progressive JPEG, where each costs the time of a whole image; the usual ones have 10
 LARGE = 1 << 28  # bytes; images that need more to be decoded wait for each other
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF".split()  # Pillow knows others, some of which run programs
+IMAGE_EXTENSIONS = tuple("jpg jpeg jpe jfif png webp gif bmp tif tiff avif".split())  # of FORMATS, in order of preference
 MAX_ELONGATION = 8  # of the longer side to the shorter, beyond which evaluation looks at the middle only
 CROP_ATTEMPTS = 10  # torchvision's
 
@@ -26,6 +28,15 @@ _large = threading.Lock()
 
 class BadSample(UserError):
     """A sample that cannot be read; the pipeline masks and reports it. May carry the sample's `name`."""
+
+
+def has_image_extension(path: str | Path) -> bool:
+    """Whether a file is named like an image of one of the `FORMATS`, in upper or lower case.
+
+    >>> has_image_extension("photos/cat.JPG"), has_image_extension("photos/cat.txt")
+    (True, False)
+    """
+    return str(path).lower().endswith(tuple(f".{extension}" for extension in IMAGE_EXTENSIONS))
 
 
 def decode(data: bytes) -> np.ndarray:

@@ -51,6 +51,8 @@ class ClassTars:
         classes: the tars' names without .tar, which labels count.
     """
 
+    negatives, excluded = None, {}
+
     def __init__(self, tars: Sequence[Path]):
         self.shards = WebDataset([str(tar) for tar in tars])
         self.classes = [tar.stem for tar in tars]

@@ -35,6 +35,8 @@ class TfdsSource:
             message has the command of tfds that helps.
     """
 
+    negatives, excluded = None, {}
+
     def __init__(self, name: str, split: str, data_dir: str | None = None, *, require_captions: bool = False):
         import tensorflow_datasets as tfds
 

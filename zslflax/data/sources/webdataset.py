@@ -44,6 +44,8 @@ class WebDataset:
             no captions: says what was found instead.
     """
 
+    classes, negatives, excluded = None, None, {}
+
     def __init__(
         self,
         shards: str | Sequence[str],
