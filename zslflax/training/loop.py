@@ -37,7 +37,7 @@ def train(
         workdir: the folder that the run writes to and resumes from.
         changed: lets a run continue with another config than its checkpoints were written with.
         text_features: features of the same frozen text tower, cached by an earlier run.
-        extra_metrics: more to measure at each evaluation: {"": the shipped predictor, "student/": the student} →
+        extra_metrics: more to measure at each evaluation: {"": the shipped predictor, "student": the student} →
             metrics.
 
     Returns:

@@ -17,7 +17,7 @@ from zslflax.data.features import TextFeatures
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
 from zslflax.errors import UserError
-from zslflax.evaluation.test_sets import open_sets
+from zslflax.evaluation.test_sets import open_test_sets
 from zslflax.inference.export import TEXT_FOLDER, save_text_encoder
 from zslflax.inference.predictor import Predictor, build_model
 from zslflax.losses.contrastive import init_params
@@ -85,7 +85,7 @@ def set_up(
         [open_source(spec, config.data, "train") for spec in config.data.train], config.data.exclude
     )
     distributed.check_same_on_hosts("the number of training samples", list(map(len, sources)))
-    test_sets = open_sets(config)
+    test_sets = open_test_sets(config)
 
     resuming, recent_metrics = checkpoints.latest_step() is not None, []
     state, tx = create_state(config, model, pretrained=not resuming)
