@@ -30,8 +30,8 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 # Files that show that something has begun; of a step, it is a line of metrics.jsonl.
 TRACES = {
-    "shapes": "scenes/.*.tmp/*.tar",
-    "index": "scenes/scenes-*/*.index.npz*",
+    "shapes": "shapes/.*.tmp/*.tar",
+    "index": "shapes/shapes-*/*.index.npz*",
     "save": "run/checkpoints/*tmp*",
     "evaluation": "run/predictions/*.png",  # the teacher's; the student is evaluated after it
 }

@@ -109,34 +109,9 @@ def test_mismatched_pairs_are_the_worst_and_training_can_leave_them_out(noisy, t
     assert np.mean([truth[row["name"]] for row in worst]) > 1.5 * np.mean(list(truth.values()))
 
     # The same file as a filter.
-    (source,) = subset.leave_out([source], str(folder / "noise.csv"))
+    (source,) = subset.exclude_samples([source], str(folder / "noise.csv"))
     names = {source[i]["name"] for i in range(len(source))}
     assert len(source) == len(names) == 1_600 and names == truth.keys() - {row["name"] for row in worst}
     noisy.data.exclude, noisy.steps = str(folder / "noise.csv"), 2
     loop.train(noisy, tmp_path / "cleaner")
     assert checkpoint.available(tmp_path / "cleaner") == [2]
-
-
-class Named(list):
-    """A source of records that are their names."""
-
-    def names(self):
-        return iter(self)
-
-
-def test_what_is_left_out(tmp_path, caplog):
-    file = tmp_path / "some.csv"
-    file.write_text('score,name\n0.1,"a:2, and more"\n0.2,b:0\n0.3,elsewhere\n')
-    a, b, c = Named(["a:0", "a:1", "a:2, and more"]), Named(["b:0"]), Named(["c:0"])
-    with caplog.at_level("INFO", logger="zslflax"):
-        left = subset.leave_out([a, b, c], str(file))
-    assert [[source[i] for i in range(len(source))] for source in left] == [["a:0", "a:1"], [], ["c:0"]]
-    assert "2 of 5 training samples are left out, of the 3" in caplog.text
-    assert subset.leave_out([a, b], "") == [a, b]
-    file.write_text(file.read_text(), encoding="utf-8-sig")  # as spreadsheets write it
-    assert list(map(len, subset.leave_out([a, b, c], str(file)))) == [2, 0, 1]
-    with pytest.raises(ValueError, match="none of the 3 names .*with names like 'c:0', those of the file like 'a:2"):
-        subset.leave_out([c], str(file))
-    file.write_text("score,caption\n0.1,x\n")
-    with pytest.raises(ValueError, match=r"has the columns \['score', 'caption'\], expected one called name"):
-        subset.leave_out([a], str(file))

@@ -19,6 +19,10 @@ class StorageError(UserError, OSError):
     """A file cannot be read or written: no space, no permission, a network failure."""
 
 
+class MissingLibraryError(UserError, ImportError):
+    """An optional library that the user's choice needs is not installed."""
+
+
 class NonFiniteError(UserError, FloatingPointError):
     """The loss, a gradient or an update is not finite."""
 

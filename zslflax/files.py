@@ -12,7 +12,7 @@ from typing import Any
 from zslflax.errors import MissingFileError, StorageError, UserError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary path beside `path`, then renames it: readers see the old file or the new one.
 
     Raises:
@@ -33,7 +33,7 @@ def write_text(path: Path, text: str) -> None:
         StorageError: names the file.
     """
     try:
-        write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+        write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -79,14 +79,29 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     return value
 
 
-def read_rows(path: str | Path, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> list[tuple[int, list[str]]]:
-    """The non-blank rows of a CSV or TSV file: (line number from 1, stripped fields)."""
+def iter_rows(
+    path: str | Path, delimiter: str = ",", quoting: Any = csv.QUOTE_MINIMAL
+) -> Iterator[tuple[int, list[str]]]:
+    """Yields the non-blank rows of a CSV or TSV file one at a time: (line number from 1, stripped fields).
+
+    Only CR and LF end a row: captions may hold the other separators that `str.splitlines` splits at.
+
+    Raises:
+        MissingFileError, UserError: as `read_text`; or the file is not valid CSV.
+    """
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, quoting=quoting)
     try:
-        reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, quoting=quoting)
-        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
+        for row in reader:
+            fields = [field.strip() for field in row]
+            if any(fields):
+                yield reader.line_num, fields
     except csv.Error as error:
-        raise UserError(f"{path} is not a valid CSV file: {error}") from error
-    return [(number, row) for number, row in rows if any(row)]
+        raise UserError(f"{path}, line {reader.line_num} is not valid CSV: {error}") from error
+
+
+def read_rows(path: str | Path, delimiter: str = ",", quoting: Any = csv.QUOTE_MINIMAL) -> list[tuple[int, list[str]]]:
+    """All rows that `iter_rows` yields."""
+    return list(iter_rows(path, delimiter, quoting))
 
 
 def read_columns(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
@@ -95,12 +110,12 @@ def read_columns(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int
     Raises:
         MissingFileError, UserError: as `read_text`; or a column is missing, or a row has another number of fields.
     """
-    rows = read_rows(path)
-    header = rows[0][1] if rows else []
+    rows = iter_rows(path)
+    _, header = next(rows, (0, []))
     if missing := [column for column in columns if column not in header]:
         raise UserError(f"{path} has no column {', '.join(missing)}; found: {', '.join(header) or 'nothing'}")
     indices = [header.index(column) for column in columns]
-    for number, row in rows[1:]:
+    for number, row in rows:
         if len(row) != len(header):
             raise UserError(f"{path}, line {number} has {len(row)} fields, the header {len(header)}")
         yield number, [row[i] for i in indices]

@@ -139,7 +139,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_at_once(tiny, tmp_path):
 
 def test_a_shard_that_is_cut_off_ends_the_run_with_its_name_and_the_last_checkpoint_stays(tiny, tmp_path, monkeypatch):
     c = tiny.data.shapes
-    folder = shapes.ensure(c.root, train=c.train, test=c.test, size=c.size).path
+    folder = shapes.ensure_shards(c.root, train=c.train, test=c.test, size=c.size).path
     shard = tmp_path / "shard.tar"
     shard.write_bytes((folder / "train-00000.tar").read_bytes())
     tiny.data.train, tiny.steps = (str(shard),), 100  # threads read some batches ahead

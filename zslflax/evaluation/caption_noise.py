@@ -176,5 +176,5 @@ def draw_pairs(pairs: EmbeddedPairs, chosen: np.ndarray, source: Source) -> Imag
         own = pairs.captions[i]
         others = [(captions[c], float(score), False) for c, score in zip(ids, of_ids) if captions[c] != own]
         rows.append([(own, float(scores[i]), True), *others])
-    pixels = [preprocess.pixels(source[int(pairs.sample[i])]) for i in chosen]
+    pixels = [preprocess.record_image(source[int(pairs.sample[i])]) for i in chosen]
     return figures.prediction_grid(pixels, rows, [(pairs.captions[i],) for i in chosen])

@@ -58,7 +58,8 @@ def embed_images(predictors: Mapping[str, Predictor], source: Source, name: str,
         threads=config.data.threads,
     )
     parts: dict[str, list[np.ndarray]] = {model: [] for model in predictors}
-    samples, descriptions, errors = [], [], []
+    samples, descriptions = [], []
+    errors: list[tuple[str, str]] = []
     for batch in batches:
         for model, predictor in predictors.items():
             parts[model].append(predictor.encode_image(batch["image"]))

@@ -85,6 +85,6 @@ def open_label_space(
             wordnet=wordnet,
         )
     if fields.data == "shapes":
-        unseen = mark_classes(shapes.NAMES, [shapes.NAMES[i] for i in shapes.UNSEEN])
-        return LabelSpace(shapes.NAMES, unseen, shapes.SYNONYMS)
+        unseen = mark_classes(shapes.CLASS_NAMES, [shapes.CLASS_NAMES[i] for i in shapes.UNSEEN])
+        return LabelSpace(shapes.CLASS_NAMES, unseen, shapes.SYNONYMS)
     return None

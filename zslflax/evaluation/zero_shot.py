@@ -235,5 +235,5 @@ def draw_predictions(source: Source, sample: np.ndarray, image_emb: np.ndarray, 
         [(texts[c], float(score), c in of_image) for c, score in zip(best, best_scores)]
         for best, best_scores, of_image in zip(ids.tolist(), scores, true)
     ]
-    pixels = [preprocess.pixels(source[int(sample[i])]) for i in rows]
+    pixels = [preprocess.record_image(source[int(sample[i])]) for i in rows]
     return figures.prediction_grid(pixels, answers, [[texts[c] for c in of_image] for of_image in true])
