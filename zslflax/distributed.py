@@ -77,7 +77,7 @@ def shard(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), tree)
 
 
-def prefetch_to_devices(batches: Iterator[dict[str, Any]], size: int = 2) -> Iterator[tuple[dict[str, jax.Array], Any]]:
+def prefetch_to_devices(batches: Iterator[Any], size: int = 2) -> Iterator[tuple[dict[str, jax.Array], Any]]:
     """Copies batches to the devices ahead of their use.
 
     Args:

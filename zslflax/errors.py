@@ -27,10 +27,6 @@ class MissingLibraryError(UserError, ImportError):
     """An optional library that the user's choice needs is not installed."""
 
 
-class MissingLibraryError(UserError, ImportError):
-    """An optional library that the user's choice needs is not installed."""
-
-
 class NonFiniteError(UserError, FloatingPointError):
     """The loss, the gradient or the update of a step is not finite."""
 

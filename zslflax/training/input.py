@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from zslflax import distributed
 from zslflax.data import packing, pipeline
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
+from zslflax.data.preprocess import Batch
 from zslflax.data.text import Tokenizer
 from zslflax.models.two_tower import TwoTower
 from zslflax.training.train_state import TrainState
@@ -43,9 +44,7 @@ def device_batches(
     return distributed.prefetch_to_devices(batches)
 
 
-def host_batches(
-    config: ConfigDict, sources: Sequence[Any], tokenizer: Tokenizer, start_step: int
-) -> Iterator[dict[str, Any]]:
+def host_batches(config: ConfigDict, sources: Sequence[Any], tokenizer: Tokenizer, start_step: int) -> Iterator[Batch]:
     """This host's share of the batches from a step on."""
     return pipeline.train_batches(
         sources,
@@ -74,15 +73,15 @@ def cached_text_features(config: ConfigDict, model: TwoTower, state: TrainState)
     return TextFeatures(model, variables, capacity, frozen=True)
 
 
-def with_text_features(batches: Iterator[dict[str, Any]], text_features: TextFeatures) -> Iterator[dict[str, Any]]:
+def with_text_features(batches: Iterator[Batch], text_features: TextFeatures) -> Iterator[dict[str, Any]]:
     """Adds the output of a frozen text tower to batches."""
     for batch in batches:
         yield batch | {"text_features": text_features(batch["text"], batch["text_mask"])}
 
 
 def with_packed_text(
-    config: ConfigDict, sources: Sequence[Any], tokenizer: Tokenizer, batches: Iterator[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
+    config: ConfigDict, sources: Sequence[Any], tokenizer: Tokenizer, batches: Iterator[Batch]
+) -> Iterator[Batch]:
     """Packs the captions of each micro-batch into as few rows as the lengths of the training captions allow."""
     options: dict[str, Any] = dict(
         seed=config.seed, process_index=jax.process_index(), process_count=jax.process_count()

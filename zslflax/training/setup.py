@@ -21,7 +21,7 @@ from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
 from zslflax.data.text import Tokenizer
 from zslflax.errors import UserError
-from zslflax.evaluation.test_sets import open_sets
+from zslflax.evaluation.test_sets import open_test_sets
 from zslflax.inference.export import TEXT_FOLDER, save_text_encoder
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
@@ -86,7 +86,7 @@ def set_up(
     model, tokenizer = build_model(config)
     teacher_model, fixed_teacher = load_fixed_teacher(config, model, tokenizer)
     sources = open_train_sources(config)
-    test_sets = open_sets(config)
+    test_sets = open_test_sets(config)
 
     state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints)
     first_step = int(state.step)
