@@ -90,8 +90,8 @@ def prefetch_to_devices(batches: Iterator[Any], size: int = 2) -> Iterator[tuple
     sharding = NamedSharding(local_mesh(), PartitionSpec(AXIS))
     queue: collections.deque[tuple[dict[str, jax.Array], Any]] = collections.deque()
     for batch in batches:
-        errors = batch.pop("errors", ())
-        queue.append((jax.device_put(shard(batch), sharding), errors))
+        arrays = {key: value for key, value in batch.items() if key != "errors"}
+        queue.append((jax.device_put(shard(arrays), sharding), batch.get("errors", ())))
         if len(queue) >= size:
             yield queue.popleft()
     yield from queue
