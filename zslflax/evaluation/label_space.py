@@ -94,8 +94,8 @@ def read_label_space(
     """Makes a label space from the fields of a test set in the config and the classes that its source knows.
 
     Args:
-        class_names: as `read_class_names` takes them, in the order of the classes. "": the names in the file of classes, or
-            else in WordNet, or else the ids themselves, unless they are codes.
+        class_names: as `read_class_names` takes them, in the order of the classes. "": the names in the file of
+            classes, or else in WordNet, or else the ids themselves, unless they are codes.
         unseen: some of the names, or of the ids, in the same form; "" for none.
         synonyms: in the form and order of `class_names`; "" for none.
         classes: the ids, as `read_classes` takes them; "": `source_classes`.
