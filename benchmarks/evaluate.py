@@ -15,7 +15,7 @@ Of the search: the 20 nearest of the classes for each image by inner product, th
 
 Peers are run in turns on the same machine, so that what else runs there meets all of them.
 
-Of the class embeddings: names × seven prompts through a text tower, as `class_embeddings` batches them by
+Of the class embeddings: names × seven prompts through a text tower, as `embed_class_names` batches them by
 length, and as batches of 512 that are padded to the maximum length; both compiled before.
 
     prompts_per_second
@@ -39,11 +39,11 @@ from zslflax import distributed
 from zslflax.config import default_config
 from zslflax.data.features import TextFeatures
 from zslflax.data.text import Tokenizer
-from zslflax.inference.class_embeddings import class_embeddings
-from zslflax.inference.prompts import read_names
+from zslflax.inference.class_embeddings import embed_class_names
+from zslflax.inference.prompts import read_class_names
 from zslflax.inference.top_k import top_k
 from zslflax.models.build import build
-from zslflax.models.import_weights import load
+from zslflax.models.import_weights.load import load_text_tower
 from zslflax.models.import_weights.locate import locate
 
 MB = 1e6
@@ -159,7 +159,7 @@ def compare_searches(args) -> None:
         path.unlink(missing_ok=True)
 
 
-def load_text_tower(name: str, max_tokens: int):
+def load_text_model(name: str, max_tokens: int):
     """A model with a published text tower, its variables and its tokenizer."""
     config = default_config().model
     config.text.pretrained, config.text.max_tokens = name, max_tokens
@@ -167,15 +167,15 @@ def load_text_tower(name: str, max_tokens: int):
     model, folder = build(config), locate(name)
     text = jnp.zeros((1, max_tokens), jnp.int32)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8), text, text == 0)
-    tower = load.load_text(folder, {"params": variables["params"]["text"]["tower"]})
+    tower = load_text_tower(folder, {"params": variables["params"]["text"]["tower"]})
     tokenizer = Tokenizer.from_folder(folder, max_tokens)
     return model, distributed.replicate({"params": {"text": {"tower": tower["params"]}}}), tokenizer
 
 
 def compare_class_embeddings(args) -> None:
     """Prints one line for batches by length, and one for batches that are padded to the maximum."""
-    model, variables, tokenizer = load_text_tower(args.text, args.max_tokens)
-    names = read_names(args.names)
+    model, variables, tokenizer = load_text_model(args.text, args.max_tokens)
+    names = read_class_names(args.names)
     names = [names[i] for i in np.linspace(0, len(names) - 1, min(args.count, len(names))).astype(int)]
     padded = distributed.map_embed(lambda variables, inputs: model.apply(variables, *inputs, method="text_features"))
     features = TextFeatures(model, variables, capacity=0)
@@ -186,9 +186,9 @@ def compare_class_embeddings(args) -> None:
     few = {"by_length": names, "padded": names[:1]}  # meets every length, or the only one
     seconds, embeddings = {}, {}
     for form, encode_text in encode.items():
-        class_embeddings(encode_text, few[form], TEMPLATES)
+        embed_class_names(encode_text, few[form], TEMPLATES)
         start = time.perf_counter()
-        embeddings[form] = class_embeddings(encode_text, names, TEMPLATES)
+        embeddings[form] = embed_class_names(encode_text, names, TEMPLATES)
         seconds[form] = time.perf_counter() - start
     for form in encode:
         line = {"benchmark": "evaluate", "measured": "class_embeddings", "form": form, "names": len(names)}

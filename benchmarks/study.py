@@ -40,7 +40,7 @@ from zslflax.config import eval_set
 from zslflax.data import preprocess
 from zslflax.data.sources import shapes
 from zslflax.data.sources.opening import open_source
-from zslflax.inference import predictor
+from zslflax.inference.restore import build_model
 from zslflax.training import input, loop, metrics
 from zslflax.training.setup import create_state
 
@@ -256,7 +256,7 @@ def perform(run: Run, folder: Path, steps: int, image_size: int, text_features):
     started, config, workdir = time.time(), config_of(run, folder, steps, image_size), folder / run.name
     distributed.start(config.compilation_cache)
     if text_features is None:
-        model, _ = predictor.build_model(config)
+        model, _ = build_model(config)
         state, _, frozen = create_state(config, model, pretrained_weights=True)
         text_features = input.kept_text_features(config, model, state, frozen)
     measure = Probe(config) if run.probed else None

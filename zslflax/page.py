@@ -18,7 +18,8 @@ from PIL import Image
 from zslflax import figures
 from zslflax.data.images import IMAGE_EXTENSIONS, BadSample, decode, has_image_extension
 from zslflax.errors import UserError
-from zslflax.inference.predictor import Predictor, read_image
+from zslflax.inference.image_input import read_image
+from zslflax.inference.predictor import Predictor
 
 log = logging.getLogger("zslflax")
 MAX_UPLOAD = "20mb"
@@ -85,13 +86,13 @@ def build_page(predictor: Predictor, folder: Path | None) -> gr.Blocks:
             refuse(f"This file can't be used: {error}.")
         names = parse_class_names(text)
         answer = format_bars(predictor.classify(image, names, top_k=SHOWN_CLASSES)[0]) if names else HINT
-        return figures.fitted(image, SIDE), answer
+        return figures.fit_image(image, SIDE), answer
 
     def search(query: str) -> list[tuple[Image.Image, str]]:
         if not query.strip() or len(query) > MAX_CHARACTERS:
             refuse(f"Type a sentence of at most {MAX_CHARACTERS} characters.")
         answer = [(paths[i], score) for i, score in predictor.search(query, image_emb, top_k=SHOWN_IMAGES)]
-        return [(figures.fitted(read_image(path), SIDE), f"{path.name}  {score:.3f}") for path, score in answer]
+        return [(figures.fit_image(read_image(path), SIDE), f"{path.name}  {score:.3f}") for path, score in answer]
 
     with gr.Blocks(title="zslflax", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as blocks:
         gr.Markdown(f"## Classify an image\nwith {predictor.config.name} at step {predictor.step:,}")
@@ -133,7 +134,7 @@ def embed_folder(predictor: Predictor, folder: Path) -> tuple[list[Path], np.nda
         prepared = []
         for path in candidates[start : start + CHUNK]:
             try:
-                prepared.append(predictor.prepare(path))
+                prepared.append(predictor.preprocess(path))
                 paths.append(path)
             except (BadSample, OSError) as error:
                 log.warning("left out %s", error)
@@ -146,7 +147,7 @@ def embed_folder(predictor: Predictor, folder: Path) -> tuple[list[Path], np.nda
 
 
 def parse_class_names(text: str) -> list[str]:
-    """Splits class names at commas and line ends, and keeps each once; unlike `read_names` it never opens a file.
+    """Splits class names at commas and line ends, and keeps each once; unlike `read_class_names` it never opens a file.
 
     >>> parse_class_names("a cat, a dog,\\na cat")
     ['a cat', 'a dog']

@@ -14,8 +14,8 @@ import pytest
 
 from zslflax.models import two_tower
 from zslflax.models.build import build
-from zslflax.models.import_weights import load
 from zslflax.models.import_weights.layouts import HF_RESNET, TORCHVISION_RESNET
+from zslflax.models.import_weights.load import load_text_tower, load_variables
 from zslflax.models.resnet import RESNETS, ResNet
 from zslflax.training.step import AXIS
 from zslflax.training.train_state import student_variables, teacher_variables
@@ -68,12 +68,12 @@ def as_ours(model, torch_model, folder):
     for name, tower in (("image", torch_model.image), ("text", torch_model.text)):
         (folder / name).mkdir(exist_ok=True)
         save({key: x.contiguous() for key, x in tower.state_dict().items()}, folder / name / "model.safetensors")
-    image = load.fill(
+    image = load_variables(
         folder / "image",
         {"params": params["image"]["tower"], "batch_stats": stats},
         (TORCHVISION_RESNET, HF_RESNET),
     )
-    text = load.load_text(folder / "text", {"params": params["text"]["tower"]})
+    text = load_text_tower(folder / "text", {"params": params["text"]["tower"]})
     linear = lambda x: {"kernel": x.weight.detach().numpy().T.copy(), "bias": x.bias.detach().numpy().copy()}
     params = {
         "image": {"tower": image["params"], "projection": linear(torch_model.project_image)},
@@ -98,7 +98,7 @@ def test_both_have_the_same_losses_student_and_teacher(require, benchmark, tmp_p
     theirs = torch_student(require, c)
     model = build(c.model, axis_name=AXIS)
     tower = ResNet(BLOCKS, True, stem_width=STEM, axis_name=AXIS)
-    model = model.clone(image=two_tower.Side(tower, nn.Dense(c.model.embed_dim)))
+    model = model.clone(image=two_tower.ProjectedTower(tower, nn.Dense(c.model.embed_dim)))
     start = as_ours(model, theirs.student, tmp_path)
     ours = benchmark.Step(c, model, start, benchmark.packed(batch))
     inputs = importlib.import_module("step_torch").from_numpy(batch["image"], batch["text"], batch["text_mask"], "cpu")

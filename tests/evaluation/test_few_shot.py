@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from zslflax.evaluation import few_shot
-from zslflax.inference.class_embeddings import unit
+from zslflax.inference.class_embeddings import l2_normalize
 
 
 def clusters(n, classes=6, d=8, noise=0.8, seed=0):
@@ -35,7 +35,7 @@ def test_episodes_are_disjoint_and_uniform_and_depend_on_the_seed():
 def test_logistic_regression_equals_scikit_learn(require):
     linear_model = require("sklearn.linear_model")
     x, y = clusters(90)
-    x = unit(x)
+    x = l2_normalize(x)
     for C in (0.1, 1.0, 100.0):
         expected = linear_model.LogisticRegression(C=C, tol=1e-8, max_iter=10_000)
         expected.fit(x.astype(np.float64), y)
@@ -53,7 +53,7 @@ def test_few_shot_equals_scikit_learn_episode_by_episode(require, shots):
     num_episodes, queries = 30, 6
     found = few_shot.few_shot(x, y, ways=4, shots=shots, queries=queries, num_episodes=num_episodes, C=2.0, seed=3)
     support, query = few_shot.draw_episodes(y, 4, shots, queries, num_episodes, seed=3)
-    x = unit(x)
+    x = l2_normalize(x)
     scores = {"centroid": [], "logistic": []}
     for shot_images, query_images in zip(support, query):
         true = np.repeat(np.arange(4), queries)
@@ -78,7 +78,7 @@ def test_nearest_neighbours_equal_scikit_learn(require, k):
     (x, y), (test_x, test_y) = clusters(60), clusters(80, seed=1)
     y, test_y = 3 * y, 3 * test_y
     found = few_shot.nearest_neighbours(x, y, test_x, test_y, k=k, resamples=500)
-    expected = neighbors.KNeighborsClassifier(k).fit(unit(x), y).score(unit(test_x), test_y)
+    expected = neighbors.KNeighborsClassifier(k).fit(l2_normalize(x), y).score(l2_normalize(test_x), test_y)
     assert found["accuracy"] == pytest.approx(expected, abs=1e-12)
     assert found["accuracy/low"] < expected < found["accuracy/high"]
 
@@ -90,10 +90,10 @@ def test_linear_probe_chooses_its_penalty_without_the_test_images(require):
     found = few_shot.linear_probe(x, y, test_x, test_y, Cs=(1e-3, 1.0, 1e3), seed=4, resamples=500)
     order = np.random.default_rng(4).permutation(150)
     held, rest = order[:30], order[30:]
-    fit = lambda C, rows: linear_model.LogisticRegression(C=C, max_iter=10_000).fit(unit(x)[rows], y[rows])
-    scores = {C: fit(C, rest).score(unit(x)[held], y[held]) for C in (1e-3, 1.0, 1e3)}
+    fit = lambda C, rows: linear_model.LogisticRegression(C=C, max_iter=10_000).fit(l2_normalize(x)[rows], y[rows])
+    scores = {C: fit(C, rest).score(l2_normalize(x)[held], y[held]) for C in (1e-3, 1.0, 1e3)}
     assert found["C"] == max(scores, key=scores.get) and len(set(scores.values())) > 1
-    expected = fit(found["C"], order).score(unit(test_x), test_y)
+    expected = fit(found["C"], order).score(l2_normalize(test_x), test_y)
     assert found["accuracy"] == pytest.approx(expected, abs=1.5 / 200)
     assert found["accuracy/low"] < found["accuracy"] < found["accuracy/high"]
     # Other answers on the test images change nothing about the choice.

@@ -1,42 +1,15 @@
-"""Label spaces, class names and templates, from files and from the command line."""
+"""Label spaces from files and from the command line."""
 
 import numpy as np
 import pytest
 
 from zslflax.evaluation.label_space import LabelSpace, mark_classes, read_label_space, repeated_names
 from zslflax.evaluation.wordnet import WordNet
-from zslflax.inference.prompts import read_names, read_templates
 
 
 def write(path, data: bytes) -> str:
     path.write_bytes(data)
     return str(path)
-
-
-def test_names_from_a_file_keep_their_line_as_label(tmp_path):
-    text = "\ufefftench, Tinca tinca\r\n  crème brûlée \r\ncrane\r\ncrane\r\n\r\n"
-    path = write(tmp_path / "names.txt", text.encode())
-    assert read_names(path) == ["tench, Tinca tinca", "crème brûlée", "crane", "crane"]
-    # Line ends for str.splitlines, but not for a file.
-    path = write(tmp_path / "separators.txt", "a\u2028b\nc\x0bd".encode())
-    assert read_names(path) == ["a\u2028b", "c\x0bd"]
-
-
-def test_names_from_the_command_line():
-    assert read_names("cat, red circle ,cat") == ["cat", "red circle", "cat"]
-    many = [f"name {i}" for i in range(5000)]  # longer than any file's name may be
-    assert read_names(",".join(many)) == many
-
-
-def test_missing_names_are_reported_with_their_place(tmp_path):
-    with pytest.raises(ValueError, match=r"names.txt, line 2 is empty"):
-        read_names(write(tmp_path / "names.txt", b"a\n \nc\n"))
-    with pytest.raises(ValueError, match="is empty; expected one entry a line"):
-        read_names(write(tmp_path / "none.txt", b"\n\n"))
-    with pytest.raises(ValueError, match="name 2 of 3 is empty"):
-        read_names("a,,b")
-    with pytest.raises(ValueError, match="'/no/such/names.txt' is neither a file"):
-        read_names("/no/such/names.txt")
 
 
 def test_all_classes_that_share_an_unseen_name_are_unseen(tmp_path):
@@ -59,19 +32,6 @@ def test_fields_that_do_not_fit_together_are_refused():
         read_label_space("a,b,c", synonyms="d,e")
     with pytest.raises(ValueError, match="each of 2 names, found shape"):
         LabelSpace(["a", "b"], np.zeros(3, bool))
-
-
-def test_templates_from_a_file_and_from_the_command_line(tmp_path):
-    path = write(tmp_path / "templates.txt", b"a photo of a {}.\n{}\n")
-    assert read_templates(path) == ["a photo of a {}.", "{}"]
-    assert read_templates("a {}, really") == ["a {}, really"]
-    assert read_templates(("{}", "one {}")) == ["{}", "one {}"]
-    with pytest.raises(ValueError, match="templates.txt, line 2: 'a photo'"):
-        read_templates(write(tmp_path / "templates.txt", b"{}\na photo\n"))
-    with pytest.raises(ValueError, match=r"template 1: '/no/such.txt' has no {} .* is no file"):
-        read_templates("/no/such.txt")
-    with pytest.raises(ValueError, match="at least one"):
-        read_templates(())
 
 
 def test_names_that_several_classes_share_are_found():

@@ -12,7 +12,8 @@ from zslflax.data.images import decode
 from zslflax.evaluation import zero_shot
 from zslflax.evaluation.results import flat_names
 from zslflax.evaluation.test_sets import open_test_sets
-from zslflax.inference.predictor import Predictor, build_model
+from zslflax.inference.predictor import Predictor
+from zslflax.inference.restore import build_model
 from zslflax.training.setup import create_state
 
 IDS = ["n02084071", "n02121808", "n02958343"]

@@ -15,14 +15,16 @@ from zslflax.data.packing import pack_batches
 from zslflax.losses import contrastive
 from zslflax.losses.contrastive import OBJECTIVES, Embeddings
 from zslflax.models.bert import Bert
-from zslflax.models.two_tower import Side, TwoTower
+from zslflax.models.two_tower import ProjectedTower, TwoTower
 from zslflax.models.vit import ViT
 from zslflax.training import flops, loop, optimizer, train_state
 from zslflax.training.step import AXIS, gradients, train_step
 
 FEW = 2  # pairs at a time
 BATCHES = [batch_of(0), batch_of(1, valid=False)]
-VIT = TwoTower(Side(ViT(2, 8, 1, 2), nn.Dense(12)), Side(Bert(BERT), nn.Dense(12)), (0.5,) * 3, (0.25,) * 3)
+VIT = TwoTower(
+    ProjectedTower(ViT(2, 8, 1, 2), nn.Dense(12)), ProjectedTower(Bert(BERT), nn.Dense(12)), (0.5,) * 3, (0.25,) * 3
+)
 
 
 def init(model):
@@ -143,7 +145,7 @@ def test_what_is_frozen_does_not_move_by_rounding(normalised):
 
 def test_less_memory_for_one_forward_pass_more():
     """64 pairs at once, or 4 at a time: XLA's plan is under a third."""
-    model = TwoTower(Side(ViT(4, 32, 2, 2), nn.Dense(12)), VIT.text, VIT.mean, VIT.std)
+    model = TwoTower(ProjectedTower(ViT(4, 32, 2, 2), nn.Dense(12)), VIT.text, VIT.mean, VIT.std)
     shape, n = jax.ShapeDtypeStruct, 64
     batch = {"image": shape((n, 16, 16, 3), jnp.uint8), "text": shape((n, 6), jnp.int32)}
     batch |= {"text_mask": shape((n, 6), bool)}

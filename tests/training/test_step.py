@@ -14,7 +14,7 @@ from zslflax.data.packing import pack_batches
 from zslflax.losses import contrastive
 from zslflax.losses.contrastive import OBJECTIVES
 from zslflax.models.bert import Bert, BertConfig
-from zslflax.models.two_tower import Side, TwoTower
+from zslflax.models.two_tower import ProjectedTower, TwoTower
 from zslflax.training import optimizer, train_state
 from zslflax.training.step import AXIS, features, train_step
 
@@ -33,8 +33,8 @@ class Perceptron(nn.Module):
 
 
 def two_towers(bert=BERT):
-    image = Side(Perceptron(), nn.Dense(12))
-    return TwoTower(image, Side(Bert(bert), nn.Dense(12)), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    image = ProjectedTower(Perceptron(), nn.Dense(12))
+    return TwoTower(image, ProjectedTower(Bert(bert), nn.Dense(12)), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 MODEL = two_towers()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -84,18 +84,3 @@ def embed_images(predictors: Mapping[str, Predictor], source: Source, name: str,
         labels=[tuple(descriptions[i][0]) for i in order],
         captions=[tuple(descriptions[i][1]) for i in order],
     )
-
-
-def share_among_processes(encode_text: Callable[[list[str]], np.ndarray]) -> Callable[[Sequence[str]], np.ndarray]:
-    """Returns a function that encodes the same texts: each process encodes a part, and all processes get all of them.
-
-    All processes must call it with the same texts.
-    """
-
-    def encode(texts: Sequence[str]) -> np.ndarray:
-        per_process = -(-len(texts) // jax.process_count())
-        own = list(texts[jax.process_index() * per_process :][:per_process])
-        padded = own + [""] * (per_process - len(own))
-        return distributed.gather_hosts(encode_text(padded))[: len(texts)]
-
-    return encode

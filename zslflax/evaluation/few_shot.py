@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from zslflax.errors import UserError
 from zslflax.evaluation.bootstrap import bootstrap, intervals
-from zslflax.inference.class_embeddings import unit
+from zslflax.inference.class_embeddings import l2_normalize
 from zslflax.inference.top_k import top_k
 
 EPISODES_PER_BATCH = 50
@@ -282,4 +282,4 @@ def check_images(
         raise UserError(f"expected labels from 0 on, found {labels.min()}")
     if known is not None and len(unknown := np.setdiff1d(labels, known)):
         raise UserError(f"{len(unknown)} classes have test images and no training image; the first is {unknown[0]}")
-    return unit(embeddings), labels.astype(np.int64)
+    return l2_normalize(embeddings), labels.astype(np.int64)

@@ -12,7 +12,7 @@ from zslflax.errors import UserError, nearest_names
 from zslflax.evaluation.class_lists import read_classes
 from zslflax.evaluation.labels import Labels
 from zslflax.evaluation.wordnet import WordNet
-from zslflax.inference.prompts import read_names
+from zslflax.inference.prompts import read_class_names
 
 CODE = re.compile(r"n\d{8}|/[a-z]/.+|\d+")  # ids that are not names: WordNet's, Open Images' MIDs, numbers
 
@@ -94,8 +94,8 @@ def read_label_space(
     """Makes a label space from the fields of a test set in the config and the classes that its source knows.
 
     Args:
-        class_names: as `read_names` takes them, in the order of the classes. "": the names in the file of classes, or
-            else in WordNet, or else the ids themselves, unless they are codes.
+        class_names: as `read_class_names` takes them, in the order of the classes. "": the names in the file of
+            classes, or else in WordNet, or else the ids themselves, unless they are codes.
         unseen: some of the names, or of the ids, in the same form; "" for none.
         synonyms: in the form and order of `class_names`; "" for none.
         classes: the ids, as `read_classes` takes them; "": `source_classes`.
@@ -110,7 +110,7 @@ def read_label_space(
     if classes:
         ids, file_names = read_classes(classes)
     if class_names:
-        names = read_names(class_names)
+        names = read_class_names(class_names)
     elif ids is None:
         raise UserError("expected names or classes, because the source's labels are only numbers")
     else:
@@ -121,9 +121,9 @@ def read_label_space(
             f"found {len(names)}; where the source lacks some of them, give all ids as a file of classes"
         )
     is_list = unseen not in {*names, *(ids or ())} and ("," in unseen or os.path.isfile(unseen))
-    chosen = read_names(unseen) if is_list else [unseen] if unseen else []
+    chosen = read_class_names(unseen) if is_list else [unseen] if unseen else []
     keys = ids if ids is not None and set(chosen) <= set(ids) else names
-    return LabelSpace(names, mark_classes(keys, chosen), read_names(synonyms) if synonyms else None, ids)
+    return LabelSpace(names, mark_classes(keys, chosen), read_class_names(synonyms) if synonyms else None, ids)
 
 
 def names_of_ids(ids: Sequence[str], known: dict[str, str], wordnet: WordNet | None) -> list[str]:

@@ -19,9 +19,10 @@ from zslflax.data.sources.subset import exclude_samples
 from zslflax.errors import UserError
 from zslflax.evaluation.test_sets import open_test_sets
 from zslflax.inference.export import TEXT_FOLDER, save_text_encoder
-from zslflax.inference.predictor import Predictor, build_model
+from zslflax.inference.predictor import Predictor
+from zslflax.inference.restore import build_model
 from zslflax.losses.contrastive import init_params
-from zslflax.models.import_weights.load import load_image, load_text
+from zslflax.models.import_weights.load import load_image_tower, load_text_tower
 from zslflax.models.import_weights.locate import locate
 from zslflax.models.partition import partition
 from zslflax.training.evaluate import evaluate_state
@@ -148,12 +149,12 @@ def import_towers(config, variables: Tree) -> Tree:
     params, batch_stats = dict(variables["params"]), dict(variables["batch_stats"])
     if image.pretrained:
         tower = {"params": params["image"]["tower"], "batch_stats": batch_stats.get("image", {}).get("tower", {})}
-        tower = load_image(locate(image.pretrained), image.name, tower, image.size)
+        tower = load_image_tower(locate(image.pretrained), image.name, tower, image.size)
         params["image"] = {**params["image"], "tower": tower["params"]}
         if batch_stats:
             batch_stats["image"] = {"tower": tower["batch_stats"]}
     if text.pretrained:
-        tower = load_text(locate(text.pretrained), {"params": params["text"]["tower"]})
+        tower = load_text_tower(locate(text.pretrained), {"params": params["text"]["tower"]})
         params["text"] = {**params["text"], "tower": tower["params"]}
     return {"params": params, "batch_stats": batch_stats}
 
