@@ -13,6 +13,7 @@ from zslflax import distributed
 from zslflax.data import packing, pipeline
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.preprocess import Batch
+from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
 from zslflax.models.two_tower import TwoTower
 from zslflax.training.train_state import TrainState
@@ -22,7 +23,7 @@ log = logging.getLogger("zslflax")
 
 def device_batches(
     config: ConfigDict,
-    sources: Sequence[Any],
+    sources: Sequence[Source],
     tokenizer: Tokenizer,
     start_step: int,
     text_features: TextFeatures | None,
@@ -44,7 +45,9 @@ def device_batches(
     return distributed.prefetch_to_devices(batches)
 
 
-def host_batches(config: ConfigDict, sources: Sequence[Any], tokenizer: Tokenizer, start_step: int) -> Iterator[Batch]:
+def host_batches(
+    config: ConfigDict, sources: Sequence[Source], tokenizer: Tokenizer, start_step: int
+) -> Iterator[Batch]:
     """This host's share of the batches from a step on."""
     return pipeline.train_batches(
         sources,
@@ -73,14 +76,14 @@ def cached_text_features(config: ConfigDict, model: TwoTower, state: TrainState)
     return TextFeatures(model, variables, capacity, frozen=True)
 
 
-def with_text_features(batches: Iterator[Batch], text_features: TextFeatures) -> Iterator[dict[str, Any]]:
+def with_text_features(batches: Iterator[Batch], text_features: TextFeatures) -> Iterator[Batch]:
     """Adds the output of a frozen text tower to batches."""
     for batch in batches:
         yield batch | {"text_features": text_features(batch["text"], batch["text_mask"])}
 
 
 def with_packed_text(
-    config: ConfigDict, sources: Sequence[Any], tokenizer: Tokenizer, batches: Iterator[Batch]
+    config: ConfigDict, sources: Sequence[Source], tokenizer: Tokenizer, batches: Iterator[Batch]
 ) -> Iterator[Batch]:
     """Packs the captions of each micro-batch into as few rows as the lengths of the training captions allow."""
     options: dict[str, Any] = dict(
