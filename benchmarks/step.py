@@ -121,7 +121,7 @@ class Step:
         state = train_state.create({"params": params, "batch_stats": variables["batch_stats"]}, tx, ema=True, frozen=())
         self.state = distributed.replicate(state)
         self.update = TrainStep({}, model=model, tx=tx, config=config, frozen=())
-        ((self.batch, _),) = distributed.to_devices(iter([batch]))
+        ((self.batch, _),) = distributed.prefetch_to_devices(iter([batch]))
 
     def __call__(self) -> jax.Array:
         self.state, metrics = self.update(self.state, self.batch)

@@ -35,8 +35,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from zslflax import config, distributed
+from zslflax import distributed
 from zslflax.config import eval_set
+from zslflax.config_checks import validate
 from zslflax.data import preprocess
 from zslflax.data.sources import shapes
 from zslflax.data.sources.opening import open_source
@@ -123,7 +124,7 @@ def config_of(run: Run, folder: Path, steps: int, image_size: int):
     if run.generation > 1:
         c.teacher.kind, c.teacher.workdir = "checkpoint", str(folder / teacher_of(run).name)
         c.objective.soft_ramp_steps = 0  # this teacher knows something from the start
-    config.validate(c)
+    validate(c)
     return c
 
 
@@ -256,7 +257,7 @@ def perform(run: Run, folder: Path, steps: int, image_size: int, text_features):
         SystemExit: the run was asked to stop; it has saved its state, and goes on when it is performed again.
     """
     started, config, workdir = time.time(), config_of(run, folder, steps, image_size), folder / run.name
-    distributed.start(config.compilation_cache)
+    distributed.initialize(config.compilation_cache)
     if text_features is None:
         model, _ = build_model(config)
         state, _, frozen = create_state(config, model, pretrained_weights=True)
