@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from zslflax import distributed
 from zslflax.data import packing, pipeline
+from zslflax.data.caption_lengths import count_lengths
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.preprocess import Batch
 from zslflax.data.sources.base import Source
@@ -89,7 +90,7 @@ def with_packed_text(
     options: dict[str, Any] = dict(
         seed=config.seed, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    counts = packing.count_lengths(sources, config.data.weights, tokenizer, threads=config.data.threads, **options)
+    counts = count_lengths(sources, config.data.weights, tokenizer, threads=config.data.threads, **options)
     counts = distributed.gather_hosts(counts[None]).sum(axis=0)  # the same shape on all hosts
     per_device, length = config.batch_size // jax.device_count(), config.model.text.pack_length
     captions = config.micro_batch or per_device
