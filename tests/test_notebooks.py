@@ -1,4 +1,4 @@
-"""The notebooks, executed on a small run as they are, and what they say against figures worked out here."""
+"""The notebooks, executed on a small run, and their results against values computed here."""
 
 import ast
 import base64
@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 
 @pytest.fixture
 def execute(require, learnt, monkeypatch, request):
-    """Runs a notebook of the run `learnt`: what its cells print or end in, as texts, and its pictures."""
+    """Executes a notebook on the run `learnt`; returns the texts and the images that its cells print or display."""
     nbformat, nbclient = require("nbformat"), require("nbclient")
     for needed in ("ipykernel", "matplotlib"):
         require(needed)
@@ -47,13 +47,13 @@ def execute(require, learnt, monkeypatch, request):
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebooks_are_kept_without_their_outputs(require, path):
+def test_notebooks_are_stored_without_outputs(require, path):
     notebook = require("nbformat").read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code and all(cell.outputs == [] and cell.execution_count is None for cell in code)
 
 
-def test_use_a_model(execute, learnt):
+def test_use_a_model_classifies_and_searches_as_the_predictor_does(execute, learnt):
     texts, shown = execute("use_a_model.ipynb")
     drawn, others, found = map(ast.literal_eval, texts)
     predictor = Predictor.restore(learnt)
@@ -70,7 +70,7 @@ def test_use_a_model(execute, learnt):
     assert shown[1].width > 600 and len(shown[1].convert("RGB").getcolors(1 << 20)) > 100
 
 
-def test_soft_labels(execute, learnt):
+def test_soft_labels_equal_the_softmax_and_find_mismatched_pairs(execute, learnt):
     texts, shown = execute("soft_labels.ipynb")
     printed = "".join(texts)
     predictor = Predictor.restore(learnt)
@@ -87,7 +87,7 @@ def test_soft_labels(execute, learnt):
     assert counts.keys() == {10, 20, mismatched.sum()}
     for k, count in counts.items():
         assert abs(count - mismatched[np.argsort(own)[:k]].sum()) <= 1  # rounding may swap the last two
-    assert counts[20] > 2 * 20 * mismatched.mean()  # and chance is once
+    assert counts[20] > 2 * 20 * mismatched.mean()  # by chance: once
     assert len(shown) == 3
     for image in shown:
         assert image.width > 400 and len(image.convert("RGB").getcolors(1 << 20)) > 100
