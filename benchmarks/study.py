@@ -35,9 +35,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from zslflax import config, distributed
+from zslflax import distributed
 from zslflax.cli import start_logging
 from zslflax.config import eval_set
+from zslflax.config_checks import validate
 from zslflax.data import preprocess
 from zslflax.data.sources import shapes
 from zslflax.data.sources.opening import open_source
@@ -127,7 +128,7 @@ def make_config(run: Run, folder: Path, steps: int, image_size: int):
     if run.generation > 1:
         c.teacher.kind, c.teacher.workdir = "checkpoint", str(folder / teacher_of(run).name)
         c.objective.soft_ramp_steps = 0  # this teacher is trained from the start
-    config.validate(c)
+    validate(c)
     return c
 
 
@@ -260,7 +261,7 @@ def perform_run(run: Run, folder: Path, steps: int, image_size: int, text_featur
         SystemExit: the run was asked to stop. It has saved its state and continues when it is performed again.
     """
     started, config, workdir = time.time(), make_config(run, folder, steps, image_size), folder / run.name
-    distributed.start(config.compilation_cache)
+    distributed.initialize(config.compilation_cache)
     if text_features is None:
         model, _ = build_model(config)
         state, _ = create_state(config, model, pretrained=True)

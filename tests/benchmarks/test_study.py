@@ -71,13 +71,16 @@ def test_a_generation_waits_for_the_one_before_and_two_processes_take_different_
         assert again == first
 
 
-def test_a_run_is_trained_and_measured_and_teaches_the_next(study, tmp_path, tiny, monkeypatch):
+def test_a_run_is_trained_and_measured_and_teaches_the_next(study, tmp_path, tiny_config, monkeypatch):
     """Real runs with a small config."""
 
     def small(run, folder, steps, image_size):
         c = make_config(run, folder, steps, image_size)
-        c.model, c.batch_size = tiny.model, 16  # the text tower has random weights, and is frozen as the real one is
-        c.compilation_cache, c.eval.batch_size = tiny.compilation_cache, 16
+        c.model, c.batch_size = (
+            tiny_config.model,
+            16,
+        )  # the text tower has random weights, and is frozen as the real one is
+        c.compilation_cache, c.eval.batch_size = tiny_config.compilation_cache, 16
         c.data.shapes.train, c.data.shapes.test = 96, 24
         return c
 
@@ -98,10 +101,10 @@ def test_a_run_is_trained_and_measured_and_teaches_the_next(study, tmp_path, tin
     assert "eval/test/hit@1" in last and "eval/test/student/hit@1" not in last  # there is no EMA
 
 
-def test_the_probe_tells_true_soft_labels_from_constant_ones(study, tmp_path, tiny):
+def test_the_probe_tells_true_soft_labels_from_constant_ones(study, tmp_path, tiny_config):
     """A model that embeds each image as its own caption, and one that embeds all images alike."""
-    tiny.data.shapes.update(train=2_000, noise=0.4)
-    probe = study.Probe(tiny)
+    tiny_config.data.shapes.update(train=2_000, noise=0.4)
+    probe = study.Probe(tiny_config)
     assert 0.3 < probe.mismatched.mean() < 0.5
     basis = np.eye(len(probe.true) + 1, dtype=np.float32)
     known = {caption: i for i, caption in enumerate(dict.fromkeys(probe.true))}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.testing.captions import TOKENS, padded
-from zslflax.config import default_config, validate
+from zslflax.config import default_config
+from zslflax.config_checks import validate
 from zslflax.data import packing
 from zslflax.data.images import BadSample
 from zslflax.data.packing import count_lengths

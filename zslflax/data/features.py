@@ -29,7 +29,7 @@ class TextFeatures:
 
     def __init__(self, model: linen.Module, variables: Tree, capacity: int, frozen: bool = False):
         apply = lambda variables, inputs: model.apply(variables, *inputs, method="text_features")
-        self.apply_fn, self.variables = distributed.map_embed(apply), variables
+        self.apply_fn, self.variables = distributed.map_over_devices(apply), variables
         self.capacity, self.frozen = capacity, frozen
         self._clear()
 
@@ -74,7 +74,7 @@ class TextFeatures:
             rows = np.flatnonzero(widths == width)
             inputs = tokens[rows, :width], mask[rows, :width]
             size = BATCH_SIZE * jax.local_device_count()
-            features |= zip(rows.tolist(), distributed.in_batches(self.apply_fn, self.variables, inputs, size))
+            features |= zip(rows.tolist(), distributed.map_in_batches(self.apply_fn, self.variables, inputs, size))
         return [features[row] for row in range(len(lengths))]
 
     def add_to_cache(self, computed: dict[bytes, np.ndarray]) -> None:

@@ -167,9 +167,7 @@ def test_bad_samples_are_masked_and_named_and_do_not_change_other_samples(tmp_pa
     damaged[7] = sample(7, jpg=jpegs[7], txt=b" \n")
     damaged[11] = sample(11, jpg=jpegs[11])[:1]
     damaged[18] = sample(18, jpg=b"<html>gone</html>")
-    damaged[20] = sample(
-        20, jpg=encode(images.decode(jpegs[20]), "PNG")
-    )  # readable: the extension does not matter
+    damaged[20] = sample(20, jpg=encode(images.decode(jpegs[20]), "PNG"))  # readable: the extension does not matter
     words = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({w: i for i, w in enumerate(["[PAD]", "caption", *map(str, range(24))])})
     )
