@@ -53,13 +53,13 @@ def installed(program: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def served(require, learnt, tmp_path_factory):
+def served(require, learned_workdir, tmp_path_factory):
     """The page of a small run, with a folder of images and two other files."""
     require("gradio")
     home = tmp_path_factory.mktemp("served")
     folder = home / "images"
     (folder / "more").mkdir(parents=True)
-    predictor = Predictor.restore(learnt)
+    predictor = Predictor.restore(learned_workdir)
     test = open_source("shapes", predictor.config.data, "test")
     for i in range(20):
         Image.fromarray(preprocess.record_image(test[i])).save(folder / ("more" if i % 2 else ".") / f"{i:02d}.png")
@@ -68,7 +68,7 @@ def served(require, learnt, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", PROGRAM, f"--workdir={learnt}", f"--images={folder}", f"--port={port}"]
+    command = [sys.executable, "-c", PROGRAM, f"--workdir={learned_workdir}", f"--images={folder}", f"--port={port}"]
     variables = os.environ | {"JAX_PLATFORMS": "cpu", "GRADIO_TEMP_DIR": str(home / "uploads")}
     log = home / "log"
     with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=variables) as process:

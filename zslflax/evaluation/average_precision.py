@@ -32,8 +32,7 @@ class AveragePrecision:
         per_class: fp64 [c], NaN for a class that has no image, or that has negatives given but none of its own.
 
     Raises:
-        ValueError: no image has a label, an id is not below c, a class is both a label and a negative of an image, or
-            the numbers of labels and negatives differ.
+        ValueError: no image has a label, an id is not below c, or a class is both a label and a negative of an image.
     """
 
     def __init__(self, labels: Labels, num_classes: int, negatives: Labels | None = None):
@@ -105,7 +104,7 @@ def rank_classes(
         precisions of the classes, fp64 [c].
 
     Raises:
-        ValueError: there is not one embedding per image, or as `AveragePrecision`.
+        ValueError: embeddings, labels and negatives are not of the same number of images; or as `AveragePrecision`.
     """
     n, c = len(image_emb), len(class_emb)
     if not n == len(labels) == len(labels if negatives is None else negatives):

@@ -57,11 +57,11 @@ def retrieval_recall(
     is_own_text = text_image[texts] == captioned[:, None]
     is_own_image = images == text_image[:, None]
     num_captions = np.bincount(text_image, minlength=n)
-    figures: dict[Metric, tuple[np.ndarray, np.ndarray]] = {}
+    metrics: dict[Metric, tuple[np.ndarray, np.ndarray]] = {}
     for k in ks:
         image_hits = np.zeros(n)
         image_hits[captioned] = is_own_text[:, :k].any(axis=1)
         text_hits = np.bincount(text_image, is_own_image[:, :k].any(axis=1), minlength=n)
-        figures[Metric("image_to_text", k)] = image_hits, num_captions > 0
-        figures[Metric("text_to_image", k)] = text_hits, num_captions
-    return with_intervals(*bootstrap(figures, resamples, seed))
+        metrics[Metric("image_to_text", k)] = image_hits, num_captions > 0
+        metrics[Metric("text_to_image", k)] = text_hits, num_captions
+    return with_intervals(*bootstrap(metrics, resamples, seed))
