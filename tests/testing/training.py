@@ -14,7 +14,7 @@ from zslflax.config import default_config, set_objective
 from zslflax.distributed import AXIS
 from zslflax.losses import contrastive
 from zslflax.models.bert import Bert, BertConfig
-from zslflax.models.two_tower import Side, TwoTower
+from zslflax.models.two_tower import ProjectedTower, TwoTower
 from zslflax.training.optimizer import build_optimizer, frozen_towers
 from zslflax.training.step import train_step
 from zslflax.training.train_state import TrainState, create_train_state
@@ -35,7 +35,10 @@ class Perceptron(nn.Module):
 
 def make_two_tower(image: nn.Module | None = None, bert: BertConfig = BERT) -> TwoTower:
     """A two-tower model with a `Perceptron`, or another image tower."""
-    image_side, text_side = Side(image or Perceptron(), nn.Dense(12)), Side(Bert(bert), nn.Dense(12))
+    image_side, text_side = (
+        ProjectedTower(image or Perceptron(), nn.Dense(12)),
+        ProjectedTower(Bert(bert), nn.Dense(12)),
+    )
     return TwoTower(image_side, text_side, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from zslflax.errors import UserError, nearest_names
+from zslflax.evaluation.results import flat_names, format_table
 from zslflax.evaluation.test_sets import TestSet
-from zslflax.evaluation.zero_shot import evaluate, table
+from zslflax.evaluation.zero_shot import evaluate
 from zslflax.inference.predictor import Predictor
 from zslflax.training.train_state import TrainState, student_variables, teacher_variables
 
@@ -24,9 +25,9 @@ def evaluate_state(
 
     Args:
         predictor: has the run's config, model and tokenizer.
-        test_sets: from `open_sets`.
+        test_sets: from `open_test_sets`.
         workdir: the folder for pictures of predictions.
-        extra_metrics: maps {"": the shipped predictor, "student/": the student, if there is an EMA} to more metrics.
+        extra_metrics: maps {"": the shipped predictor, "student": the student, if there is an EMA} to more metrics.
         state: the train state.
 
     Returns:
@@ -39,10 +40,11 @@ def evaluate_state(
     student = predictor.with_variables(student_variables(state), step)
     predictors = {"": student}
     if state.teacher_params:
-        predictors = {"": predictor.with_variables(teacher_variables(state), step), "student/": student}
-    metrics = evaluate(predictors, test_sets, predictor.config, workdir)
-    if metrics:
-        log.info("step %d\n%s", step, table(metrics))
+        predictors = {"": predictor.with_variables(teacher_variables(state), step), "student": student}
+    results = evaluate(predictors, test_sets, predictor.config, workdir)
+    if results:
+        log.info("step %d\n%s", step, format_table(results))
+    metrics = flat_names(results)
     if extra_metrics:
         metrics |= extra_metrics(predictors)
     best_metric = predictor.config.eval.best_metric

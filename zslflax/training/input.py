@@ -38,7 +38,7 @@ def device_batches(
         start_step: the number of batches to leave out.
         text_features: features of a frozen text tower; None where the text tower is trained.
     """
-    batches = host_batches(config, sources, tokenizer, start_step)
+    batches: Iterator[Any] = host_batches(config, sources, tokenizer, start_step)
     if text_features is not None and config.model.text.cached_captions:
         batches = with_text_features(batches, text_features)
     elif config.model.text.pack_length:

@@ -39,7 +39,7 @@ def train(
         workdir: the folder that the run writes to and resumes from.
         changed: lets a run continue with another config than its checkpoints were written with.
         text_features: features of the same frozen text tower, cached by an earlier run.
-        extra_metrics: called at each evaluation with {"": the shipped predictor, "student/": the student}, if there is
+        extra_metrics: called at each evaluation with {"": the shipped predictor, "student": the student}, if there is
             an EMA; returns more metrics.
 
     Returns:

@@ -22,11 +22,12 @@ from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
 from zslflax.data.text import Tokenizer
 from zslflax.errors import UserError
-from zslflax.evaluation.test_sets import open_sets
+from zslflax.evaluation.test_sets import open_test_sets
 from zslflax.inference.export import TEXT_FOLDER, save_text_encoder
-from zslflax.inference.predictor import Predictor, build_model
+from zslflax.inference.predictor import Predictor
+from zslflax.inference.restore import build_model
 from zslflax.losses.contrastive import init_params
-from zslflax.models.import_weights.load import load_image, load_text
+from zslflax.models.import_weights.load import load_image_tower, load_text_tower
 from zslflax.models.import_weights.locate import locate
 from zslflax.models.partition import Tree, partition
 from zslflax.models.two_tower import TwoTower
@@ -86,7 +87,7 @@ def set_up(
     model, tokenizer = build_model(config)
     teacher_model, fixed_teacher = load_fixed_teacher(config, model, tokenizer)
     sources = open_train_sources(config)
-    test_sets = open_sets(config)
+    test_sets = open_test_sets(config)
 
     state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints)
     first_step = int(state.step)
@@ -179,12 +180,12 @@ def import_towers(config: ConfigDict, variables: Tree) -> Tree:
     params, batch_stats = dict(variables["params"]), dict(variables["batch_stats"])
     if image.pretrained:
         tower = {"params": params["image"]["tower"], "batch_stats": batch_stats.get("image", {}).get("tower", {})}
-        tower = load_image(locate(image.pretrained), image.name, tower, image.size)
+        tower = load_image_tower(locate(image.pretrained), image.name, tower, image.size)
         params["image"] = {**params["image"], "tower": tower["params"]}
         if batch_stats:
             batch_stats["image"] = {"tower": tower["batch_stats"]}
     if text.pretrained:
-        tower = load_text(locate(text.pretrained), {"params": params["text"]["tower"]})
+        tower = load_text_tower(locate(text.pretrained), {"params": params["text"]["tower"]})
         params["text"] = {**params["text"], "tower": tower["params"]}
     return {"params": params, "batch_stats": batch_stats}
 

@@ -15,8 +15,9 @@ from zslflax.data import images, pipeline
 from zslflax.data.images import BadSample
 from zslflax.data.sources.labelled import READERS, LabelledImages
 from zslflax.data.sources.opening import open_source
-from zslflax.evaluation.label_space import LabelSpace
+from zslflax.evaluation.label_space import read_label_space
 from zslflax.evaluation.metrics import zero_shot_metrics
+from zslflax.evaluation.results import flat_names
 
 DATA = default_config().data
 
@@ -256,14 +257,14 @@ def test_open_images_from_files_to_metrics(tmp_path):
     source = open_source(open_images(tmp_path), DATA, "test")
     descriptions = "/m/zz,Never seen\n/m/04rky,Mammal\n/m/0cmf2,Airplane\n/m/015p6,Bird\n"
     file = write(tmp_path / "class-descriptions.csv", descriptions)
-    space = LabelSpace.read(classes=str(file), own=source.classes)
+    space = read_label_space(classes=str(file), source_classes=source.classes)
     labels, outside = space.relabel(source.labels, source.classes)
     negatives, _ = space.relabel(source.negatives, source.classes)
-    assert [[space.names[c] for c in of_image] for of_image in labels] == [["Airplane"], ["Bird"], []]
+    assert [[space.class_names[c] for c in of_image] for of_image in labels] == [["Airplane"], ["Bird"], []]
     assert negatives == [(3,), (), (1,)] and outside == 0
     class_emb = np.eye(4, dtype=np.float32)
     image_emb = np.array([[0, 0, 1, 2], [0, 0, 0, 1], [9, 9, 9, 9]], np.float32)
-    found = zero_shot_metrics(image_emb, class_emb, labels, negatives=negatives, ks=(1, 2))
+    found = flat_names(zero_shot_metrics(image_emb, class_emb, labels, negatives=negatives, ks=(1, 2)))
     assert found["hit@1"] == 0.5 and found["hit@2"] == 1.0
     assert (found["labelled"], found["unlabelled"]) == (2, 1)
     # Only the class bird counts: the first image is not a bird and scores 2, the second is one and scores 1.
