@@ -151,11 +151,14 @@ def pair_losses(
     Returns:
         `loss` and its parts, fp32 [b] each.
     """
-    b = len(valid)
-    position = jax.lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
-    rows = Pairs(position, valid, student, jax.lax.stop_gradient(teacher))
-    batch = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), rows)
-    num_chunks = count_chunks(b, len(batch.valid), config.max_similarities)
+    teacher = jax.lax.stop_gradient(teacher)
+    gather = lambda x: jax.lax.all_gather(x, axis_name, tiled=True)
+    student_batch, teacher_batch, valid_batch = jax.tree.map(gather, (student, teacher, valid))
+    b, n = len(valid), len(valid_batch)
+    own_positions = jax.lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
+    rows = Pairs(own_positions, valid, student, teacher)
+    batch = Pairs(jnp.arange(n, dtype=jnp.int32), valid_batch, student_batch, teacher_batch)
+    num_chunks = count_chunks(b, n, config.max_similarities)
 
     objective, potential = OBJECTIVES[config.name], jnp.zeros(())
     if objective.transport:
