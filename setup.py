@@ -50,6 +50,8 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6",
             "torch",
+            "timm",
+            "efficientnet_lite_pytorch",
             "POT>=0.9.5",
             "scikit-learn",
             "webdataset>=1",

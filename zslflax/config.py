@@ -30,7 +30,7 @@ def default_config() -> ConfigDict:
     c.model = ConfigDict()
     c.model.embed_dim = 768  # d, width of the joint space
     c.model.image = ConfigDict()
-    c.model.image.name = "resnet50"  # resnet18|34|50|101|_nano, vit_ti16|_s16|_b16|_b32|_nano4
+    c.model.image.name = "resnet50"  # a name of `image_tower` in models/build.py, such as resnet18, vit_b16, efficientnet_lite0
     c.model.image.pretrained = ""  # a folder, package:MODULE/FOLDER or Hub id with safetensors; "" trains from scratch
     c.model.image.size = 224  # pixels, height and width
     c.model.image.mean = IMAGENET_MEAN  # the statistics that the pretrained weights expect
