@@ -31,7 +31,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from zslflax.config import compute_dtype
 from zslflax.losses import contrastive
-from zslflax.models.build import build
+from zslflax.models.build import build_two_tower
 from zslflax.training import flops, optimizer, train_state
 from zslflax.training.step import AXIS, train_step
 
@@ -84,7 +84,7 @@ class Cost:
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
             if name in ("dot_general", "conv_general_dilated"):
-                self.total[str(eqn.invars[0].aval.dtype)] += runs * flops.product(eqn)
+                self.total[str(eqn.invars[0].aval.dtype)] += runs * flops.product_flops(eqn)
             elif name in REDUCE + GATHER:
                 whole = eqn.outvars if name == "all_gather" else eqn.invars
                 normalising = re.search(r"\bbn\d|_bn\b", str(eqn.source_info.name_stack))
@@ -98,7 +98,7 @@ class Cost:
 
 def trace(config, devices: int, tokens: int) -> Cost:
     """The cost of the config's training step on so many devices, which need not exist."""
-    model = build(config.model, dtype=compute_dtype(config), axis_name=AXIS)
+    model = build_two_tower(config.model, dtype=compute_dtype(config), axis_name=AXIS)
     size, n, spread = config.model.image.size, config.batch_size, PartitionSpec(AXIS)
     shape = jax.ShapeDtypeStruct
     pairs = lambda n: (
@@ -109,11 +109,11 @@ def trace(config, devices: int, tokens: int) -> Cost:
     variables = jax.eval_shape(model.init, jax.random.key(0), *pairs(1))
     objective = jax.eval_shape(functools.partial(contrastive.init_params, config.objective))
     variables = {**variables, "params": {**variables["params"], "objective": objective}}
-    tx = optimizer.build(config, variables["params"], config.steps)
-    state = jax.eval_shape(functools.partial(train_state.create, tx=tx, ema=True, frozen=()), variables)
+    tx = optimizer.build_optimizer(config, variables["params"], config.steps)
+    state = jax.eval_shape(functools.partial(train_state.create_train_state, tx=tx, ema=True, frozen=()), variables)
     batch = dict(zip(("image", "text", "text_mask"), pairs(n))) | {"valid": shape((n,), jnp.bool_)}
     step = jax.shard_map(
-        functools.partial(train_step, model=model, tx=tx, config=config, frozen=()),
+        functools.partial(train_step, model=model, teacher_model=model, tx=tx, config=config),
         mesh=AbstractMesh((devices,), (AXIS,)),
         in_specs=(PartitionSpec(), PartitionSpec(), spread),
         out_specs=PartitionSpec(),

@@ -66,7 +66,7 @@ from packing import draw_lengths
 
 from zslflax import distributed
 from zslflax.config import compute_dtype, default_config
-from zslflax.data.packing import SAMPLE, pack_batches, rows_needed
+from zslflax.data.packing import COUNTED_CAPTIONS, pack_batches, rows_needed
 from zslflax.losses import contrastive
 from zslflax.models.build import build
 from zslflax.training import optimizer, train_state
@@ -106,7 +106,7 @@ def draw_batch(args) -> dict[str, np.ndarray]:
 
 def packed(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same batch with its captions in as many rows as training would choose."""
-    counts = np.bincount(caption_lengths(SAMPLE, seed=1), minlength=TOKENS + 1)
+    counts = np.bincount(caption_lengths(COUNTED_CAPTIONS, seed=1), minlength=TOKENS + 1)
     devices = jax.local_device_count()
     rows = rows_needed(counts, len(batch["valid"]) // devices, ROW)
     return next(pack_batches(iter([dict(batch)]), rows, ROW, devices))

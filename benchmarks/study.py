@@ -136,9 +136,11 @@ def teacher_of(run: Run) -> Run:
 
 def validation_set(folder: Path, options):
     """Pictures of another seed."""
-    written = shapes.ensure(folder / "shapes", train=1, test=options.test, size=options.size, seed=VALIDATION_SEED)
-    unseen = ",".join(shapes.NAMES[i] for i in shapes.UNSEEN)
-    return eval_set(data=written.test, names=",".join(shapes.NAMES), unseen=unseen)
+    written = shapes.ensure_shards(
+        folder / "shapes", train=1, test=options.test, size=options.size, seed=VALIDATION_SEED
+    )
+    unseen = ",".join(shapes.CLASS_NAMES[i] for i in shapes.UNSEEN)
+    return eval_set(data=written.test, names=",".join(shapes.CLASS_NAMES), unseen=unseen)
 
 
 def search() -> Iterator[Run]:
@@ -216,11 +218,11 @@ class Probe:
     def __init__(self, config):
         c = config.data.shapes
         source = open_source("shapes", config.data, "train")
-        others = shapes.mismatches(c.train, c.noise, c.seed)
+        others = shapes.mismatched_captions(c.train, c.noise, c.seed)
         records = [source[i] for i in range(PROBED)]
-        self.images = [preprocess.pixels(record) for record in records]
+        self.images = [preprocess.record_image(record) for record in records]
         self.given = [record["text"][0] for record in records]
-        self.true = [shapes.describe(c.seed, "train", i).caption for i in range(PROBED)]
+        self.true = [shapes.describe_image(c.seed, "train", i).caption for i in range(PROBED)]
         self.mismatched = np.array([i in others and self.given[i] != self.true[i] for i in range(PROBED)])
         self.temperature = config.objective.teacher_temperature
 

@@ -29,7 +29,7 @@ def get_config(objective: str = ""):
     c.objective.log_logit_scale = 2.6
     c.objective.soft_ramp_steps = 200  # the teacher must know something before it is believed
     c.objective.teacher_temperature = 0.05
-    set_objective(c, objective)  # may have a log_scale of its own
+    set_objective(c, objective)  # after the scale: sigmoid has its own
     c.teacher.ema_decay = 0.99  # averages the last hundred steps, of a run of hundreds
 
     c.optimizer.name = "adamw"

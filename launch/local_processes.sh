@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Several processes on this machine's CPU, which run what the hosts of a pod run: to try and debug that
-# without a pod.
+# Runs several processes on this machine's CPU, as the hosts of a pod do: to try and debug multi-process runs.
 #
-#     launch/local_processes.sh PROCESSES DEVICES [the arguments of zslflax.main …]
-#     launch/local_processes.sh 2 2 --config=configs/demo.py --workdir=runs/two --config.steps=20
+#     launch/local_processes.sh PROCESSES DEVICES [arguments of zslflax.main …]
+#     launch/local_processes.sh 2 2 --config=configs/demo.py --workdir=runs/two --config.steps=20 \
+#         --config.optimizer.warmup_steps=5
 #
-# DEVICES is the number of virtual devices of each process. DRY_RUN=1 prints the commands instead of running
-# them.
+# DEVICES is the number of virtual devices of each process. With DRY_RUN=1 the commands are printed and not run.
 set -euo pipefail
 
 if (($# < 3)); then
@@ -18,7 +17,7 @@ shift 2
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
 pids=()
-trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT # jax catches SIGTERM once there are several processes
+trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT # jax handles SIGTERM in multi-process runs
 for ((i = 0; i < processes; i++)); do
     command=(env JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port"
         "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$i" python -m zslflax.main "$@")
@@ -34,11 +33,10 @@ for ((i = 0; i < processes; i++)); do
     fi
 done
 
-# The first that fails ends all: the others would wait for it until the heartbeat's timeout.
+# The first process that fails ends all of them. The others would wait for it until the heartbeat times out.
 for _ in "${pids[@]}"; do
     wait -n
 done
 
-# Expect the output of process 0 as it is and that of process i behind "[i] " on standard error; the exit
-# status of the first process that failed, or 0. The run is the same as that of one process with all the
-# devices, to rounding.
+# Expect the output of process 0 unchanged, and that of process i on standard error after "[i] ". The exit status is
+# that of the first process that failed, or 0. The run equals that of one process with all the devices, up to rounding.

@@ -62,7 +62,7 @@ def served(require, learnt, tmp_path_factory):
     predictor = Predictor.restore(learnt)
     test = open_source("shapes", predictor.config.data, "test")
     for i in range(20):
-        Image.fromarray(preprocess.pixels(test[i])).save(folder / ("more" if i % 2 else ".") / f"{i:02d}.png")
+        Image.fromarray(preprocess.record_image(test[i])).save(folder / ("more" if i % 2 else ".") / f"{i:02d}.png")
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("nothing")
     with socket.socket() as probe:

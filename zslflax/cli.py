@@ -1,4 +1,4 @@
-"""What all commands share: log lines on standard error, and user errors as one-line messages."""
+"""What all commands share: the log on standard error, and user errors as messages without a traceback."""
 
 import contextlib
 import logging
@@ -17,16 +17,18 @@ log = logging.getLogger("zslflax")
 
 
 def start_logging() -> None:
-    """Writes the package's log to standard error, one plain line per record; progress bars stay intact."""
+    """Writes the package's log to standard error, one line per record, without breaking progress bars."""
     handler = logging.StreamHandler(_TqdmStream())
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
-    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax logs twenty lines per save
+    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax logs twenty lines for each checkpoint
 
 
 class _TqdmStream:
+    """A stream that clears the progress bars before it writes, and draws them again."""
+
     def write(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr, end="")
 
@@ -36,21 +38,22 @@ class _TqdmStream:
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Ends the program with a one-line message after a `UserError`, and with a traceback after any other error.
+    """Ends the program with the message of a `UserError`, and with the traceback of any other exception.
 
-    In a multi-process run the process exits at once: a normal exit waits for the other processes, which in turn wait
-    for this one's part of a step.
+    With the environment variable ZSLFLAX_TRACEBACK=1, a `UserError` shows its traceback as well.
+
+    In a multi-process run the process exits at once. A normal exit would wait for the other processes, which in turn
+    wait for this one's part of a step.
     """
     try:
         yield
     except Exception as error:
-        expected = isinstance(error, UserError) and not os.environ.get("ZSLFLAX_TRACEBACK")
-        message = (
-            f"zslflax: {error}\n(ZSLFLAX_TRACEBACK=1 shows where it was raised)" if expected else traceback.format_exc()
-        )
+        message = None
+        if isinstance(error, UserError) and not os.environ.get("ZSLFLAX_TRACEBACK"):
+            message = f"zslflax: {error}"
         if jax.distributed.is_initialized():
-            print(message, file=sys.stderr, flush=True)
+            print(message or traceback.format_exc(), file=sys.stderr, flush=True)
             os._exit(1)
-        if expected:
+        if message:
             sys.exit(message)
         raise

@@ -1,23 +1,34 @@
-"""Devices and processes: the one place that names pmap's mapping, the hosts, and what goes from host to device."""
+"""Devices and processes: initialisation, placing arrays on devices, and exchanging values between processes.
+
+A process runs on each host and owns that host's devices. Mapped functions run on all devices under the axis `AXIS`.
+"""
 
 import collections
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXIS = "data"  # the mapped axis: the global batch is spread over its devices
+from zslflax.errors import UserError
+
+Tree = Any  # a pytree of arrays
+
+AXIS = "data"  # name of the mapped axis, over which the global batch is split
 
 
-def start(compilation_cache: str = "") -> None:
-    """Joins the other processes where the environment says that there are some; must come before any other use of jax.
+def initialize(compilation_cache: str = "") -> None:
+    """Connects to the run's other processes, if there are any. It must be called before any other use of jax.
 
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` describe processes started by hand; TPU pods and
-    SLURM jobs are recognised by jax itself when `ZSLFLAX_DISTRIBUTED=1`, which the scripts in launch/ set.
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` describe processes that were started one by one.
+    With `ZSLFLAX_DISTRIBUTED=1`, which the scripts in launch/ set, jax detects a TPU pod or a SLURM job.
+
+    Args:
+        compilation_cache: the folder in which compiled programs are kept; "" for none.
     """
     if compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
@@ -28,121 +39,148 @@ def start(compilation_cache: str = "") -> None:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes reports."""
+    """Whether this is the process that writes files other than checkpoints."""
     return jax.process_index() == 0
 
 
 def is_multi_process() -> bool:
-    """Whether there are other processes."""
+    """Whether the run has more than one process."""
     return jax.process_count() > 1
 
 
-def preempted(step: int) -> bool:
-    """Whether any process was sent SIGTERM; of several, all get True at the same step. All must ask at every step."""
-    return multihost_utils.reached_preemption_sync_point(step)
-
-
-def all_hosts(ok: bool) -> bool:
-    """Whether all processes say so; the slowest is waited for."""
-    return bool(np.all(gather_hosts(np.asarray([ok]))))
-
-
-def replicate(tree, devices: int | None = None):
-    """Puts arrays whole on each of this host's devices (default: all), as `TrainStep` returns them."""
-    return jax.device_put(tree, NamedSharding(local_mesh(devices), PartitionSpec()))
+# Arrays on devices
 
 
 def local_mesh(devices: int | None = None) -> Mesh:
+    """A mesh of this process's first `devices` devices (default: all)."""
     return Mesh(np.array(jax.local_devices()[:devices]), (AXIS,))
 
 
-def map_embed(function):
-    """Maps (variables, arrays with a leading axis of this host's devices) over those devices; nothing is exchanged."""
-    return jax.pmap(function, in_axes=(None, 0), devices=jax.local_devices())
+def global_mesh() -> Mesh:
+    """A mesh of all processes' devices."""
+    return Mesh(np.array(jax.devices()), (AXIS,))
 
 
-def in_batches(function, variables, arrays, size: int) -> np.ndarray:
-    """Applies what `map_embed` returned to arrays [n, …] in batches of `size`, the last filled up: NumPy [n, …]."""
-    outputs, total = [], len(jax.tree.leaves(arrays)[0])
-    for start in range(0, total, size):
-        rows = np.minimum(np.arange(start, start + size), total - 1)
-        embedded = np.asarray(function(variables, shard(jax.tree.map(lambda x, rows=rows: x[rows], arrays))))
-        outputs.append(embedded.reshape(size, *embedded.shape[2:]))
-    return np.concatenate(outputs)[:total]
+def replicate(tree: Tree, devices: int | None = None) -> Tree:
+    """Copies arrays to each of this process's first `devices` devices (default: all)."""
+    return jax.device_put(tree, NamedSharding(local_mesh(devices), PartitionSpec()))
 
 
-def shard(arrays):
-    """Splits the leading axis of every array over this host's devices: [b, …] → [devices, b / devices, …]."""
+def replicated_sharding() -> NamedSharding:
+    """The sharding of an array of which every device of every process has a copy."""
+    return NamedSharding(global_mesh(), PartitionSpec())
+
+
+def shard(tree: Tree) -> Tree:
+    """Splits the leading axis of arrays over this process's devices: [b, …] → [devices, b / devices, …]."""
     devices = jax.local_device_count()
-    return jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), arrays)
+    return jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), tree)
 
 
-def to_devices(batches: Iterator, size: int = 2) -> Iterator:
-    """Yields (arrays on the devices, the rest) while up to `size` batches are on their way.
+def prefetch_to_devices(batches: Iterator[Any], size: int = 2) -> Iterator[tuple[dict[str, jax.Array], Any]]:
+    """Copies batches to the devices ahead of their use.
 
-    A batch is a dict of arrays, sharded as `shard` does; the entry `errors`, if any, stays on the host.
+    Args:
+        batches: dicts of arrays [b, …] on the host. The entry `errors`, if there is one, stays on the host.
+        size: the number of batches that are copied before the first is used.
+
+    Yields:
+        (arrays [devices, b / devices, …], the entry `errors` or an empty tuple).
     """
     sharding = NamedSharding(local_mesh(), PartitionSpec(AXIS))
-    queue = collections.deque()
+    queue: collections.deque[tuple[dict[str, jax.Array], Any]] = collections.deque()
     for batch in batches:
-        errors = batch.pop("errors", ())
-        queue.append((jax.device_put(shard(batch), sharding), errors))
+        arrays = {key: value for key, value in batch.items() if key != "errors"}
+        queue.append((jax.device_put(shard(arrays), sharding), batch.get("errors", ())))
         if len(queue) >= size:
             yield queue.popleft()
     yield from queue
 
 
-def to_global(tree):
-    """The replicated state as global arrays, which Orbax saves; what pmap returns is local to a process's devices."""
-    if jax.process_count() == 1:
+def map_over_devices(function: Callable[..., Tree]) -> Callable[..., Tree]:
+    """Maps function(variables, arrays) over this process's devices, which exchange nothing.
+
+    The mapped function takes variables that are replicated and arrays as `shard` returns them.
+    """
+    return jax.pmap(function, in_axes=(None, 0), devices=jax.local_devices())
+
+
+def map_in_batches(function: Callable[..., jax.Array], variables: Tree, arrays: Tree, size: int) -> np.ndarray:
+    """Applies a function from `map_over_devices` to arrays [n, …] in batches of `size`.
+
+    The last batch is filled up with copies of the last row, so that all batches have one shape.
+
+    Returns:
+        The function's outputs [n, …], on the host.
+    """
+    outputs, total = [], len(jax.tree.leaves(arrays)[0])
+    for start in range(0, total, size):
+        rows = np.minimum(np.arange(start, start + size), total - 1)
+        output = np.asarray(function(variables, shard(jax.tree.map(lambda x, rows=rows: x[rows], arrays))))
+        outputs.append(output.reshape(size, *output.shape[2:]))
+    return np.concatenate(outputs)[:total]
+
+
+def to_global(tree: Tree) -> Tree:
+    """Replicated arrays of this process as global arrays, which Orbax saves."""
+    if not is_multi_process():
         return tree
     return multihost_utils.host_local_array_to_global_array(tree, global_mesh(), PartitionSpec())
 
 
-def to_local(tree):
-    """Undoes `to_global`: the state is placed as `TrainStep` returns it."""
-    if jax.process_count() == 1:
+def to_local(tree: Tree) -> Tree:
+    """Undoes `to_global`."""
+    if not is_multi_process():
         return tree
     return multihost_utils.global_array_to_host_local_array(tree, global_mesh(), PartitionSpec())
 
 
-def global_mesh() -> Mesh:
-    return Mesh(np.array(jax.devices()), (AXIS,))
+# Values exchanged between processes. Every process must call these functions, in the same order.
 
 
-def replicated() -> NamedSharding:
-    """The sharding of an array that every device of every process holds whole."""
-    return NamedSharding(global_mesh(), PartitionSpec())
+def preemption_requested(step: int) -> bool:
+    """Whether any process has received SIGTERM: the same answer in all processes, which must ask at every step."""
+    return multihost_utils.reached_preemption_sync_point(step)
 
 
-def gather_hosts(tree):
-    """Concatenates every process's arrays [b, …] along the first axis, in the order of the processes; NumPy."""
-    if jax.process_count() == 1:
+def all_hosts(ok: bool) -> bool:
+    """Whether `ok` is true in all processes. Waits for all of them."""
+    return bool(np.all(gather_hosts(np.asarray([ok]))))
+
+
+def wait_for_hosts() -> None:
+    """Waits until all processes have come here."""
+    all_hosts(True)
+
+
+def gather_hosts(tree: Tree) -> Tree:
+    """Concatenates all processes' arrays [b, …] along the first axis, in the order of the processes; NumPy."""
+    if not is_multi_process():
         return jax.tree.map(np.asarray, tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def from_main(array: np.ndarray | None) -> np.ndarray | None:
-    """The main process's fp32 array or None, in every process; the others' are ignored."""
-    shape = gather_json(None if array is None else array.shape)[0]
-    if shape is None or jax.process_count() == 1:
-        return array
-    return np.asarray(multihost_utils.broadcast_one_to_all(array if is_main() else np.zeros(shape, np.float32)))
-
-
-def check_same_on_hosts(what: str, value) -> None:
-    """Raises a ValueError, in every process, where processes see different values of what JSON can hold."""
-    values = gather_json(value)
-    if any(other != values[0] for other in values):
-        raise ValueError(f"the processes differ in {what}: {values}; they must see the same files")
-
-
-def gather_json(value) -> list:
-    """Every process's value, of any size but of what JSON can hold, in the order of the processes."""
-    if jax.process_count() == 1:
+def gather_json(value: Any) -> list[Any]:
+    """All processes' values, in the order of the processes. JSON must be able to hold them; their sizes may differ."""
+    if not is_multi_process():
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = gather_hosts(np.asarray([len(data)]))
     padded = np.pad(data, (0, sizes.max() - len(data)))
     rows = gather_hosts(padded).reshape(len(sizes), -1)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def broadcast_from_main(array: np.ndarray | None) -> np.ndarray | None:
+    """The main process's fp32 array, or None, in every process. The other processes' arguments are ignored."""
+    shape = gather_json(None if array is None else array.shape)[0]
+    if shape is None or not is_multi_process():
+        return array
+    return np.asarray(multihost_utils.broadcast_one_to_all(array if is_main() else np.zeros(shape, np.float32)))
+
+
+def check_same_on_hosts(name: str, value: Any) -> None:
+    """Raises a UserError in every process where their values differ, as those of files that not all of them see."""
+    values = gather_json(value)
+    if any(other != values[0] for other in values):
+        raise UserError(f"the processes differ in {name}: {values}; they must see the same files")

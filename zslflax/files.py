@@ -1,21 +1,36 @@
-"""Small files: written whole or not at all, read with errors that name the file."""
+"""Reads and writes small files: text, JSON and CSV. Errors name the file; writes are atomic."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from zslflax.errors import MissingFileError, StorageError, UserError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary path beside `path`, then renames it: readers see the old file or the new one.
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError, such as a full disk or a missing permission, into a `StorageError` that names the path."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write` with a temporary path in the same folder, then renames that file to `path`.
+
+    A reader sees the old file or the new one, never a part of it. No temporary file is left behind after an error.
 
     Raises:
-        OSError: of `write`, or of the rename; no temporary file is left.
+        OSError: of `write` or of the rename.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -29,16 +44,18 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file atomically.
 
     Raises:
-        StorageError: names the file.
+        StorageError: the file cannot be written.
     """
-    try:
-        write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+    with storage_errors(path):
+        write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically."""
+    """Writes a value as JSON, atomically.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
     write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))
 
 
@@ -46,8 +63,9 @@ def read_text(path: str | Path) -> str:
     """The contents of a UTF-8 file, without a byte order mark.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: it cannot be read, or is not UTF-8; names the file.
+        MissingFileError: the file does not exist.
+        UserError: the file is not UTF-8.
+        StorageError: the file cannot be read.
     """
     path = Path(path).expanduser()
     try:
@@ -63,10 +81,15 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path, kind: type = dict) -> Any:
-    """The value of a JSON file, which must be of type `kind`.
+    """The value in a JSON file.
+
+    Args:
+        path: the file.
+        kind: the type that the value must have.
 
     Raises:
-        MissingFileError, UserError: as `read_text`; or the file is not JSON, or of another type.
+        MissingFileError, StorageError: as `read_text`.
+        UserError: the file is not JSON, or its value has another type.
     """
     text = read_text(path)
     try:
@@ -78,28 +101,54 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     return value
 
 
-def read_rows(path: str | Path, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> list[tuple[int, list[str]]]:
-    """The non-blank rows of a CSV or TSV file: (line number from 1, stripped fields)."""
+def iter_rows(
+    path: str | Path, delimiter: str = ",", quoting: Literal[0, 1, 2, 3] = csv.QUOTE_MINIMAL
+) -> Iterator[tuple[int, list[str]]]:
+    """Yields the rows of a CSV or TSV file that are not blank: (line number from 1, fields without surrounding blanks).
+
+    Only CR and LF end a row. Captions may hold the other characters at which `str.splitlines` splits.
+
+    Raises:
+        MissingFileError, StorageError: as `read_text`.
+        UserError: the file is not valid CSV.
+    """
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, quoting=quoting)
     try:
-        reader = csv.reader(read_text(path).splitlines(keepends=True), delimiter=delimiter, quoting=quoting)
-        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
+        for row in reader:
+            fields = [field.strip() for field in row]
+            if any(fields):
+                yield reader.line_num, fields
     except csv.Error as error:
-        raise UserError(f"{path} is not a valid CSV file: {error}") from error
-    return [(number, row) for number, row in rows if any(row)]
+        raise UserError(f"{path}, line {reader.line_num} is not valid CSV: {error}") from error
+
+
+def read_rows(
+    path: str | Path, delimiter: str = ",", quoting: Literal[0, 1, 2, 3] = csv.QUOTE_MINIMAL
+) -> list[tuple[int, list[str]]]:
+    """All rows that `iter_rows` yields."""
+    return list(iter_rows(path, delimiter, quoting))
 
 
 def read_columns(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line number, fields) of the named columns of a CSV file with a header.
+    r"""Yields (line number, fields of the named columns) for each row of a CSV file with a header.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "labels.csv"
+    ...     write_text(path, "path,size,label\na.jpg,30,cat\nb.jpg,20,dog\n")
+    ...     list(read_columns(path, ["label", "path"]))
+    [(2, ['cat', 'a.jpg']), (3, ['dog', 'b.jpg'])]
 
     Raises:
-        MissingFileError, UserError: as `read_text`; or a column is missing, or a row has another number of fields.
+        MissingFileError, StorageError: as `read_text`.
+        UserError: the file has no such column, or a row has another number of fields than the header.
     """
-    rows = read_rows(path)
-    header = rows[0][1] if rows else []
+    rows = iter_rows(path)
+    _, header = next(rows, (0, []))
     if missing := [column for column in columns if column not in header]:
         raise UserError(f"{path} has no column {', '.join(missing)}; found: {', '.join(header) or 'nothing'}")
     indices = [header.index(column) for column in columns]
-    for number, row in rows[1:]:
+    for number, row in rows:
         if len(row) != len(header):
             raise UserError(f"{path}, line {number} has {len(row)} fields, the header {len(header)}")
         yield number, [row[i] for i in indices]

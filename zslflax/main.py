@@ -1,7 +1,8 @@
-"""Entry point: `python -m zslflax.main --config=configs/demo.py [--workdir=DIR] [--config.FIELD=VALUE …]`."""
+"""Trains or evaluates: `python -m zslflax.main --config=configs/demo.py [--workdir=DIR] [--config.FIELD=VALUE …]`."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -9,24 +10,26 @@ from ml_collections import config_flags
 
 from zslflax import distributed
 from zslflax.cli import exit_on_error, start_logging
-from zslflax.config import check_devices, check_overrides, validate
+from zslflax.config_checks import check_devices, check_overrides, validate
 from zslflax.evaluation.zero_shot import evaluate_run
 from zslflax.inference.prompts import resolve_templates
 from zslflax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/, with an argument after a colon if it takes one."
+    "config", None, "The config file, one of configs/ or your own; FILE:ARGUMENT passes an argument to its get_config."
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run writes, and where it resumes. Default: runs/<config.name>."
+    "workdir", None, "The folder that the run writes to and resumes from. Default: runs/<config.name>."
 )
-MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "evaluate: the newest checkpoint, without training.")
-STEP = flags.DEFINE_integer("step", None, "With --mode=evaluate: the step of the checkpoint.")
-CHANGED = flags.DEFINE_bool("changed", False, "Go on in a workdir whose checkpoints are another config's.")
+MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate"], "evaluate: evaluates the newest checkpoint of the workdir; trains nothing."
+)
+STEP = flags.DEFINE_integer("step", None, "With --mode=evaluate: the step of the checkpoint instead of the newest.")
+CHANGED = flags.DEFINE_bool("changed", False, "Resume although the workdir's run had another config.")
 STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
     0,
-    "The exit status of a run that was asked to stop before its last step: for launchers that start it again.",
+    "The exit status of a run that was asked to stop before its last step, for launchers that start it again.",
     lower_bound=0,
     upper_bound=255,
 )
@@ -34,26 +37,42 @@ flags.mark_flag_as_required("config")
 
 
 def parse(arguments: list[str]) -> list[str]:
-    """absl's parser, with an error that names the nearest field where an override's field does not exist."""
+    """Parses the flags with absl.
+
+    Ends the program with a one-line message where a flag is wrong. The message for an override of a field that does not
+    exist names the nearest field.
+    """
+    check_config_file(arguments)
     try:
         return flags.FLAGS(arguments)
     except (AttributeError, KeyError):
+        # Parse again without the overrides, which ml_collections looks up in sys.argv, to know the config's fields.
         flags.FLAGS.unparse_flags()
         sys.argv = [argument for argument in arguments if not argument.lstrip("-").startswith("config.")]
-        flags.FLAGS(sys.argv)  # without the overrides, which ml_collections looks up in sys.argv
+        flags.FLAGS(sys.argv)
         check_overrides(CONFIG.value, arguments)
         raise
-    except (flags.Error, OSError) as error:
+    except flags.Error as error:
         sys.exit(f"zslflax: {error}")
 
 
-def main(_) -> int:
+def check_config_file(arguments: list[str]) -> None:
+    """Ends the program where --config names a file that does not exist, for which absl has no clear message."""
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        flag, _, value = argument.partition("=")
+        path = (value or following).partition(":")[0]
+        if flag in ("-config", "--config") and not Path(path).is_file():
+            sys.exit(f"zslflax: {flag}={path}: there is no such file")
+
+
+def main(_: Any) -> int:
+    """Runs what the flags ask for, and returns the exit status."""
     start_logging()
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.name}").expanduser().absolute()
     resolve_templates(config)
     validate(config)
-    distributed.start(config.compilation_cache)
+    distributed.initialize(config.compilation_cache)
     check_devices(config, jax.device_count())
     if MODE.value == "evaluate":
         evaluate_run(config, workdir, STEP.value)
@@ -62,6 +81,7 @@ def main(_) -> int:
 
 
 def run() -> None:
+    """The command."""
     with exit_on_error():
         app.run(main, flags_parser=parse)
 

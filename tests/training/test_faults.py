@@ -69,18 +69,18 @@ def test_an_evaluation_is_broken_off_and_comes_first_at_the_next_start(
 ):
     caplog.set_level("INFO", "zslflax")
     tiny.eval.best_metric = "eval/test/hit@1"
-    score, scored = zero_shot.score, []
+    measure_model, measured = zero_shot.measure_model, []
 
     def interrupted(*args):
-        scored.append(args)
-        if len(scored) == 2 * step // 3:  # the teacher has been scored, the student has not
+        measured.append(args)
+        if len(measured) == 2 * step // 3:  # the teacher has been measured, the student has not
             os.kill(os.getpid(), signal.SIGTERM)
-        return score(*args)
+        return measure_model(*args)
 
     with monkeypatch.context() as context:
-        context.setattr(evaluation, "score", interrupted)
+        context.setattr(zero_shot, "measure_model", interrupted)
         loop.train(tiny, tmp_path / "parts")
-    assert len(scored) == 2 * step // 3 and checkpoint.available(tmp_path / "parts")[-1] == step
+    assert len(measured) == 2 * step // 3 and checkpoint.available(tmp_path / "parts")[-1] == step
     assert lines(tmp_path / "parts")[-1]["step"] < step
     assert f"stopped and saved at step {step} of 6" in caplog.text
     loop.train(tiny, tmp_path / "parts")
@@ -139,7 +139,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_at_once(tiny, tmp_path):
 
 def test_a_shard_that_is_cut_off_ends_the_run_with_its_name_and_the_last_checkpoint_stays(tiny, tmp_path, monkeypatch):
     c = tiny.data.shapes
-    folder = shapes.ensure(c.root, train=c.train, test=c.test, size=c.size).path
+    folder = shapes.ensure_shards(c.root, train=c.train, test=c.test, size=c.size).path
     shard = tmp_path / "shard.tar"
     shard.write_bytes((folder / "train-00000.tar").read_bytes())
     tiny.data.train, tiny.steps = (str(shard),), 100  # threads read some batches ahead

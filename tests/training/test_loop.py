@@ -56,7 +56,7 @@ def kill_at(monkeypatch, step, workdir):
 def damaged(tiny, tmp_path):
     """Training shards of which more than a whole batch has lost its pictures."""
     c = tiny.data.shapes
-    folder = shapes.ensure(c.root, train=c.train, test=c.test, size=c.size).path
+    folder = shapes.ensure_shards(c.root, train=c.train, test=c.test, size=c.size).path
     shard = tmp_path / "damaged.tar"
     shutil.copy(folder / "train-00000.tar", shard)
     index = load_index(str(shard))
@@ -195,7 +195,7 @@ def test_another_run_teaches(tiny, workdir, tmp_path):
 
 def test_two_sets_one_of_captions_alone(tiny, tmp_path):
     c = tiny.data.shapes
-    captioned = shapes.ensure(c.root, train=c.train, test=c.test, size=c.size).train
+    captioned = shapes.ensure_shards(c.root, train=c.train, test=c.test, size=c.size).train
     with tiny.unlocked():
         tiny.eval.sets.captions = {
             "data": captioned,

@@ -1,66 +1,65 @@
-"""What a run says of its speed, and the traces that it writes, against clocks and counts of others."""
+"""What a run reports: metrics, throughput against given clocks, traces, and unreadable samples."""
 
 import contextlib
-import functools
+import errno
 import gzip
 import json
 import logging
+import os
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.training.test_step import batch_of, config_of, start, variables  # noqa: F401
-from zslflax import distributed
-from zslflax.config import default_config, profiled_steps
-from zslflax.models.bert import Bert, BertConfig
-from zslflax.models.resnet import ResNet
-from zslflax.models.vit import ViT
-from zslflax.training import checkpoint, flops, loop, metrics
-from zslflax.training.metrics import Profile, Stopwatch
-from zslflax.training.step import AXIS, TrainStep, gradients, train_step
+from tests.testing.runs import read_metrics
+from zslflax import checkpoint
+from zslflax.errors import StorageError, UserError
+from zslflax.training import loop, metrics, setup
+from zslflax.training.metrics import BadSampleCounter, Profile, Reporter, Stopwatch
+from zslflax.training.step import TrainStep
 
 
-def counted(function, *arguments):
-    return flops.count(jax.make_jaxpr(function)(*arguments).jaxpr)
+def test_a_reporter_keeps_earlier_lines_and_drops_later_and_broken_ones(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "loss": 3.0}\n{"step": 4, "loss": 2.0}\n{"step": 6, "lo')
+    with contextlib.closing(Reporter(tmp_path, step=3, steps=10)) as reporter:
+        reporter.write(5, {"loss": 1.5, "grad_norm": float("inf")})
+    assert read_metrics(tmp_path) == [{"step": 2, "loss": 3.0}, {"step": 5, "loss": 1.5, "grad_norm": None}]
+    assert sorted(entry.name.partition(".")[0] for entry in tmp_path.iterdir()) == ["events", "metrics"]
 
 
-def test_products_are_counted_as_xla_does_and_loops_as_often_as_they_run():
-    x, w = jnp.ones((5, 7)), jnp.ones((7, 7))
-    product = lambda w, x: x @ w
-    assert counted(product, w, x) == {"float32": jax.jit(product).lower(w, x).compile().cost_analysis()["flops"]}
-    looped = lambda w, x: jax.lax.scan(lambda x, _: (x @ w, None), x, length=6)[0]
-    assert counted(looped, w, x) == {"float32": 6 * 2 * 5 * 7 * 7}
-    again = jax.grad(lambda w, x: jnp.sum(jax.checkpoint(lambda w: jnp.sin(x @ w) @ w)(w)))
-    plain = jax.grad(lambda w, x: jnp.sum(jnp.sin(x @ w) @ w))
-    assert counted(plain, w, x)["float32"] < counted(again, w, x)["float32"]  # the hardware does it once more
+def test_a_reporter_that_is_not_active_writes_nothing(tmp_path):
+    with contextlib.closing(Reporter(tmp_path, 0, 10, active=False)) as reporter:
+        reporter.write(5, {"loss": 1.5})
+        reporter.progress(5, 1.5, 10.0)
+    assert not list(tmp_path.iterdir())
 
 
-def test_towers_compute_in_bfloat16():
-    """All products but those with the softmax's fp32 gradient, of which large towers have a smaller share."""
-    image, text = jnp.zeros((2, 32, 32, 3)), jnp.zeros((2, 16), jnp.int32)
-    towers = [
-        (ResNet((1, 1), True, jnp.bfloat16), (image,)),
-        (ViT(4, 64, 2, 4, jnp.bfloat16), (image,)),
-        (Bert(BertConfig(layers=2, width=64, heads=4, hidden=256), jnp.bfloat16), (text, text == 0)),
-    ]
-    for model, inputs in towers:
-        made = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-        loss = lambda params, rest: jnp.sum(model.apply({**rest, "params": params}, *inputs))
-        rest = {name: tree for name, tree in made.items() if name != "params"}
-        total = counted(jax.grad(loss), made["params"], rest)
-        assert total["bfloat16"] > 0.9 * total.total()
+def test_a_full_disk_is_reported_with_the_file(tmp_path):
+    class FullDisk:
+        def write(self, line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    reporter = Reporter(tmp_path, 0, 10)
+    reporter.file.close()
+    reporter.file = FullDisk()
+    with pytest.raises(StorageError, match=f"{tmp_path}/metrics.jsonl cannot be written: No space left on device"):
+        reporter.write(5, {"loss": 1.5})
 
 
-def test_rates_of_devices_that_are_known_and_of_others():
-    assert flops.rates(989e12, 2.0, "NVIDIA H100 80GB HBM3") == {"flops_per_second": 494.5e12, "mfu": 0.5}
-    assert flops.rates(1e9, 2.0, "cpu") == {"flops_per_second": 0.5e9}
-
-
-def test_metrics_that_older_steps_lack_are_those_of_the_others():
+def test_an_average_leaves_out_steps_without_the_metric():
     steps = [{"loss": np.float32(3)}, {"loss": np.float32(1), "truncated": np.float32(0.5)}]
     assert metrics.average(steps) == {"train/loss": 2.0, "train/truncated": 0.5}
+
+
+def test_an_average_leaves_out_values_that_are_not_finite_and_has_the_last_counter():
+    steps = [
+        {"loss": jnp.float32(value), "grad_norm": jnp.float32("nan"), "nonfinite_steps": jnp.int32(i)}
+        for i, value in enumerate((1.0, np.nan, 2.0))
+    ]
+    means = metrics.average(steps)
+    assert means.pop("train/nonfinite_steps") == 2 and means.pop("train/loss") == 1.5
+    assert np.isnan(means.pop("train/grad_norm")) and not means
 
 
 def test_a_stopwatch_divides_by_the_time_that_passed(monkeypatch):
@@ -77,116 +76,95 @@ def test_a_stopwatch_divides_by_the_time_that_passed(monkeypatch):
     assert watch.steps == 0 and watch.started == 15.0
 
 
-@pytest.fixture
-def step(variables):  # noqa: F811
-    state, fixed = start(config_of(), variables, 4)
-    return TrainStep({}, **fixed), state, fixed
-
-
-def test_a_step_takes_its_state_over_and_is_traced_once(step, monkeypatch):
-    update, state, fixed = step
-    traces = []
-    monkeypatch.setattr("zslflax.step.gradients", lambda *args, f=gradients: traces.append(1) or f(*args))
-    batches = [distributed.shard(batch_of(i)) for i in range(2)]
-    before = jax.tree.leaves(state)
-    for batch in batches:
-        state, _ = update(state, batch)
-    assert all(leaf.is_deleted() for leaf in before) and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert len(traces) == 1
-    plan = update.mapped.lower(state, {}, batches[0]).compile().memory_analysis()
-    assert plan.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    alone = jax.make_jaxpr(functools.partial(train_step, **fixed), axis_env=[(AXIS, 4)])
-    assert update.flops == flops.count(alone(state, {}, {k: x[0] for k, x in batches[0].items()}).jaxpr).total() > 0
-
-
-def test_batches_are_on_the_devices_before_they_are_asked_for():
-    drawn = []
-
-    def source():
-        for i in range(4):
-            drawn.append(i)
-            yield {"image": np.full(8, i), "errors": ("none",)}
-
-    batches = distributed.to_devices(source(), size=2)
-    arrays, errors = next(batches)
-    assert drawn == [0, 1] and errors == ("none",)
-    assert len(arrays["image"].sharding.device_set) == 4 and arrays["image"].shape == (4, 2)
-    assert [int(arrays["image"][0, 0]) for arrays, _ in batches] == [1, 2, 3]
-
-
-def test_compiled_steps_are_cached_unless_the_config_says_otherwise(tmp_path):
-    assert default_config().compilation_cache
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        distributed.start(str(tmp_path))
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-
-
-class Handle:
-    """Stands for what is on the devices; nothing but a step, a report or a save may look inside."""
+class OnDevice:
+    """Stands for a value on the devices, which only a step, a report or a save may read."""
 
     def __init__(self, value):
         self.value = value
 
 
-def test_between_reports_nothing_waits_for_the_devices(tiny, tmp_path, monkeypatch):
-    """State and metrics go from step to step in handles that only those functions open that are meant to wait."""
-    tiny.eval.sets.test.data, tiny.log_every = "", 3
-    opened = []
-    called, average, save = TrainStep.__call__, metrics.average, checkpoint.save
+def test_between_reports_nothing_waits_for_the_devices(tiny_config, tmp_path, monkeypatch):
+    """State and metrics go from step to step unread. Only functions that are meant to wait read them."""
+    tiny_config.eval.sets.test.data, tiny_config.log_every = "", 3
+    averaged = []
+    take_step, average, save = TrainStep.__call__, metrics.average, checkpoint.save
 
-    def look(handle):
-        return handle.value if isinstance(handle, Handle) else handle
+    def read(value):
+        return value.value if isinstance(value, OnDevice) else value
 
     def step(self, state, batch):
-        return tuple(map(Handle, called(self, look(state), batch)))
+        return tuple(map(OnDevice, take_step(self, read(state), batch)))
+
+    def read_and_average(recent):
+        averaged.append(len(recent))
+        return average(list(map(read, recent)))
 
     monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr(loop, "average", read_and_average)
+    monkeypatch.setattr(setup, "evaluate_state", lambda *args: {})
     monkeypatch.setattr(
-        training, "average", lambda recent: opened.append(len(recent)) or average(list(map(look, recent)))
+        checkpoint, "save", lambda manager, state, *args, **kwargs: save(manager, read(state), *args, **kwargs)
     )
-    monkeypatch.setattr(training, "evaluate_train_state", lambda *args: {})
-    monkeypatch.setattr(
-        checkpoint, "save", lambda manager, state, *args, **kwargs: save(manager, look(state), *args, **kwargs)
-    )
-    monkeypatch.setattr(Handle, "failed_step", property(lambda self: self.value.failed_step), raising=False)
-    loop.train(tiny, tmp_path)
-    assert opened == [3, 3]
+    monkeypatch.setattr(OnDevice, "failed_step", property(lambda self: self.value.failed_step), raising=False)
+    loop.train(tiny_config, tmp_path)
+    assert averaged == [3, 3]
 
 
-def events(folder):
+def trace_events(folder):
     (path,) = folder.glob("plugins/profile/*/perfetto_trace.json.gz")
     return json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
 
 
-def test_a_run_writes_a_trace_of_the_steps_that_it_is_told_to(tiny, tmp_path, caplog, monkeypatch):
-    tiny.profile_steps, tiny.steps, tiny.eval.sets.test.data = "2:3", 4, ""
+def traced_steps(folder):
+    return [event["args"]["step_num"] for event in trace_events(folder) if event.get("name") == "train_step"]
+
+
+def test_a_run_writes_a_trace_of_the_steps_in_its_config(tiny_config, tmp_path, caplog, monkeypatch):
+    tiny_config.profile_steps, tiny_config.steps, tiny_config.eval.sets.test.data = "2:3", 4, ""
     monkeypatch.setattr(logging.getLogger("zslflax"), "propagate", True)
     with caplog.at_level("INFO", "zslflax"):
-        loop.train(tiny, tmp_path)
-    found = events(tmp_path / "profile")
-    assert [event["args"]["step_num"] for event in found if event.get("name") == "train_step"] == ["2", "3"]
-    assert any("dot" in event.get("name", "") for event in found)  # the devices' own operations
+        loop.train(tiny_config, tmp_path)
+    assert traced_steps(tmp_path / "profile") == ["2", "3"]
+    assert any("dot" in event.get("name", "") for event in trace_events(tmp_path / "profile"))  # on the devices
     assert "a trace of steps 2 to 3 is in" in caplog.text and "xprof" in caplog.text
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["train/flops_per_second"] > 0 and "train/mfu" not in last  # of a CPU no peak is known
+    assert last["train/flops_per_second"] > 0 and "train/mfu" not in last  # the peak of a CPU is not known
 
 
-def test_a_trace_ends_with_the_run_that_fails_in_the_middle_of_it(tmp_path):
+def profiled(profile, step, function, *arguments):
+    """Calls a function as a step is called."""
+    profile.before(step, ())
+    result = function(*arguments)
+    profile.after(step, result)
+
+
+def test_a_trace_ends_with_a_run_that_fails_in_the_middle_of_it(tmp_path):
     with pytest.raises(ZeroDivisionError), contextlib.closing(Profile((2, 9), tmp_path)) as profile:
-        profile.step(1, jnp.sin, 1.0)
-        profile.step(5, jnp.sin, 1.0)  # a run that went on there
-        profile.step(6, lambda: 1 / 0)
-    assert [event["args"]["step_num"] for event in events(tmp_path) if event.get("name") == "train_step"] == ["5", "6"]
+        profiled(profile, 1, jnp.sin, 1.0)
+        profiled(profile, 5, jnp.sin, 1.0)  # a run that resumed there
+        profiled(profile, 6, lambda: 1 / 0)
+    assert traced_steps(tmp_path) == ["5", "6"]
     with contextlib.closing(Profile((1, 1), tmp_path / "next")) as profile:
-        profile.step(1, jnp.sin, 1.0)
-    assert events(tmp_path / "next")
+        profiled(profile, 1, jnp.sin, 1.0)
+    assert trace_events(tmp_path / "next")
 
 
-def test_steps_to_profile():
-    c = default_config()
-    assert profiled_steps(c) is None
-    c.profile_steps = "100:105"
-    assert profiled_steps(c) == (100, 105)
+def test_too_many_unreadable_samples_are_an_error_that_names_their_shards(caplog):
+    counter = BadSampleCounter(max_fraction=0.1)
+    errors = [("b.tar:1", "truncated"), ("a.tar:1", "truncated"), ("b.tar:2", "not an image")]
+    with caplog.at_level("WARNING", "zslflax"):
+        for _ in range(30):
+            counter.count(errors, 10)  # far too many of 300, which are too few samples to judge by
+        assert caplog.text.count("unreadable sample") == BadSampleCounter.MAX_LOGGED
+    counter.count([("b.tar:3", "truncated")], 1_000)  # 91 of 1,300
+    with pytest.raises(
+        UserError, match=r"(?s)131 of 1300 samples .* data.max_bad_fraction = 0.1;.*b.tar: 101\n.*a.tar: 30"
+    ):
+        counter.count([("b.tar:4", "truncated")] * 40, 0)
+
+
+def test_readable_samples_never_stop_a_run():
+    counter = BadSampleCounter(max_fraction=0.0)
+    counter.count([], 5_000)
+    with pytest.raises(UserError, match="1 of 5001 samples"):
+        counter.count([("a.tar:1", "truncated")], 1)

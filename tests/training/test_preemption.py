@@ -1,28 +1,49 @@
-"""Processes of their own that are killed and asked to stop; benchmarks/kills.py does more of it."""
+"""Runs in processes of their own that are killed and asked to stop; benchmarks/kills.py does more of it."""
 
 import importlib.util
 import signal
-from pathlib import Path
+import threading
+import time
 
-from tests.conftest import CACHE
+import pytest
 
-spec = importlib.util.spec_from_file_location("kills", Path(__file__).parents[2] / "benchmarks" / "kills.py")
-kills = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kills)
+from tests.testing.configs import COMPILATION_CACHE, ROOT
+from zslflax.training.preemption import StopRequest
 
-STEPS, SECONDS = 12, 600
+STEPS, TIMEOUT = 12, 600
 
 
-def test_a_run_that_is_killed_killed_again_and_asked_to_stop_goes_on_to_the_same_bits(tmp_path):
-    whole = kills.Run(tmp_path / "whole", STEPS, CACHE)
-    whole.finish(SECONDS)
-    run = kills.Run(tmp_path / "run", STEPS, CACHE)
-    for kind in ("shapes", "save"):
-        assert kills.kill(run, kills.start_until(run, kind, SECONDS)), (run.folder / "log").read_text()
-    process = kills.start_until(run, "step", SECONDS)
+@pytest.fixture
+def kills():
+    """benchmarks/kills.py as a module."""
+    spec = importlib.util.spec_from_file_location("kills", ROOT / "benchmarks" / "kills.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_that_is_killed_twice_and_asked_to_stop_resumes_to_the_same_bits(kills, tmp_path):
+    undisturbed = kills.Run(tmp_path / "undisturbed", STEPS, COMPILATION_CACHE)
+    undisturbed.finish(TIMEOUT)
+    run = kills.Run(tmp_path / "run", STEPS, COMPILATION_CACHE)
+    for activity in ("data", "save"):
+        assert kills.kill(run, kills.start_until(run, activity, TIMEOUT)), run.log.read_text()
+    process = kills.start_until(run, "step", TIMEOUT)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(SECONDS) == 0
-    assert "SIGTERM: saving after this step, then stopping" in (run.folder / "log").read_text()
+    assert process.wait(TIMEOUT) == 0
+    assert "SIGTERM: saving after this step, then stopping" in run.log.read_text()
 
-    run.finish(SECONDS)
-    assert kills.differences(whole.left(), run.left()) == []
+    run.finish(TIMEOUT)
+    assert kills.differences(undisturbed.results(), run.results()) == []
+
+
+def test_a_signal_interrupts_what_is_interruptible_and_a_second_one_has_its_usual_effect():
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        assert not stop.requested(1) and stop.run_interruptible(max, 1, 2) == 2
+        threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+        assert stop.run_interruptible(time.sleep, 60) is None
+        assert stop.requested(2) and stop.run_interruptible(max, 1, 2) is None
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -267,7 +267,7 @@ def test_each_process_reads_its_share_alone(two, one, run, config):
     counts = collections.Counter(reads(run, 1, "test"))
     assert counts == dict.fromkeys(range(1, TEST, 2), 2)
     counts = collections.Counter(reads(run, 0, "test"))
-    counts.subtract(2 * list(zero_shot.shown(TEST)))
+    counts.subtract(2 * list(zero_shot.drawn_images(TEST)))
     assert +counts == dict.fromkeys(range(0, TEST, 2), 2)
 
 

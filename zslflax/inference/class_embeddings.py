@@ -27,7 +27,7 @@ def cached_class_embeddings(
     """
     if not distributed.is_main():
         cache = ClassCache()
-    class_emb = distributed.from_main(cache.read(class_names, templates))
+    class_emb = distributed.broadcast_from_main(cache.read(class_names, templates))
     if class_emb is None:
         class_emb = embed_class_names(share_among_processes(encode_text), class_names, templates)
         cache.write(class_names, templates, class_emb)

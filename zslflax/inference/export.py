@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from zslflax.config import from_json
+from zslflax.config_json import read_config
 from zslflax.data.text import Tokenizer
 from zslflax.errors import MissingFileError, UserError
 from zslflax.files import read_json, read_text, write_atomically, write_json, write_text
@@ -114,7 +114,7 @@ def load_model(folder: Path) -> SavedModel:
         UserError: the folder has another kind of model, or a file is damaged.
     """
     try:
-        config = from_json(read_text(folder / "config.json"))
+        config = read_config(folder / "config.json")
         with safe_open(folder / WEIGHTS, "numpy") as file:
             step = int(file.metadata()["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}

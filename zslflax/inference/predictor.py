@@ -65,7 +65,9 @@ class Predictor:
         self.config, self.model, self.tokenizer, self.step = config, model, tokenizer, step
         self.variables, self.class_cache = distributed.replicate(variables), ClassCache()
         self.text_features = text_features or TextFeatures(model, self.variables, DEFAULT_CAPACITY)
-        map_method = lambda method: distributed.map_embed(lambda variables, x: model.apply(variables, x, method=method))
+        map_method = lambda method: distributed.map_over_devices(
+            lambda variables, x: model.apply(variables, x, method=method)
+        )
         self._encode_image, self._project_text = map_method("encode_image"), map_method("project_text")
 
     def with_variables(self, variables: Any, step: int) -> "Predictor":
@@ -220,4 +222,4 @@ class Predictor:
         size = devices
         while size < min(len(array), largest):
             size *= 2
-        return distributed.in_batches(function, self.variables, array, min(size, largest))
+        return distributed.map_in_batches(function, self.variables, array, min(size, largest))

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from zslflax import distributed
-from zslflax.config import compute_dtype, from_json
+from zslflax.config import compute_dtype
+from zslflax.config_json import read_config
 from zslflax.data.text import Tokenizer
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import read_text
 from zslflax.inference.export import (
     TEXT_FOLDER,
     WEIGHTS,
@@ -72,12 +72,12 @@ def read_run(workdir: Path, step: int | None, use: str) -> SavedModel:
     """
     from zslflax import checkpoint  # imports Orbax, which an exported model does not need
 
-    steps = checkpoint.available(workdir)
+    steps = checkpoint.complete_steps(workdir)
     if not steps or step not in (None, *steps):
         found = f"found steps {', '.join(map(str, steps))}" if steps else "found none"
         raise MissingFileError(f"{workdir} has no complete checkpoint{f' of step {step}' if step else ''}; {found}")
     step = steps[-1] if step is None else step
-    config = from_json(read_text(workdir / "config.json"))
+    config = read_config(workdir / "config.json")
     names = ("params", "frozen_params", "batch_stats", "teacher_params", "teacher_batch_stats")
     saved = checkpoint.restore_parts(workdir, step, names if use == "teacher" else names[:3])
     params, batch_stats = saved["params"], saved["batch_stats"]

@@ -21,12 +21,14 @@ def build_two_tower(config: ConfigDict, *, dtype: Any = jnp.float32, axis_name: 
     """Builds the model that the `model` section of a config describes.
 
     Args:
-        config: `embed_dim`, `image.{name, mean, std, remat}`, `text.{pretrained, dropout, max_tokens, scratch, remat}`.
+        config: `embed_dim`, `image.{name, mean, std, remat}`, and
+            `text.{pretrained, dropout, max_tokens, scratch, remat, projection}`.
         dtype: of the computation inside the towers.
         axis_name: the mapped axis over which batch statistics are synchronised.
 
     Raises:
-        UserError: there is no such image tower, or `text.max_tokens` exceeds the positions of the text tower.
+        UserError: there is no such image tower, `text.max_tokens` exceeds the positions of the text tower, or a text
+            tower of another width than `embed_dim` has no projection.
     """
     bert = text_config(config.text)
     if config.text.max_tokens > bert.max_tokens:
@@ -34,10 +36,16 @@ def build_two_tower(config: ConfigDict, *, dtype: Any = jnp.float32, axis_name: 
             f"model.text.max_tokens is {config.text.max_tokens}; the encoder has {bert.max_tokens} positions, "
             f"nearest that works: {bert.max_tokens}"
         )
+    if not config.text.projection and bert.width != config.embed_dim:
+        raise UserError(
+            f"model.text.projection is False, but the text tower is {bert.width} wide and model.embed_dim is "
+            f"{config.embed_dim}; set model.embed_dim={bert.width} or model.text.projection=True"
+        )
+    text_projection = nn.Dense(config.embed_dim) if config.text.projection else None
     image = image_tower(config.image.name, dtype, axis_name, config.image.remat)
     return TwoTower(
         image=ProjectedTower(image, nn.Dense(config.embed_dim)),
-        text=ProjectedTower(Bert(bert, dtype, config.text.remat), nn.Dense(config.embed_dim)),
+        text=ProjectedTower(Bert(bert, dtype, config.text.remat), text_projection),
         mean=tuple(config.image.mean),
         std=tuple(config.image.std),
     )

@@ -12,11 +12,11 @@ class ProjectedTower(nn.Module):
 
     Attributes:
         tower: maps inputs to features [b, f]; a text tower also has the method `packed`.
-        projection: maps features [b, f] to [b, d].
+        projection: maps features [b, f] to [b, d]; None where f = d and the features are used as they are.
     """
 
     tower: Any
-    projection: nn.Module
+    projection: nn.Module | None
 
     def __call__(self, *inputs: Any, train: bool) -> jax.Array:
         """Maps the tower's inputs → unit vectors fp32 [b, d]."""
@@ -32,7 +32,9 @@ class ProjectedTower(nn.Module):
 
     def project(self, features: jax.Array) -> jax.Array:
         """Maps features [b, f] → unit vectors fp32 [b, d]."""
-        x = self.projection(features.astype(jnp.float32))
+        x = features.astype(jnp.float32)
+        if self.projection is not None:
+            x = self.projection(x)
         # The gradient of x / norm(x) at 0 is NaN, even for a row that a mask removes from the loss.
         return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-12))
 

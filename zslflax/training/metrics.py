@@ -1,35 +1,41 @@
-"""Progress on the terminal, metrics.jsonl, TensorBoard events, throughput, traces, and unreadable samples."""
+"""Metrics of a run: progress, metrics.jsonl, TensorBoard, throughput, profiler traces, and unreadable samples."""
 
 import collections
+import contextlib
 import json
 import logging
 import math
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from zslflax.errors import UserError
+from zslflax.files import storage_errors, write_text
 from zslflax.training import flops
 
 log = logging.getLogger("zslflax")
 
-COUNTS = ("nonfinite_steps", "failed_step")  # metrics that count through the whole run
-# Those that measure time, which no two runs share; they end in:
-MEASURED = ("pairs_per_second", "waiting_for_data", "flops_per_second", "mfu")
+COUNTERS = ("nonfinite_steps", "failed_step")  # metrics of the whole run so far, of which the last value counts
+MEASURED = ("pairs_per_second", "waiting_for_data", "flops_per_second", "mfu")  # metrics of time: no two runs agree
 
 
 class Reporter:
-    """Writes metrics of a run to `workdir`, one JSON object a line with its `step`, and shows how far the run is.
+    """Writes a run's metrics to metrics.jsonl and to TensorBoard events, and shows its progress.
 
     Args:
-        workdir: where metrics.jsonl and the TensorBoard events go.
-        step: the step that the run starts from; lines of later steps, from a run that was killed, are dropped.
-        steps: the step at which it ends.
-        active: False for the processes that report nothing.
+        workdir: the folder of the files. metrics.jsonl has one JSON object a line, with its `step`.
+        step: the step at which the run starts. Later lines, of a run that was killed, are removed.
+        steps: the step at which the run ends.
+        active: False for processes that report nothing.
+
+    Raises:
+        StorageError: a file cannot be written; also from the methods.
     """
 
     def __init__(self, workdir: Path, step: int, steps: int, active: bool = True):
@@ -37,118 +43,127 @@ class Reporter:
         if not active:
             return
         self.path = workdir / "metrics.jsonl"
-        _drop_after(self.path, step)
-        self.file = open(self.path, "a", buffering=1)
-        self.tensorboard = tensorboard_writer(workdir, step)
+        remove_lines_after(self.path, step)
+        with storage_errors(self.path):
+            self.file = open(self.path, "a", buffering=1)
+            self.tensorboard = tensorboard_writer(workdir, step)
         self.bar = tqdm(
             initial=step, total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0.1
         )
-        self.next_line = 0.0
+        self.next_log_time = 0.0
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends one line to metrics.jsonl and one point to each TensorBoard curve; non-finite values become null."""
+        """Writes the metrics of a step. Values that are not finite become null, and no point of a curve."""
         if not self.active:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
-        for name, value in finite.items():
-            if value is not None:
-                self.tensorboard.add_scalar(name.replace("@", "_at_"), value, step)
+        with storage_errors(self.path):
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
+            for name, value in finite.items():
+                if value is not None:
+                    self.tensorboard.add_scalar(name.replace("@", "_at_"), value, step)
 
     def progress(self, step: int, loss: float, pairs_per_second: float) -> None:
-        """Moves the progress line; where standard error is no terminal, logs a line every ten seconds or so."""
+        """Updates the progress bar. Where standard error is not a terminal, logs a line at most every ten seconds."""
         if not self.active:
             return
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f"loss {loss:.3f}, {pairs_per_second:,.0f} pairs/s", refresh=False)
-        if self.bar.disable and time.monotonic() >= self.next_line:
-            self.next_line = time.monotonic() + 10.0
+        if self.bar.disable and time.monotonic() >= self.next_log_time:
+            self.next_log_time = time.monotonic() + 10.0
             log.info("step %d/%d  loss %.3f  %s pairs/s", step, self.bar.total, loss, f"{pairs_per_second:,.0f}")
 
     def close(self) -> None:
+        """Closes the files."""
         if self.active:
             self.bar.close()
-            self.tensorboard.close()
-            self.file.close()
+            with storage_errors(self.path):
+                self.tensorboard.close()
+                self.file.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keeps the whole lines of steps up to `step`, so that a resumed run has each step once."""
+def remove_lines_after(path: Path, step: int) -> None:
+    """Keeps the complete lines of metrics.jsonl up to a step, so that a resumed run writes each step once."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
-        try:
+        with contextlib.suppress(json.JSONDecodeError, KeyError):  # a kill may leave a part of a line
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue  # cut off in mid-line by a kill
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    write_text(path, "".join(kept))
 
 
-def tensorboard_writer(workdir: Path, step: int):
-    """A writer of TensorBoard events, which hides those of later steps.
+def tensorboard_writer(workdir: Path, step: int) -> Any:
+    """A writer of TensorBoard events, which hides events of later steps.
 
-    tensorboardX imports PyTorch where it is installed, to know its tensors: seconds and memory for nothing here.
+    tensorboardX imports PyTorch where it is installed, to recognise its tensors. That takes seconds and memory, and no
+    tensor comes here, so the import is made to fail.
     """
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None
+    hide_torch = "torch" not in sys.modules
+    modules: dict[str, Any] = sys.modules
+    if hide_torch:
+        modules["torch"] = None
     try:
         from tensorboardX import SummaryWriter
     finally:
-        if hidden:
-            del sys.modules["torch"]
+        if hide_torch:
+            del modules["torch"]
     return SummaryWriter(str(workdir), purge_step=step + 1)
 
 
 class Stopwatch:
-    """Rates since the last `lap`, of steps of so many pairs each."""
+    """Measures throughput since the last `lap`.
+
+    Args:
+        pairs: the number of pairs in a step.
+    """
 
     def __init__(self, pairs: int):
         self.pairs = pairs
         self.start()
 
     def start(self) -> None:
+        """Starts again from zero."""
         self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
-    def next(self, batches):
-        """The next step's item of an iterator, the wait for it counted."""
+    def next(self, batches: Iterator[Any]) -> Any:
+        """The next batch. Counts a step, and measures the wait for the batch."""
         before = time.perf_counter()
-        item = next(batches)
+        batch = next(batches)
         self.waited += time.perf_counter() - before
         self.steps += 1
-        return item
+        return batch
 
     def lap(self, step_flops: int) -> dict[str, float]:
-        """Pairs per second; the share of the time spent waiting for data; and what `flops.rates` has, of one device.
+        """Pairs per second, the share of the time spent waiting for data, and `flops.rates` of one device.
 
         Args:
-            step_flops: what one device does in a step.
+            step_flops: floating-point operations of one device in a step.
         """
         elapsed = max(time.perf_counter() - self.started, 1e-9)
-        speed = {"pairs_per_second": self.steps * self.pairs / elapsed, "waiting_for_data": self.waited / elapsed}
-        speed |= flops.rates(self.steps * step_flops, elapsed, jax.local_devices()[0].device_kind)
+        rates = {"pairs_per_second": self.steps * self.pairs / elapsed, "waiting_for_data": self.waited / elapsed}
+        rates |= flops.rates(self.steps * step_flops, elapsed, jax.local_devices()[0].device_kind)
         self.start()
-        return {f"train/{name}": value for name, value in speed.items()}
+        return {f"train/{name}": value for name, value in rates.items()}
 
 
 class Profile:
-    """Writes a trace of some steps, of this process's devices and threads; no other step is slower for it.
+    """Writes a profiler trace of some steps, on this process's devices and threads. Other steps are not slowed down.
 
     Args:
-        steps: the first and the last of them, or None for none; a run that goes on in between begins there.
-        folder: where it goes, in a folder named after the time.
+        steps: the first and the last step of the trace, or None for no trace. A run that resumes between them begins
+            the trace there.
+        folder: the trace is written to a subfolder that is named after the time.
     """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         self.first, self.last = steps or (0, 0)
         self.folder, self.running = folder, False
+        self.annotation: jax.profiler.StepTraceAnnotation | None = None
 
-    def before(self, step: int, state) -> None:
-        """Starts the trace where `step` is the first to be traced; waits for the devices, so that none is in progress."""
+    def before(self, step: int, state: Any) -> None:
+        """Call it before each step. Starts the trace once the devices have computed `state`."""
         if not self.first <= step <= self.last:
             return
         if not self.running:
@@ -158,19 +173,20 @@ class Profile:
         self.annotation = jax.profiler.StepTraceAnnotation("train_step", step_num=step)
         self.annotation.__enter__()
 
-    def after(self, step: int, metrics) -> None:
-        """Ends the trace after the last traced step, once the devices have finished it."""
+    def after(self, step: int, metrics: Any) -> None:
+        """Call it after each step. Ends the trace once the devices have computed the last step's `metrics`."""
         if not self.running:
             return
-        self.annotation.__exit__(None, None, None)
+        self._end_step()
         if step == self.last:
             jax.block_until_ready(metrics)
             self.close()
 
     def close(self) -> None:
-        """Ends the trace if one is running: also where the run stops or fails in the middle of it."""
+        """Ends a trace that is in progress, as when a run stops or fails."""
         if not self.running:
             return
+        self._end_step()
         self.running = False
         jax.profiler.stop_trace()
         log.info(
@@ -182,44 +198,66 @@ class Profile:
             self.folder,
         )
 
+    def _end_step(self) -> None:
+        """Ends the annotation of a step that has not ended."""
+        if self.annotation is not None:
+            self.annotation.__exit__(None, None, None)
+            self.annotation = None
 
-def average(metrics: list[dict]) -> dict[str, float]:
-    """The means of the steps' metrics, as `train/NAME`; this waits for the devices.
 
-    What was not finite in a step that was dropped is left out, and steps that lack a metric: those before a resume with
-    another config. Of the counts of bad steps, the last value.
+def average(metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each metric over steps, as `train/NAME`; of `COUNTERS` the last value. Waits for the devices.
+
+    Values that are not finite, of steps that were skipped, are left out; so are steps without the metric, from before a
+    resume with another config. A metric without any value is NaN.
+
+    >>> average([{"loss": 3.0, "nonfinite_steps": 0}, {"loss": 1.0, "nonfinite_steps": 1}])
+    {'train/loss': 2.0, 'train/nonfinite_steps': 1}
     """
-    host = jax.device_get(metrics)
+    host = jax.device_get(list(metrics))
     means = {}
     for name, last in host[-1].items():
-        values = np.array([of_step[name] for of_step in host if name in of_step])
+        values = np.array([step[name] for step in host if name in step])
         finite = values[np.isfinite(values)]
-        means[f"train/{name}"] = int(last) if name in COUNTS else float(np.mean(finite)) if len(finite) else np.nan
+        means[f"train/{name}"] = int(last) if name in COUNTERS else float(np.mean(finite)) if len(finite) else np.nan
     return means
 
 
 class BadSampleCounter:
-    """Counts the samples that could not be read, names the first few, and stops a run that has too many.
+    """Counts unreadable samples, logs the first few, and stops a run that has too many.
 
     Args:
-        limit: the share of samples that may be bad.
+        max_fraction: the share of samples that may be unreadable.
     """
 
-    ENOUGH = 1_000  # samples, before a share means something
+    MIN_SAMPLES = 1_000  # before the share is compared with the limit
+    MAX_LOGGED = 5
 
-    def __init__(self, limit: float):
-        self.limit, self.seen, self.bad, self.shards = limit, 0, 0, collections.Counter()
+    def __init__(self, max_fraction: float):
+        self.max_fraction, self.total, self.bad = max_fraction, 0, 0
+        self.by_shard: collections.Counter[str] = collections.Counter()
 
-    def count(self, errors, samples: int) -> None:
-        self.seen += samples
+    def count(self, errors: Iterable[tuple[str, str]], samples: int) -> None:
+        """Counts a batch.
+
+        Args:
+            errors: (name, message) of each unreadable sample, where the name is "SHARD:KEY" or a path.
+            samples: the number of samples in the batch, with the unreadable ones.
+
+        Raises:
+            UserError: too many samples are unreadable; names the shards that have the most.
+        """
+        self.total += samples
+        before = self.bad
         for name, message in errors:
             self.bad += 1
-            self.shards[name.rpartition(":")[0]] += 1
-            if self.bad <= 5:
+            self.by_shard[name.rpartition(":")[0]] += 1
+            if self.bad <= self.MAX_LOGGED:
                 log.warning("unreadable sample %s: %s", name, message)
-        if errors and self.seen >= self.ENOUGH and self.bad > self.limit * self.seen:
-            worst = "\n  ".join(f"{shard}: {count}" for shard, count in self.shards.most_common(10))
+        enough = self.bad > before and self.total >= self.MIN_SAMPLES
+        if enough and self.bad > self.max_fraction * self.total:
+            worst = "\n  ".join(f"{shard}: {count}" for shard, count in self.by_shard.most_common(10))
             raise UserError(
-                f"{self.bad} of {self.seen} samples could not be read, more than data.max_bad_fraction = {self.limit}; "
-                f"the shards with the most of them:\n  {worst}"
+                f"{self.bad} of {self.total} samples could not be read, more than data.max_bad_fraction = "
+                f"{self.max_fraction}; the shards with the most of them:\n  {worst}"
             )

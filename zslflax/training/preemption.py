@@ -1,10 +1,12 @@
-"""Stopping a run from outside: a scheduler's SIGTERM, a person's Ctrl-C."""
+"""Requests to stop a run: SIGTERM from a scheduler, or Ctrl-C."""
 
 import logging
 import os
 import signal
 import threading
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 from zslflax import distributed
 
@@ -12,32 +14,36 @@ log = logging.getLogger("zslflax")
 
 
 class _Interrupted(BaseException):
-    """Ends what `StopRequest.run_interruptible` runs."""
+    """Ends the function that `StopRequest.run_interruptible` runs."""
 
 
 class StopRequest:
-    """Notices, while it is entered, that the run is asked to stop; the same signal again does what it always did.
+    """A context manager that turns SIGTERM and SIGINT (Ctrl-C) into a request to stop after the current step.
 
-    In one process these are SIGTERM and SIGINT. Of several processes any one may be asked: jax's coordination
-    service passes SIGTERM on and lets all stop at the same step; Ctrl-C becomes SIGTERM.
+    A second signal of the same kind has its previous effect: it ends the process.
+
+    In a multi-process run any process may receive SIGTERM. The coordination service of jax passes it on, and all
+    processes stop at the same step. SIGINT is forwarded as SIGTERM.
     """
 
-    def __init__(self):
-        self.asked, self._interruptible, self._before = False, False, {}
+    def __init__(self) -> None:
+        self._requested, self._interruptible = False, False
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python gives signals to the main thread alone
+            return self  # Python delivers signals to the main thread only
+        # In a multi-process run, jax handles SIGTERM.
         for number in (signal.SIGINT,) if distributed.is_multi_process() else (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+            self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame) -> None:
-        signal.signal(number, self._before[number])
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        signal.signal(number, self._previous_handlers[number])
         name = signal.Signals(number).name
         if number == signal.SIGINT:
             log.warning("%s: saving after this step, then stopping; once more stops at once, without saving", name)
@@ -46,19 +52,19 @@ class StopRequest:
         if distributed.is_multi_process():
             os.kill(os.getpid(), signal.SIGTERM)
             return
-        self.asked = True
+        self._requested = True
         if self._interruptible:
             raise _Interrupted
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after this step: the same in all processes, which all must ask at every step."""
-        return distributed.preempted(step) if distributed.is_multi_process() else self.asked
+        """Whether to stop after this step. All processes must ask at every step, and get the same answer."""
+        return distributed.preemption_requested(step) if distributed.is_multi_process() else self._requested
 
-    def run_interruptible(self, function: Callable, *args):
-        """function(*args), or None as soon as the run is asked to stop; several processes finish it first."""
+    def run_interruptible(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Returns function(*args), or None as soon as a stop is requested. Multi-process runs finish the function."""
         try:
             self._interruptible = not distributed.is_multi_process()
-            return None if self.asked else function(*args)
+            return None if self._requested else function(*args)
         except _Interrupted:
             return None
         finally:

@@ -108,7 +108,8 @@ def timm_mobilenet(path: str, blocks: Sequence[int]) -> str:
     if "/" not in path:
         return names[path]
     number, module = split_block(path)
-    order, convs = MOBILENET_BLOCK, ("conv_pw", "conv_dw", "conv_pwl")
+    order: Sequence[str] = MOBILENET_BLOCK
+    convs: Sequence[str] = ("conv_pw", "conv_dw", "conv_pwl")
     if number < blocks[0]:  # the blocks of the first stage do not expand their input
         order, convs = order[2:], ("conv_dw", "conv_pw")
     layer, is_norm = divmod(order.index(module), 2)

@@ -1,0 +1,65 @@
+"""Arrays on devices, and the compilation cache. tests/training/test_processes.py tests several processes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zslflax import distributed
+from zslflax.config import default_config
+from zslflax.errors import UserError
+
+
+def test_batches_are_on_the_devices_before_they_are_used():
+    drawn = []
+
+    def source():
+        for i in range(4):
+            drawn.append(i)
+            yield {"image": np.full(8, i), "errors": ("none",)}
+
+    batches = distributed.prefetch_to_devices(source(), size=2)
+    arrays, errors = next(batches)
+    assert drawn == [0, 1] and errors == ("none",)
+    assert len(arrays["image"].sharding.device_set) == 4 and arrays["image"].shape == (4, 2)
+    assert [int(arrays["image"][0, 0]) for arrays, _ in batches] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("total", [1, 7, 8, 9])
+def test_a_function_is_applied_in_batches_of_one_shape(total):
+    shapes = []
+
+    def double(scale, arrays):
+        shapes.append(arrays["x"].shape)
+        return scale * arrays["x"] + arrays["y"][:, None]
+
+    arrays = {"x": np.arange(3.0 * total, dtype=np.float32).reshape(total, 3), "y": np.arange(total)}
+    function = distributed.map_over_devices(double)
+    output = distributed.map_in_batches(function, distributed.replicate(jnp.float32(2.0)), arrays, size=8)
+    np.testing.assert_array_equal(output, 2 * arrays["x"] + arrays["y"][:, None])
+    assert set(shapes) == {(2, 3)}
+
+
+def test_one_process_is_alone(tmp_path):
+    assert distributed.is_main() and not distributed.is_multi_process()
+    assert distributed.all_hosts(True) and not distributed.all_hosts(False)
+    assert distributed.gather_json({"a": [1, "b"]}) == [{"a": [1, "b"]}]
+    distributed.check_same_on_hosts("the number of samples", 3)
+
+
+def test_processes_that_differ_are_told_so(monkeypatch):
+    monkeypatch.setattr(distributed, "gather_json", lambda value: [value, value + 1])
+    with pytest.raises(UserError, match=r"the processes differ in the number of samples: \[3, 4\]; they must see"):
+        distributed.check_same_on_hosts("the number of samples", 3)
+
+
+def test_compiled_functions_are_cached_unless_the_config_says_otherwise(tmp_path):
+    assert default_config().compilation_cache
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        distributed.initialize(str(tmp_path))
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        distributed.initialize("")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

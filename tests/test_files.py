@@ -1,0 +1,85 @@
+"""Small files: atomic writes, and errors that name the file and say what is wrong."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from zslflax import files
+from zslflax.errors import MissingFileError, StorageError, UserError
+
+
+def test_json_is_replaced_as_a_whole(tmp_path):
+    files.write_json(tmp_path / "a.json", {"x": 1})
+    files.write_json(tmp_path / "a.json", {"x": [1, 2]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, 2]} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+
+    def fail(partial):
+        partial.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        files.write_atomically(tmp_path / "a.txt", fail)
+    assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_storage_errors_name_the_file_and_keep_their_cause(tmp_path, number):
+    with pytest.raises(StorageError, match=f"{tmp_path}/a cannot be written: {os.strerror(number)}") as raised:
+        with files.storage_errors(tmp_path / "a"):
+            raise OSError(number, os.strerror(number))
+    assert isinstance(raised.value, UserError) and raised.value.__cause__.errno == number
+
+
+def test_other_errors_pass_through(tmp_path):
+    for error in (ValueError("a bug"), MissingFileError("there is no file b")):
+        with pytest.raises(type(error), match=str(error)), files.storage_errors(tmp_path / "a"):
+            raise error
+
+
+@pytest.mark.parametrize(
+    "content, kind, message",
+    [
+        (b"\xff\xfe", dict, r"a.json is not UTF-8 \(byte 0 is 0xff\)"),
+        (b'{"a": ', dict, "a.json is not valid JSON"),
+        (b"[1]", dict, "a.json holds a JSON list, expected dict"),
+    ],
+)
+def test_json_that_cannot_be_read(tmp_path, content, kind, message):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        files.read_json(tmp_path / "a.json", kind)
+
+
+def test_a_file_that_does_not_exist_or_is_a_folder(tmp_path):
+    with pytest.raises(MissingFileError, match=f"there is no file {tmp_path}/a"):
+        files.read_text(tmp_path / "a")
+    with pytest.raises(StorageError, match=f"{tmp_path} cannot be read: Is a directory"):
+        files.read_text(tmp_path)
+
+
+def test_rows_have_line_numbers_and_stripped_fields(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes('\ufeffname,text\r\n\r\n a ,"one,\u2028two "\r\nb,c\r\n'.encode())
+    assert files.read_rows(path) == [(1, ["name", "text"]), (3, ["a", "one,\u2028two"]), (4, ["b", "c"])]
+    path.write_text("a\tb,c\n")
+    assert files.read_rows(path, delimiter="\t") == [(1, ["a", "b,c"])]
+
+
+def test_columns_by_name(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a,b,c\n1,2,3\n\n4,5,6\n")
+    assert list(files.read_columns(path, ["c", "a"])) == [(2, ["3", "1"]), (4, ["6", "4"])]
+    with pytest.raises(UserError, match="a.csv has no column d; found: a, b, c"):
+        list(files.read_columns(path, ["a", "d"]))
+    path.write_text("a,b\n1,2\n3\n")
+    with pytest.raises(UserError, match="a.csv, line 3 has 1 fields, the header 2"):
+        list(files.read_columns(path, ["a"]))
+    path.write_text("")
+    with pytest.raises(UserError, match="a.csv has no column a; found: nothing"):
+        list(files.read_columns(path, ["a"]))

@@ -1,0 +1,209 @@
+"""Checks of a config that need no files: names, ranges, and fields that contradict each other."""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from zslflax.config import field_names, profiled_steps
+from zslflax.config_json import current_name
+from zslflax.errors import UserError, nearest_names
+from zslflax.losses.contrastive import OBJECTIVES
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises a UserError that names the field and the values that it may have."""
+    check_choices(config)
+    check_ranges(config)
+    check_objective(config)
+    check_data(config)
+    check_eval(config)
+    check_patterns(config)
+    profiled_steps(config)
+
+
+def expect(condition: bool, message: str) -> None:
+    """Raises a UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(f"config: {message}")
+
+
+def check_choices(config: ConfigDict) -> None:
+    """Fields that take one of a few names."""
+
+    def one_of(field: str, value: str, choices: Collection[str]) -> None:
+        expect(
+            value in choices,
+            f"{field} is {value!r}, expected one of {', '.join(choices)}; nearest: {nearest_names(value, choices)}",
+        )
+
+    one_of("objective.name", config.objective.name, OBJECTIVES)
+    one_of("teacher.kind", config.teacher.kind, ("ema", "checkpoint", "none"))
+    one_of("teacher.batch_norm", config.teacher.batch_norm, ("batch", "ema", "student"))
+    one_of("optimizer.name", config.optimizer.name, ("sgd", "adamw", "lamb"))
+    one_of("compute_dtype", config.compute_dtype, ("bfloat16", "float32"))
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Numbers of steps and samples, and of what the optimiser tolerates."""
+    for field in ("steps", "batch_size", "log_every", "eval.every", "eval.batch_size", "checkpoint.every"):
+        value = get_field(config, field)
+        expect(value > 0, f"{field} is {value}, expected a positive number")
+    for field in ("micro_batch", "optimizer.max_nonfinite_steps"):
+        value = get_field(config, field)
+        expect(value >= 0, f"{field} is {value}, expected 0 or a positive number")
+    warmup, steps = config.optimizer.warmup_steps, config.steps
+    expect(
+        0 <= warmup < steps,
+        f"optimizer.warmup_steps is {warmup}, expected 0 to {steps - 1}, because steps is {steps}",
+    )
+
+
+def check_objective(config: ConfigDict) -> None:
+    """The objective and its teacher."""
+    objective, teacher = config.objective, config.teacher
+    expect(0.0 <= objective.alpha <= 1.0, f"objective.alpha is {objective.alpha}, expected 0 (soft labels) to 1 (hard)")
+    expect(0.0 <= objective.smoothing < 1.0, f"objective.smoothing is {objective.smoothing}, expected 0 ≤ ε < 1")
+    for field in ("teacher_temperature", "sinkhorn_regulariser"):
+        expect(objective[field] > 0, f"objective.{field} is {objective[field]}, expected a number above 0")
+    expect(
+        objective.max_similarities >= 0,
+        f"objective.max_similarities is {objective.max_similarities}, expected 0 (no chunks) or a positive number",
+    )
+    expect(0.0 <= teacher.ema_decay < 1.0, f"teacher.ema_decay is {teacher.ema_decay}, expected 0 ≤ decay < 1")
+    expect(
+        not (OBJECTIVES[objective.name].needs_teacher and teacher.kind == "none"),
+        f"objective.name {objective.name} learns from a teacher, but teacher.kind is none; set it to ema or checkpoint",
+    )
+    expect(
+        (teacher.kind == "checkpoint") == bool(teacher.workdir),
+        f"teacher.kind is {teacher.kind} and teacher.workdir is {teacher.workdir!r}; "
+        "a workdir goes with kind checkpoint, and only with it",
+    )
+
+
+def check_data(config: ConfigDict) -> None:
+    """Captions and training data."""
+    text, data = config.model.text, config.data
+    expect(
+        bool(text.pretrained or text.tokenizer),
+        "model.text.pretrained and model.text.tokenizer are both empty; a text tower with random weights needs a "
+        "tokenizer too",
+    )
+    expect(
+        text.pack_length == 0 or text.pack_length >= text.max_tokens,
+        f"model.text.pack_length is {text.pack_length}, expected 0 (a row for each caption) or at least "
+        f"model.text.max_tokens, {text.max_tokens}",
+    )
+    expect(len(data.train) > 0, "data.train is empty, expected at least one source")
+    expect(
+        len(data.weights) in (0, len(data.train)),
+        f"data.weights has {len(data.weights)} values for the {len(data.train)} sources of data.train",
+    )
+    expect(
+        all(weight > 0 for weight in data.weights),
+        f"data.weights are {tuple(data.weights)}, expected each to be above 0",
+    )
+    expect(len(data.crop_scale) == 2, f"data.crop_scale is {data.crop_scale}, expected two shares of the area")
+    low, high = data.crop_scale
+    expect(0 < low <= high <= 1, f"data.crop_scale is {(low, high)}, expected 0 < smallest ≤ largest ≤ 1, of the area")
+    expect(
+        0 <= data.max_bad_fraction <= 1,
+        f"data.max_bad_fraction is {data.max_bad_fraction}, expected a share, from 0 to 1",
+    )
+
+
+def check_eval(config: ConfigDict) -> None:
+    """Evaluation."""
+    evaluation = config.eval
+    expect(
+        evaluation.resize_factor >= 1,
+        f"eval.resize_factor is {evaluation.resize_factor}, expected at least 1, or the crop is larger than the image",
+    )
+    sets = [name for name, test_set in evaluation.sets.items() if test_set.data]
+    expect(
+        not evaluation.best_metric or evaluation.best_metric.split("/")[1:2] in [[name] for name in sets],
+        f"eval.best_metric is {evaluation.best_metric!r}, expected eval/SET/METRIC with a SET of eval.sets that has "
+        f"data: {', '.join(sets) or 'there is none'}",
+    )
+
+
+def check_patterns(config: ConfigDict) -> None:
+    """Pairs of a pattern and a number; and that no tower stays at random weights for the whole run."""
+    for field in ("freeze", "optimizer.lr_multipliers"):
+        entries = get_field(config, field)
+        expect(
+            all(map(is_pattern_and_number, entries)),
+            f"{field} is {entries!r}, expected pairs of a pattern and a number, such as (('text/tower', -1),)",
+        )
+        for pattern, _ in entries:
+            compile_pattern(field, pattern)
+    expect(
+        all(until >= -1 for _, until in config.freeze),
+        f"freeze is {config.freeze!r}, expected steps, or -1 for the whole run",
+    )
+    for modality in ("image", "text"):
+        for pattern, until in config.freeze:
+            frozen = until < 0 and compile_pattern("freeze", pattern).match(f"{modality}/tower/")
+            expect(
+                not frozen or bool(config.model[modality].pretrained),
+                f"freeze has {pattern!r} for the whole run, but model.{modality}.pretrained is empty: the tower would "
+                f"keep its random weights; nearest that works: give model.{modality}.pretrained, or remove the "
+                "pattern from freeze",
+            )
+
+
+def is_pattern_and_number(entry: Any) -> bool:
+    """Whether an entry of `freeze` or `optimizer.lr_multipliers` has the right form."""
+    pair = isinstance(entry, (tuple, list)) and len(entry) == 2
+    return pair and isinstance(entry[0], str) and isinstance(entry[1], (int, float))
+
+
+def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
+    """A regular expression of a config field.
+
+    Raises:
+        UserError: it is not valid; the message names the field.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"config: {field}: {pattern!r} is not a regular expression: {error}") from None
+
+
+def get_field(config: ConfigDict, field: str) -> Any:
+    """The value of a field by its dotted name."""
+    value = config
+    for part in field.split("."):
+        value = value[part]
+    return value
+
+
+def check_overrides(config: ConfigDict, arguments: list[str]) -> None:
+    """Raises a UserError for `--config.FIELD=VALUE` with a field that does not exist, and names the nearest."""
+    known = list(field_names(config))
+    for argument in arguments:
+        if argument.startswith(("--config.", "-config.")):
+            name = argument.partition("config.")[2].partition("=")[0].partition("[")[0]
+            if name not in known:
+                now = current_name(name)
+                hint = f"it is called {now} now" if now else f"nearest: {nearest_names(name, known, 3)}"
+                raise UserError(f"--config.{name}: there is no such field; {hint}")
+
+
+def check_devices(config: ConfigDict, devices: int) -> None:
+    """Raises a UserError where batches cannot be divided evenly over all devices, or a share into micro-batches."""
+    for field, size in (("batch_size", config.batch_size), ("eval.batch_size", config.eval.batch_size)):
+        if size % devices:
+            raise UserError(
+                f"config: {field} is {size}, which {devices} devices cannot share evenly; "
+                f"nearest that works: {max(devices, size // devices * devices)}"
+            )
+    share = config.batch_size // devices
+    if config.micro_batch and share % config.micro_batch:
+        divisors = (size for size in range(1, share + 1) if share % size == 0)
+        raise UserError(
+            f"config: micro_batch is {config.micro_batch}, which does not divide the {share} pairs of a device; "
+            f"nearest that works: {min(divisors, key=lambda size: abs(size - config.micro_batch))}"
+        )
