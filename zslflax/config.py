@@ -52,7 +52,8 @@ def model_fields() -> ConfigDict:
     c = ConfigDict()
     c.embed_dim = 768  # d, width of the joint space (OTTER's release)
     c.image = ConfigDict()
-    c.image.name = "resnet50"  # resnet18|34|50|101|_nano, vit_ti16|_s16|_b16|_b32|_nano4
+    # resnet18|34|50|101|_nano, mobilenet_v2, efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4
+    c.image.name = "resnet50"
     # Weights in safetensors format: a folder, package:MODULE/FOLDER, or a Hugging Face Hub id; "" for random weights.
     c.image.pretrained = ""
     c.image.size = 224  # pixels, height and width
