@@ -2,7 +2,7 @@
 
     python -m zslflax.main --config=configs/photos.py --config.data.train='photos/train-{00000..00004}.tar' \
         --config.model.image.pretrained=FOLDER --config.eval.sets.test.data='photos/test-00000.tar' \
-        --config.eval.sets.test.class_names=names.txt --config.eval.sets.test.unseen=unseen.txt
+        --config.eval.sets.test.class_names=names.txt --config.eval.sets.test.unseen='cat,truck'
 
 FOLDER has the safetensors of EfficientNet-Lite0. The first start computes the features of every image and says how long
 that takes; later ones train in seconds. `python -m zslflax.features` with the same arguments computes them beforehand.

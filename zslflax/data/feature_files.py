@@ -173,7 +173,7 @@ class RowFile:
 class TextFile:
     """Rows on disk that are found by 128-bit keys. Each process appends to files of its own.
 
-    A segment is a pair of files: NAME.rows has rows of f numbers, and NAME.keys has a `KEY_ENTRY` for each row, which is
+    A segment is a pair of files: NAME.rows has rows of f numbers, and NAME.keys a `KEY_ENTRY` for each row, which is
     written after it. What other processes append while this one runs is not seen; the same row is then computed
     and kept twice.
 

@@ -3,8 +3,6 @@
 import dataclasses
 import logging
 import shutil
-import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen
-from tqdm import tqdm
 
 from zslflax import distributed
+from zslflax.cli import Progress
 from zslflax.data import images
 from zslflax.data.feature_files import COMPUTED, FLOAT_TYPES, MISSING, UNREADABLE, RowFile, open_folder
 from zslflax.data.images import BadSample
@@ -32,7 +30,6 @@ Tree = Any
 VIEW_STREAM = 2  # first entry of the random seeds, beside those in `preprocess`
 CPU_BATCH_SIZE, BATCH_SIZE = 32, 256  # images per device in a call; one shape, so that features never vary
 UNREADABLE_MESSAGE = "its image could not be read when its features were computed"
-LOG_SECONDS = 30.0  # between lines of progress, where standard error is not a terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +165,7 @@ class ImageFeatures:
     def compute(self, numbers: np.ndarray) -> None:
         """Computes rows and writes them; images are read while the devices compute."""
         if self.progress is None:
-            self.progress = Progress(len(self.missing()) if len(numbers) < len(self) else len(numbers))
+            self.progress = Progress("image features", "images", len(self.missing()))
         per_device = CPU_BATCH_SIZE if jax.default_backend() == "cpu" else BATCH_SIZE
         size = per_device * jax.local_device_count()
         chunks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
@@ -238,54 +235,22 @@ def with_image_features(batches: Iterator[Batch], features: Sequence[ImageFeatur
         yield Batch(**(rest | added))  # type: ignore[typeddict-item]
 
 
-class Progress:
-    """Shows how many images are computed and how long the rest takes: a bar, or lines in the log.
-
-    Args:
-        total: images to compute.
-    """
-
-    def __init__(self, total: int):
-        self.total, self.done, self.start = total, 0, time.monotonic()
-        self.next_log_time = self.start + LOG_SECONDS
-        self.bar = tqdm(
-            total=total, desc="image features", unit="image", disable=not sys.stderr.isatty(), delay=1, leave=False
-        )
-
-    def update(self, count: int) -> None:
-        """Counts images."""
-        self.done += count
-        self.bar.update(count)
-        if self.done >= self.total:
-            self.bar.close()
-        now = time.monotonic()
-        if self.bar.disable and now >= self.next_log_time:
-            self.next_log_time = now + LOG_SECONDS
-            rate = self.done / (now - self.start)
-            left = (self.total - self.done) / rate / 60
-            log.info("image features: %d of %d, %.0f images/s, %.1f min left", self.done, self.total, rate, left)
-
-
-def log_size(features: Iterable[ImageFeatures]) -> None:
+def log_size(features: Sequence[ImageFeatures]) -> None:
     """Logs how many images are computed and will be, and what they take on the disk.
 
     Raises:
         StorageError: the disk has less space than they take.
     """
-    features = list(features)
-    total, missing = sum(map(len, features)), sum(len(of_source.missing()) for of_source in features)
-    folders = {of_source.rows.folder for of_source in features}
-    row_sizes = [of_source.rows.width * of_source.rows.dtype.itemsize + 5 for of_source in features]
-    megabytes = lambda counts: sum(n * size for n, size in zip(counts, row_sizes)) / 1e6
-    needed = megabytes([len(of_source.missing()) for of_source in features])
+    megabytes = lambda of_source, views: views * (of_source.width * of_source.rows.dtype.itemsize + 5) / 1e6
+    missing = [len(of_source.missing()) for of_source in features]
+    needed = sum(map(megabytes, features, missing))
     root = features[0].tower.root.expanduser()
     log.info(
-        "image features: %s of %s are computed; all take %.0f MB in %s (%d folders)",
-        f"{total - missing:,}",
-        f"{total:,}",
-        megabytes(map(len, features)),
+        "image features: %s of %s are still to be computed; all of them take %.0f MB in %s",
+        f"{sum(missing):,}",
+        f"{sum(map(len, features)):,}",
+        sum(map(megabytes, features, map(len, features))),
         root,
-        len(folders),
     )
     free = shutil.disk_usage(root).free / 1e6
     if needed > free:

@@ -1,7 +1,8 @@
 """Opens the features of a config's frozen towers: what is kept on disk, and under which identity."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,77 @@ import zslflax
 from zslflax import distributed
 from zslflax.data.feature_files import FLOAT_TYPES, TextFile, hash_arrays, open_folder
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
-from zslflax.data.image_features import FrozenImageTower, ImageFeatures, Views
+from zslflax.data.image_features import FrozenImageTower, ImageFeatures, Views, log_size
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
+from zslflax.errors import UserError
 from zslflax.models.build import text_config
-from zslflax.models.partition import Tree
+from zslflax.models.partition import Tree, combine
 from zslflax.models.two_tower import TwoTower
+from zslflax.training.optimizer import FOREVER, frozen_until
+from zslflax.training.train_state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenFeatures:
+    """The features of a run's frozen towers.
+
+    Attributes:
+        text: of any texts.
+        text_frozen: whether the text tower is frozen for the whole run.
+        train_images: of each training source's images; [] where steps read images from the first one on.
+        images_from: the step from which steps read images, or `FOREVER`.
+        of_images: opens the features of a test set's images; None where the image tower is trained at some time.
+    """
+
+    text: TextFeatures
+    text_frozen: bool
+    train_images: list[ImageFeatures]
+    images_from: int
+    of_images: Callable[[Source], ImageFeatures] | None
+
+
+def open_features(
+    config: ConfigDict,
+    model: TwoTower,
+    tokenizer: Tokenizer,
+    state: TrainState,
+    sources: Sequence[Source],
+    test_sources: Sequence[Source],
+) -> FrozenFeatures:
+    """Opens the features of the frozen towers, and logs their size.
+
+    Args:
+        config: the whole config.
+        model: the two-tower model.
+        tokenizer: of the texts.
+        state: the state that the run starts from.
+        sources: of the training images.
+        test_sources: of the test sets.
+
+    Raises:
+        UserError: `features.folder` is given and no tower is frozen.
+        StorageError: the folder cannot be written, or the disk has too little space.
+    """
+    params, folder = combine(state.params, state.frozen_params), config.features.folder
+    until = frozen_until(params, config.freeze)
+    if folder and until["text"] != FOREVER and not until["image"]:
+        raise UserError(
+            f"features.folder is {folder!r}, but no tower is frozen: the text tower for the whole run, or the image "
+            "tower until some step; set features.folder='', or freeze one, such as freeze=\"(('image/tower', -1),)\""
+        )
+    text_frozen = until["text"] == FOREVER
+    text = open_text_features(config, model, tokenizer, params["text"]["tower"] if text_frozen else None)
+    if not folder or 0 <= until["image"] <= int(state.step):
+        return FrozenFeatures(text, text_frozen, [], 0, None)
+    tower = open_image_tower(config, model, params["image"]["tower"], state.batch_stats)
+    train_images = [tower.features_of(source, training_views(config)) for source in sources]
+    if until["image"] != FOREVER:
+        log_size(train_images)
+        return FrozenFeatures(text, text_frozen, train_images, until["image"], None)
+    of_images = functools.partial(tower.features_of, views=evaluation_view(config))
+    log_size([*train_images, *map(of_images, test_sources)])
+    return FrozenFeatures(text, text_frozen, train_images, FOREVER, of_images)
 
 
 def open_image_tower(config: ConfigDict, model: TwoTower, tower: Tree, batch_stats: Tree) -> FrozenImageTower:
@@ -64,11 +130,6 @@ def training_views(config: ConfigDict) -> Views:
     low, high = config.data.crop_scale
     flip, seed = config.data.flip, config.features.seed
     return Views(config.features.views, config.model.image.size, scale=(float(low), float(high)), flip=flip, seed=seed)
-
-
-def open_train_features(config: ConfigDict, tower: FrozenImageTower, sources: Sequence[Source]) -> list[ImageFeatures]:
-    """The features of the training images, one for each source."""
-    return [tower.features_of(source, training_views(config)) for source in sources]
 
 
 def open_text_features(

@@ -1,5 +1,6 @@
 """The train step's input: batches on the devices, with captions as tokens, as packed tokens, or as frozen features."""
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from zslflax.data.features import TextFeatures
 from zslflax.data.image_features import ImageFeatures, with_image_features
 from zslflax.data.preprocess import Batch
 from zslflax.data.text import Tokenizer
+from zslflax.training.optimizer import FOREVER
 
 log = logging.getLogger("zslflax")
 
@@ -25,6 +27,7 @@ def device_batches(
     start_step: int,
     text_features: TextFeatures | None,
     image_features: Sequence[ImageFeatures] = (),
+    images_from: int = FOREVER,
 ) -> Iterator[tuple[dict[str, jax.Array], Any]]:
     """Yields (batch on the devices, errors of unreadable samples) from a step on.
 
@@ -35,11 +38,11 @@ def device_batches(
         start_step: the number of batches to leave out.
         text_features: features of a frozen text tower; None where the text tower is trained.
         image_features: of each source's images, by a frozen image tower; (): batches have images.
+        images_from: the step from which batches have images nevertheless, because the tower is trained.
     """
-    views = config.features.views if image_features else 0
-    batches: Iterator[Any] = host_batches(config, sources, tokenizer, start_step, views)
+    batches: Iterator[Any] = host_batches(config, sources, tokenizer, start_step)
     if image_features:
-        batches = with_image_features(batches, image_features)
+        batches = feature_batches(config, sources, tokenizer, start_step, image_features, images_from)
     if text_features is not None and (config.features.folder or config.model.text.cached_captions):
         batches = with_text_features(batches, text_features)
     elif config.model.text.pack_length:
@@ -67,6 +70,22 @@ def host_batches(
         workers=config.data.workers,
         views=views,
     )
+
+
+def feature_batches(
+    config: ConfigDict,
+    sources: Sequence[Any],
+    tokenizer: Tokenizer,
+    start_step: int,
+    image_features: Sequence[ImageFeatures],
+    images_from: int,
+) -> Iterator[Batch]:
+    """This host's share of the batches from a step on, with features of images until `images_from`."""
+    steps = None if images_from == FOREVER else max(0, images_from - start_step)
+    batches = host_batches(config, sources, tokenizer, start_step, config.features.views)
+    for batch in itertools.islice(with_image_features(batches, image_features), steps):
+        yield Batch(**{key: value for key, value in batch.items() if key != "index"})  # type: ignore[typeddict-item]
+    yield from host_batches(config, sources, tokenizer, max(start_step, images_from))
 
 
 def with_text_features(batches: Iterator[Batch], text_features: TextFeatures) -> Iterator[dict[str, Any]]:

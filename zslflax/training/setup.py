@@ -17,7 +17,6 @@ from orbax.checkpoint import CheckpointManager
 from zslflax import checkpoint, distributed
 from zslflax.config import profiled_steps
 from zslflax.data.features import TextFeatures
-from zslflax.data.image_features import log_size
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
 from zslflax.data.text import Tokenizer
@@ -32,12 +31,7 @@ from zslflax.models.import_weights.locate import locate
 from zslflax.models.partition import Tree, partition
 from zslflax.models.two_tower import TwoTower
 from zslflax.training.evaluate import evaluate_state
-from zslflax.training.frozen_features import (
-    evaluation_view,
-    open_image_tower,
-    open_text_features,
-    open_train_features,
-)
+from zslflax.training.frozen_features import FrozenFeatures, open_features
 from zslflax.training.input import device_batches
 from zslflax.training.metrics import Profile, Reporter
 from zslflax.training.optimizer import build_optimizer, frozen_towers
@@ -103,17 +97,9 @@ def set_up(
     log_setup(config, state, sources)
 
     fixed_teacher = distributed.replicate(without_shared_towers(fixed_teacher, state.frozen_params))
-    check_features(config, state.frozen_params, fixed_teacher)
-    frozen = {modality: params["tower"] for modality, params in state.frozen_params.items()}
-    if text_features is None:
-        text_features = open_text_features(config, model, tokenizer, frozen.get("text"))
-    frozen_text_features = text_features if "text" in frozen else None
-    image_features, features_of = [], None
-    if config.features.folder and "image" in frozen:
-        tower = open_image_tower(config, model, frozen["image"], state.batch_stats)
-        image_features = open_train_features(config, tower, sources)
-        features_of = functools.partial(tower.features_of, views=evaluation_view(config))
-        log_size([*image_features, *(features_of(test_set.source) for test_set in test_sets)])
+    features = open_features(config, model, tokenizer, state, sources, [test_set.source for test_set in test_sets])
+    check_teacher_needs_no_images(config, features, fixed_teacher)
+    text_features = text_features or features.text
     predictor = Predictor(config, model, None, tokenizer, text_features=text_features)
     main = distributed.is_main()
     return Run(
@@ -122,24 +108,25 @@ def set_up(
         first_step=first_step,
         recent_metrics=recent_metrics,
         train_step=TrainStep(fixed_teacher, model=model, teacher_model=teacher_model, tx=tx, config=config),
-        batches=device_batches(config, sources, tokenizer, first_step, frozen_text_features, image_features),
-        evaluate=functools.partial(evaluate_state, predictor, test_sets, workdir, extra_metrics, features_of),
+        batches=device_batches(
+            config,
+            sources,
+            tokenizer,
+            first_step,
+            text_features if features.text_frozen else None,
+            features.train_images,
+            features.images_from,
+        ),
+        evaluate=functools.partial(evaluate_state, predictor, test_sets, workdir, extra_metrics, features.of_images),
         checkpoints=checkpoints,
         reporter=Reporter(workdir, first_step - len(recent_metrics), config.steps, main),
         profile=Profile(profiled_steps(config) if main else None, workdir / "profile"),
     )
 
 
-def check_features(config: ConfigDict, frozen_params: Tree, fixed_teacher: Tree) -> None:
-    """Raises a UserError where features are to be kept on disk and would be of no use."""
-    if not config.features.folder:
-        return
-    if not frozen_params:
-        raise UserError(
-            f"features.folder is {config.features.folder!r}, but no tower is frozen for the whole run; set "
-            "features.folder='', or freeze one, such as freeze=\"(('image/tower', -1),)\""
-        )
-    if "image" in frozen_params and "tower" in fixed_teacher.get("params", {}).get("image", {}):
+def check_teacher_needs_no_images(config: ConfigDict, features: FrozenFeatures, fixed_teacher: Tree) -> None:
+    """Raises a UserError where steps read no images and the teacher has an image tower of its own."""
+    if features.train_images and "tower" in fixed_teacher.get("params", {}).get("image", {}):
         raise UserError(
             f"features.folder is {config.features.folder!r}, so that steps read no images, but the teacher in "
             f"{config.teacher.workdir} has another image tower, which needs them; set features.folder=''"
