@@ -1,6 +1,7 @@
 """Features of a frozen image tower: each image of a source is computed once, and kept on disk."""
 
 import dataclasses
+import functools
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -78,8 +79,9 @@ class FrozenImageTower:
         apply = lambda variables, image: model.apply(variables, image, method="image_features")
         self.apply, self.apply_fn, self.variables = apply, distributed.map_over_devices(apply), variables
         self.identity, self.root, self.dtype, self.threads = identity, root, dtype, threads or default_threads()
+        self.width = functools.cache(self.trace_width)  # tracing a deep tower takes a second
 
-    def width(self, size: int) -> int:
+    def trace_width(self, size: int) -> int:
         """f, of images of s pixels."""
         image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
         shape: Any = jax.eval_shape(self.apply, self.variables, image)
@@ -160,7 +162,9 @@ class ImageFeatures:
     def fill(self) -> None:
         """Computes all that is missing, and tries unreadable images again. Several processes share the work."""
         numbers = self.missing(unreadable=True)
-        self.compute(numbers[numbers % jax.process_count() == jax.process_index()])
+        own = numbers[numbers % jax.process_count() == jax.process_index()]
+        if len(own):
+            self.compute(own)
 
     def compute(self, numbers: np.ndarray) -> None:
         """Computes rows and writes them; images are read while the devices compute."""

@@ -179,9 +179,10 @@ def create_state(
     size, tokens = config.model.image.size, config.model.text.max_tokens
     example = (jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, tokens), jnp.int32), jnp.ones((1, tokens), bool))
     key, objective_params = jax.random.key(config.seed), init_params(config.objective)
-    shapes = {**jax.eval_shape(model.init, key, *example)["params"], "objective": objective_params}
+    init = jax.jit(model.init)  # is traced once, for the shapes and for the arrays
+    shapes = {**jax.eval_shape(init, key, *example)["params"], "objective": objective_params}
     tx = build_optimizer(config, shapes, config.steps)  # checks the patterns before any parameter is made
-    variables: Any = jax.jit(model.init)(key, *example)
+    variables: Any = init(key, *example)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     if pretrained:
         variables = import_towers(config, variables)
