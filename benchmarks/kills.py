@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 # Files that show that an activity has begun, in the run's folder. A step shows by a line of metrics.jsonl.
 TRACES = {
     "data": "shapes/.*.tmp/*.tar",
-    "index": "shapes/*/*.index.npz*",
+    "index": "shapes/shapes-*/*.index.npz*",
     "save": "run/checkpoints/*tmp*",
     "evaluation": "run/predictions/*.png",  # of the teacher; the student is evaluated after it
 }

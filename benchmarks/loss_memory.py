@@ -1,22 +1,23 @@
-"""Memory and time of a loss with its gradients against the batch, from whole matrices and in blocks.
+"""Memory and time of a loss with its gradients against the batch size, from whole matrices and in chunks of rows.
 
     python benchmarks/loss_memory.py                               # every objective, 1k … 16k
-    python benchmarks/loss_memory.py --objectives self_distillation --forms streamed --sizes 32768
+    python benchmarks/loss_memory.py --objectives self_distillation --forms chunks --sizes 32768
     python benchmarks/loss_memory.py --sizes 65536 --plan-only     # the memory that XLA plans, on any machine
 
-One device holds the global batch; each measurement has a process of its own and prints one JSON line:
+One device holds the global batch. Each measurement runs in a process of its own and prints one JSON line:
 
     peak_mb      largest memory in use during the first call above what was in use before it (the inputs),
                  gradients included: resident memory of the process on a CPU (Linux), the allocator's on a GPU
-    xla_temp_mb  what XLA's own plan of the compiled step reserves for intermediate values
-    seconds      median of the calls after the first (of the only one where it took longer than `--patience`): five, or
-                 as many as take half a second
+    xla_temp_mb  memory that XLA plans to reserve for intermediate values of the compiled function
+    seconds      median of the calls after the first: five, or as many as take half a second; the only call's where that
+                 took longer than `--patience`
 
-A step that XLA plans to need more than 0.8 of the free memory does not run: its line has the plan alone.
+A function that XLA plans to need more than 0.8 of the free memory does not run: its line has the plan alone.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import platform
@@ -30,14 +31,15 @@ import numpy as np
 
 from zslflax.config import default_config, set_objective
 from zslflax.losses import contrastive
-from zslflax.losses.contrastive import OBJECTIVES, SOFT_TARGETS, Embeddings
+from zslflax.losses.chunks import count_chunks
+from zslflax.losses.contrastive import OBJECTIVES, Embeddings
 
 MB = 1e6
 STEP = jnp.int32(0)
 
 
 def loss_and_gradients(objective, params, student, teacher, valid):
-    """The mean loss, and its gradients by the parameters and the student's embeddings."""
+    """The mean loss, and its gradients with respect to the parameters and the student's embeddings."""
 
     def loss(params, student):
         rows = contrastive.pair_losses(objective, params, student, teacher, valid, step=STEP, axis_name="data")
@@ -48,7 +50,7 @@ def loss_and_gradients(objective, params, student, teacher, valid):
 
 
 def random_pairs(rng, n: int, width: int) -> Embeddings:
-    """Unit embeddings [1, n, width] whose pairs fit a little better than chance."""
+    """Unit embeddings [1, n, width] of images and texts, with pairs a little more similar than chance."""
 
     def unit(x):
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -58,7 +60,7 @@ def random_pairs(rng, n: int, width: int) -> Embeddings:
 
 
 def memory_in_use(device) -> tuple[float, float]:
-    """(now, largest since `forget_peak`), in MB; on a GPU the largest since the process began."""
+    """Memory in use now, and the largest since `reset_peak` (on a GPU since the process began), in MB."""
     if stats := device.memory_stats():
         return stats["bytes_in_use"] / MB, stats["peak_bytes_in_use"] / MB
     with open("/proc/self/status") as status:
@@ -66,14 +68,15 @@ def memory_in_use(device) -> tuple[float, float]:
     return tuple(int(fields[name].split()[0]) * 1024 / MB for name in ("VmRSS", "VmHWM"))
 
 
-def forget_peak(device) -> None:
+def reset_peak(device) -> None:
+    """Resets the largest resident memory of this process to the current one."""
     if not device.memory_stats():
         with open("/proc/self/clear_refs", "w") as control:
             control.write("5")  # proc(5): resets VmHWM to VmRSS
 
 
 def free_memory(device) -> float:
-    """In MB."""
+    """Memory that is still free, in MB."""
     if stats := device.memory_stats():
         return (stats["bytes_limit"] - stats["bytes_in_use"]) / MB
     with open("/proc/meminfo") as meminfo:
@@ -81,16 +84,16 @@ def free_memory(device) -> float:
     return int(fields["MemAvailable"].split()[0]) * 1024 / MB
 
 
-def measure(name: str, form: str, n: int, width: int, block: int, patience: float, plan_only: bool) -> dict:
+def measure(name: str, form: str, n: int, args: argparse.Namespace) -> dict:
     """One line of results; see the module."""
     config = default_config()
     set_objective(config, name)
-    block = min(block, n // 2)  # a batch of one block would not be streamed
-    config.objective.max_similarities = {"plain": 0, "streamed": block}[form]
+    config.objective.max_similarities = {"whole": 0, "chunks": args.max_similarities}[form]
+    chunks = count_chunks(n, n, config.objective.max_similarities)
     params = contrastive.init_params(config.objective)
     rng = np.random.default_rng(0)
-    student, teacher = random_pairs(rng, n, width), random_pairs(rng, n, width)
-    inputs = params, student, teacher if name in SOFT_TARGETS else None, np.ones((1, n), bool)
+    student, teacher = random_pairs(rng, n, args.width), random_pairs(rng, n, args.width)
+    inputs = params, student, teacher if OBJECTIVES[name].needs_teacher else None, np.ones((1, n), bool)
     device = jax.devices()[0]
     step = jax.pmap(
         functools.partial(loss_and_gradients, config.objective),
@@ -100,17 +103,17 @@ def measure(name: str, form: str, n: int, width: int, block: int, patience: floa
     )
     compiled = step.lower(*inputs).compile()
     plan = compiled.memory_analysis().temp_size_in_bytes / MB
-    line = {"benchmark": "loss_memory", "objective": name, "form": form, "batch": n, "width": width}
-    line |= {"block": block if form == "streamed" else None, "xla_temp_mb": round(plan)}
+    line = {"benchmark": "loss_memory", "objective": name, "form": form, "batch": n, "width": args.width}
+    line |= {"chunks": chunks, "xla_temp_mb": round(plan)}
     line |= {"device": device.device_kind, "processor": platform.machine(), "cores": os.cpu_count()}
     line |= {"jax": jax.__version__, "python": platform.python_version()}
-    if plan_only or plan > 0.8 * free_memory(device):
+    if args.plan_only or plan > 0.8 * free_memory(device):
         return line | {"peak_mb": None, "seconds": None, "loss": None}
     inputs = jax.block_until_ready(jax.device_put(inputs))
-    forget_peak(device)
+    reset_peak(device)
     before, _ = memory_in_use(device)
     seconds = []
-    while not seconds or (sum(seconds) < patience and (len(seconds) < 6 or sum(seconds[1:]) < 0.5)):
+    while not seconds or (sum(seconds) < args.patience and (len(seconds) < 6 or sum(seconds[1:]) < 0.5)):
         start = time.perf_counter()
         outputs = jax.block_until_ready(compiled(*inputs))
         seconds.append(time.perf_counter() - start)
@@ -123,32 +126,24 @@ def measure(name: str, form: str, n: int, width: int, block: int, patience: floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objectives", nargs="+", default=OBJECTIVES, choices=OBJECTIVES)
-    parser.add_argument("--forms", nargs="+", default=("plain", "streamed"), choices=("plain", "streamed"))
+    parser.add_argument("--objectives", nargs="+", default=tuple(OBJECTIVES), choices=OBJECTIVES)
+    parser.add_argument("--forms", nargs="+", default=("whole", "chunks"), choices=("whole", "chunks"))
     parser.add_argument("--sizes", nargs="+", type=int, default=(1024, 2048, 4096, 8192, 16384), help="pairs")
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--block", type=int, default=default_config().objective.max_similarities)
+    default = default_config().objective.max_similarities
+    parser.add_argument("--max_similarities", type=int, default=default, help="in a chunk")
     parser.add_argument("--patience", type=float, default=20.0, help="seconds for the calls of one measurement")
-    parser.add_argument("--plan-only", action="store_true", help="compile, but do not run")
-    parser.add_argument("--one", action="store_true", help="measure here the one combination that is given")
+    parser.add_argument("--plan-only", action="store_true", help="compile without running")
+    parser.add_argument("--one", action="store_true", help="measure the one given combination in this process")
     args = parser.parse_args()
-    for n in args.sizes:
-        for name in args.objectives:
-            for form in args.forms:
-                if args.one:
-                    line = measure(name, form, n, args.width, args.block, args.patience, args.plan_only)
-                    print(json.dumps(line), flush=True)
-                    continue
-                one = {
-                    "objectives": name,
-                    "forms": form,
-                    "sizes": n,
-                    "width": args.width,
-                    "block": args.block,
-                }
-                options = [f"--{key}={value}" for key, value in (one | {"patience": args.patience}).items()]
-                options += ["--plan-only"] * args.plan_only
-                subprocess.run([sys.executable, __file__, "--one", *options], check=True)
+    for n, name, form in itertools.product(args.sizes, args.objectives, args.forms):
+        if args.one:
+            print(json.dumps(measure(name, form, n, args)), flush=True)
+            continue
+        options = [f"--objectives={name}", f"--forms={form}", f"--sizes={n}", f"--width={args.width}"]
+        options += [f"--max_similarities={args.max_similarities}", f"--patience={args.patience}"]
+        options += ["--plan-only"] * args.plan_only
+        subprocess.run([sys.executable, __file__, "--one", *options], check=True)
 
 
 if __name__ == "__main__":

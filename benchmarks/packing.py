@@ -1,18 +1,18 @@
-"""Time of the text tower per pair: captions packed into rows of 128 tokens beside captions padded to 60.
+"""Time of the text tower per pair: captions packed into rows of 128 tokens, compared with captions padded to 60.
 
     python benchmarks/packing.py                                  # 12 layers, 768 wide, 64 pairs on a device
     python benchmarks/packing.py --pairs 1024 --dtype bfloat16    # on an accelerator
 
-The captions' lengths are drawn like CC3M's: a gamma distribution of mean 12 and standard deviation 6, clipped to
-3 … 60. The number of rows is the one that training would choose. Both forms run in turn in one process, and each of
-the passes, forward and forward_backward (the gradient by all parameters), prints one JSON line:
+The lengths of the captions follow CC3M's: a gamma distribution of mean 12 and standard deviation 6, clipped to 3 … 60.
+The number of rows is the one that training would choose. Both forms run in turn in one process. Each pass, forward and
+forward_backward (the gradient by all parameters), prints one JSON line:
 
     padded_ms, packed_ms  median time of a pair
     time_ratio            packed / padded, the median over the turns
-    token_ratio           tokens in the packed rows / tokens in the padded ones
-    flops_ratio           the same of the operations that XLA counts
-    filled                share of the packed rows that is no padding
-    pack_ms               median time of a pair that the host takes to pack
+    token_ratio           tokens in the packed rows / tokens in the padded rows
+    flops_ratio           the same ratio of the operations that XLA counts
+    filled                share of the packed rows that is not padding
+    pack_ms               median time of a pair that the host takes for packing
 """
 
 import argparse
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zslflax.data.packing import SAMPLE, pack, rows_needed
+from zslflax.data.packing import COUNTED_CAPTIONS, pack, rows_needed
 from zslflax.models.bert import Bert, BertConfig
 
 
@@ -35,7 +35,7 @@ def draw_lengths(rng, n: int, longest: int) -> np.ndarray:
 
 
 def passes(model, texts: int):
-    """By name: (function of the padded inputs, function of the packed inputs), of (variables, *inputs) each."""
+    """By pass: its function of padded inputs and its function of packed inputs, each of (variables, *inputs)."""
 
     def padded(variables, *inputs):
         return model.apply(variables, *inputs)
@@ -57,9 +57,8 @@ def seconds(function, *args) -> float:
 
 def measure(args) -> None:
     rng = np.random.default_rng(0)
-    rows = rows_needed(
-        np.bincount(draw_lengths(rng, SAMPLE, args.tokens), minlength=args.tokens + 1), args.pairs, args.row
-    )
+    counts = np.bincount(draw_lengths(rng, COUNTED_CAPTIONS, args.tokens), minlength=args.tokens + 1)
+    rows = rows_needed(counts, args.pairs, args.row)
     lengths = draw_lengths(rng, args.pairs, args.tokens)
     mask = np.arange(args.tokens) < lengths[:, None]
     text = np.where(mask, rng.integers(1_000, 30_000, mask.shape), 0).astype(np.int32)

@@ -1,19 +1,19 @@
-"""Images per second of the input pipeline, beside its codec alone, webdataset, and webdataset with Pillow.
+"""Images per second of the input pipeline, compared with its codec alone, webdataset, and webdataset with Pillow.
 
     python benchmarks/pipeline.py --rounds=5
 
-Every contender reads the same shards, 500×375 JPEGs of quality 90 with captions, and makes 224×224 crops of
-20 to 100% of the area, in a process of its own; the rounds go through all contenders in turn, so that what
-else the machine does meets them alike. Each prints a JSON line; the last one has the medians and the ratios.
+Every contender reads the same shards, 500×375 JPEGs of quality 90 with captions, and makes 224×224 crops of 20 to 100%
+of the area, in a process of its own. Each round measures all contenders in turn, so that other load on the machine
+affects them equally. Each measurement prints a JSON line; the last line has the medians and the ratios.
 
     codec              zslflax.data.images alone, from memory, a thread per core; no flip, captions or batches
     zslflax            zslflax.data.pipeline.train_batches, with a tokenizer
     webdataset         the webdataset library with the same codec and tokenizer; a process per core
-    pillow             webdataset with OpenCLIP's chain: Pillow, bicubic, to normalised float32; likewise
-    pillow_uint8       the same as lean as Pillow goes: bilinear, left as uint8
+    pillow             webdataset with OpenCLIP's transform: Pillow, bicubic, to normalised float32; a process per core
+    pillow_uint8       webdataset with Pillow's fastest transform: bilinear, to uint8; a process per core
 
-The pictures are noise with the spectra of photographs (amplitude f to the power -1.1 … -1.5, mostly shared by
-the colours) and some grain; at quality 90 they take 50-110 kB, as photographs of that size do.
+The images are noise with the spectra of photographs (amplitude f to the power -1.1 … -1.5, mostly shared by the
+colours) and some grain. At quality 90 they take 50-110 kB, like photographs of that size.
 """
 
 import argparse
@@ -37,7 +37,8 @@ import numpy as np
 from PIL import Image
 
 from zslflax.data import images, pipeline
-from zslflax.data.sources.webdataset import WebDataset, expand
+from zslflax.data.sources.shard_patterns import expand_patterns
+from zslflax.data.sources.webdataset import WebDataset
 from zslflax.data.text import Tokenizer
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
@@ -51,7 +52,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 MAX_TOKENS = 60
 
 
-def picture(rng: np.random.Generator) -> np.ndarray:
+def noise_image(rng: np.random.Generator) -> np.ndarray:
     """Noise of amplitude f to a power of -1.1 … -1.5, uint8 [375, 500, 3]."""
     fy, fx = np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH)[None]
     amplitude = np.maximum(np.hypot(fy, fx), 1 / WIDTH) ** -rng.uniform(1.1, 1.5)
@@ -74,7 +75,7 @@ def write_shards(folder: Path) -> str:
         with tarfile.open(folder / f"{shard:05}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(PER_SHARD):
                 file = io.BytesIO()
-                Image.fromarray(picture(rng)).save(file, "JPEG", quality=QUALITY)
+                Image.fromarray(noise_image(rng)).save(file, "JPEG", quality=QUALITY)
                 sizes.append(len(file.getvalue()))
                 caption = " ".join(rng.choice(WORDS, max(1, round(rng.normal(10, 5)))))
                 for extension, contents in (("jpg", file.getvalue()), ("txt", caption.encode())):
@@ -126,7 +127,7 @@ def timed(sizes, number: int) -> float:
 
 
 class CodecTransform:
-    """This project's codec, for webdataset's workers."""
+    """This project's codec as a transform for webdataset."""
 
     def __init__(self):
         self.rng = np.random.default_rng(0)
@@ -137,7 +138,7 @@ class CodecTransform:
 
 
 class PillowTransform:
-    """RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize, by torchvision's rules for Pillow."""
+    """torchvision's RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize, with Pillow."""
 
     def __init__(self, resampling: Image.Resampling, as_float: bool):
         self.resampling, self.as_float, self.rng = resampling, as_float, np.random.default_rng(0)
@@ -146,7 +147,7 @@ class PillowTransform:
         import torch
 
         image = Image.open(io.BytesIO(data)).convert("RGB")
-        left, top, width, height = self.box(*image.size)
+        left, top, width, height = self.sample_box(*image.size)
         image = image.crop((left, top, left + width, top + height)).resize((CROP, CROP), self.resampling)
         if self.rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -155,8 +156,8 @@ class PillowTransform:
         tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
         return tensor.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
 
-    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """RandomResizedCrop.get_params, without its last resort, which 4:3 never needs."""
+    def sample_box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """RandomResizedCrop.get_params without its fallback, which images of 4:3 never need."""
         while True:
             area = height * width * self.rng.uniform(*SCALE)
             aspect = math.exp(self.rng.uniform(*map(math.log, RATIO)))
@@ -167,14 +168,14 @@ class PillowTransform:
 
 
 def run_webdataset(pattern: str, number: int, transform=None) -> float:
-    """OpenCLIP's arrangement: resampled shards, a shuffle buffer, batches made in a DataLoader's workers."""
+    """OpenCLIP's pipeline: resampled shards, a shuffle buffer, batches made in a DataLoader's workers."""
     import webdataset
 
     tokenizer = load_tokenizer()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers already use all cores
     tokenize = lambda data: tokenizer([data.decode()])[0][0]
     dataset = webdataset.DataPipeline(
-        webdataset.ResampledShards([str(path) for path in expand(pattern)]),
+        webdataset.ResampledShards([str(path) for path in expand_patterns(pattern)]),
         webdataset.tarfile_to_samples(),
         webdataset.shuffle(1000, initial=100),
         webdataset.rename(image="jpg", text="txt"),
@@ -205,7 +206,7 @@ LIBRARIES = "numpy opencv-python-headless simplejpeg pillow grain tokenizers web
 
 
 def machine() -> dict:
-    """What a measurement depends on."""
+    """The hardware and the versions that a measurement depends on."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     cpu = names[0].partition(": ")[2] if names else platform.processor()
@@ -217,7 +218,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--number", type=int, default=4096, help="images in each measurement")
     parser.add_argument("--only", choices=CONTENDERS, help="measures one, in this process")
-    parser.add_argument("--shards", help="pattern of shards that there are already")
+    parser.add_argument("--shards", help="pattern of existing shards")
     arguments = parser.parse_args()
     if arguments.only:
         print(CONTENDERS[arguments.only](arguments.shards, arguments.number))

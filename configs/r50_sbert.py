@@ -31,6 +31,7 @@ def get_config(objective: str = "") -> ConfigDict:
 
     c.data.train = ("cc3m/{00000..00331}.tar",)
     c.data.crop_scale = (0.6, 1.0)  # share of the area
+    c.data.flip = False  # captions may say left and right
     c.eval.every = 2_000  # steps
     c.eval.sets = {"open_images": eval_set(), "imagenet": eval_set()}
     c.checkpoint.every = 2_000  # steps

@@ -77,7 +77,7 @@ def shard(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), tree)
 
 
-def prefetch_to_devices(batches: Iterator[dict[str, Any]], size: int = 2) -> Iterator[tuple[dict[str, jax.Array], Any]]:
+def prefetch_to_devices(batches: Iterator[Any], size: int = 2) -> Iterator[tuple[dict[str, jax.Array], Any]]:
     """Copies batches to the devices ahead of their use.
 
     Args:
@@ -90,8 +90,8 @@ def prefetch_to_devices(batches: Iterator[dict[str, Any]], size: int = 2) -> Ite
     sharding = NamedSharding(local_mesh(), PartitionSpec(AXIS))
     queue: collections.deque[tuple[dict[str, jax.Array], Any]] = collections.deque()
     for batch in batches:
-        errors = batch.pop("errors", ())
-        queue.append((jax.device_put(shard(batch), sharding), errors))
+        arrays = {key: value for key, value in batch.items() if key != "errors"}
+        queue.append((jax.device_put(shard(arrays), sharding), batch.get("errors", ())))
         if len(queue) >= size:
             yield queue.popleft()
     yield from queue

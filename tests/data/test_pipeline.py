@@ -1,9 +1,8 @@
-"""Batches are a function of (seed, position); bad samples and the padding of the test set are masked."""
+"""Batches are a function of the seed and the step; bad samples and padding are masked."""
 
 import collections
 import io
 import itertools
-import types
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from PIL import Image
 
 from zslflax.data import pipeline
 from zslflax.data.images import BadSample
-from zslflax.data.sources.opening import open_source
 
 SIZE, TOKENS = 16, 5
 
@@ -23,12 +21,19 @@ def encode(pixels: np.ndarray) -> bytes:
 
 
 class Memory:
-    """Sample i is a JPEG of noise, captioned "SOURCE i k" for k = 0, 1, …, in shards of eight."""
+    """A source in memory: sample i is a JPEG of noise with the captions "NUMBER i k" for k = 0, 1, ….
 
-    def __init__(self, size: int, number: int = 0, captions: int = 1, spoil: dict | None = None):
+    Args:
+        size: samples.
+        number: of the source.
+        captions: of each sample.
+        changes: for some samples, fields that differ, or the message of a `BadSample`.
+    """
+
+    def __init__(self, size: int, number: int = 0, captions: int = 1, changes: dict | None = None):
         rng = np.random.default_rng(number)
         self.images = [encode(rng.integers(0, 256, (20, 24, 3), np.uint8)) for _ in range(size)]
-        self.number, self.captions, self.spoil = number, captions, spoil or {}
+        self.number, self.captions, self.changes = number, captions, changes or {}
 
     def __len__(self):
         return len(self.images)
@@ -41,16 +46,14 @@ class Memory:
             "label": (i % 3, 7),
             "name": f"shard{i // 8}.tar:{i:04}",
         }
-        change = self.spoil.get(i, {})
+        change = self.changes.get(i, {})
         if isinstance(change, str):
-            error = BadSample(change)
-            error.name = record["name"]
-            raise error
+            raise BadSample(change, name=record["name"])
         return record | change
 
 
 class Numbers:
-    """A tokenizer whose tokens are the caption's numbers, plus 100, and that pads with 9."""
+    """A tokenizer whose tokens are the numbers in the caption plus 100; the padding is 9."""
 
     identity = {"pad_id": 9}
 
@@ -63,6 +66,7 @@ class Numbers:
 
 
 def train(sources, steps, weights=(), **options):
+    """The first training batches."""
     options = {"batch_size": 8, "image_size": SIZE, "seed": 3, "threads": 2} | options
     batches = pipeline.train_batches(sources, weights, Numbers(), **options)
     taken = list(itertools.islice(batches, steps))
@@ -71,7 +75,7 @@ def train(sources, steps, weights=(), **options):
 
 
 def identities(batches):
-    """(source, sample, caption) of every row."""
+    """(source, sample, caption) of every row of some batches."""
     return [tuple(row[:3] - 100) for batch in batches for row in batch["text"]]
 
 
@@ -84,10 +88,10 @@ def assert_same(one, other):
             assert type(a[key]) is type(b[key])
 
 
-SOURCES = (Memory(21, 0, captions=3), Memory(11, 1, spoil={4: {"image": b"no image"}}))
+SOURCES = (Memory(21, 0, captions=3), Memory(11, 1, changes={4: {"image": b"no image"}}))
 
 
-def test_a_batch_has_static_shapes_and_types():
+def test_a_batch_has_fixed_shapes_and_types():
     (batch,) = train(SOURCES, 1)
     shapes = {key: (value.shape, value.dtype.name) for key, value in batch.items() if key != "errors"}
     assert shapes == {
@@ -99,44 +103,44 @@ def test_a_batch_has_static_shapes_and_types():
 
 
 @pytest.mark.parametrize("threads", [0, 1, 5])
-def test_threads_change_nothing(threads):
+def test_batches_do_not_depend_on_the_number_of_threads(threads):
     assert_same(train(SOURCES, 7, threads=threads), train(SOURCES, 7, threads=2))
 
 
-def test_workers_change_nothing():
+def test_batches_do_not_depend_on_the_number_of_workers():
     assert_same(train(SOURCES, 5, workers=2, start_step=3), train(SOURCES, 8)[3:])
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
-def test_the_size_of_a_chunk_changes_nothing(monkeypatch, chunk):
+def test_batches_do_not_depend_on_the_chunk_size(monkeypatch, chunk):
     expected = train(SOURCES, 4)
-    monkeypatch.setattr(pairs, "CHUNK", chunk)
+    monkeypatch.setattr(pipeline, "CHUNK", chunk)
     assert_same(train(SOURCES, 4), expected)
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_have_contiguous_rows_of_the_same_batches(hosts):
+def test_hosts_load_contiguous_rows_of_the_same_batches(hosts):
     whole = train(SOURCES, 6)
     parts = [train(SOURCES, 6, process_index=h, process_count=hosts) for h in range(hosts)]
-    assert_same([pipeline.join(list(rows)) for rows in zip(*parts, strict=True)], whole)
+    assert_same([pipeline.concatenate(rows) for rows in zip(*parts, strict=True)], whole)
 
 
 @pytest.mark.parametrize("step", [1, 4, 9])
-def test_a_later_start_yields_what_an_uninterrupted_run_yields(step):
+def test_a_resumed_run_yields_the_batches_of_an_uninterrupted_run(step):
     assert_same(train(SOURCES, 12 - step, start_step=step), train(SOURCES, 12)[step:])
 
 
-def test_another_seed_gives_another_order_and_other_crops():
+def test_the_seed_changes_the_order_and_the_crops():
     source = Memory(16)
     one, other = train([source], 2), train([source], 2, seed=4)
     assert identities(one) != identities(other)
-    first = lambda batches: {
-        i: p.tobytes() for i, p in zip(identities(batches), np.concatenate([b["image"] for b in batches]))
+    crops = lambda batches: {
+        i: image.tobytes() for i, image in zip(identities(batches), np.concatenate([b["image"] for b in batches]))
     }
-    assert all(first(one)[i] != first(other)[i] for i in first(one))
+    assert all(crops(one)[i] != crops(other)[i] for i in crops(one))
 
 
-def test_every_epoch_has_every_sample_once_in_its_own_order_with_its_own_crop():
+def test_every_epoch_has_every_sample_once_in_a_new_order_with_new_crops():
     source = Memory(24)
     batches = train([source], 9)
     epochs = [batches[e : e + 3] for e in (0, 3, 6)]
@@ -152,7 +156,7 @@ def test_every_epoch_has_every_sample_once_in_its_own_order_with_its_own_crop():
 
 
 @pytest.mark.parametrize(("weights", "share"), [((1, 3), 0.25), ((0.8, 0.2), 0.8), ((), 30 / 40)])
-def test_sources_are_mixed_by_weight_or_else_by_size(weights, share):
+def test_sources_are_mixed_by_weight_or_by_size(weights, share):
     order = pipeline.global_order((30, 10), weights, seed=0)
     drawn = collections.Counter(order[p] for p in range(1200))
     counts = [sum(n for (source, _), n in drawn.items() if source == k) for k in (0, 1)]
@@ -162,25 +166,25 @@ def test_sources_are_mixed_by_weight_or_else_by_size(weights, share):
         assert max(visits) - min(visits) <= 1
 
 
-def test_one_of_several_captions_is_drawn_anew_at_every_visit():
-    drawn = collections.defaultdict(list)
+def test_one_of_several_captions_is_chosen_anew_in_every_epoch():
+    chosen = collections.defaultdict(list)
     for _, sample, caption in identities(train([Memory(8, captions=3)], 30)):
-        drawn[sample].append(caption)
-    assert all(set(captions) == {0, 1, 2} for captions in drawn.values())
-    assert len({tuple(captions) for captions in drawn.values()}) == 8
-    counts = np.bincount(sum(drawn.values(), []))
+        chosen[sample].append(caption)
+    assert all(set(captions) == {0, 1, 2} for captions in chosen.values())
+    assert len({tuple(captions) for captions in chosen.values()}) == 8
+    counts = np.bincount(sum(chosen.values(), []))
     np.testing.assert_allclose(counts, 80, atol=30)  # 4 standard deviations of 240 draws
 
 
-def test_blank_captions_are_never_drawn():
-    source = Memory(8, spoil={i: {"text": ("", "0 5 0", " ")} for i in range(8)})
+def test_blank_captions_are_never_chosen():
+    source = Memory(8, changes={i: {"text": ("", "0 5 0", " ")} for i in range(8)})
     assert set(identities(train([source], 5))) == {(0, 5, 0)}
 
 
-def test_flip_mirrors_half_of_the_images_and_can_be_turned_off():
+def test_flip_mirrors_half_of_the_images():
     left = np.zeros((SIZE, SIZE, 3), np.uint8)
     left[:, : SIZE // 2] = 255
-    source = Memory(8, spoil={i: {"image": left} for i in range(8)})
+    source = Memory(8, changes={i: {"image": left} for i in range(8)})
     options = {"crop_scale": (1.0, 1.0)}
     mirrored = lambda flip: [
         image[:, -2:].mean() > image[:, :2].mean()
@@ -191,19 +195,19 @@ def test_flip_mirrors_half_of_the_images_and_can_be_turned_off():
     assert sum(mirrored(False)) == 0
 
 
-def test_bad_samples_are_masked_and_named_and_change_no_other_row():
+def test_bad_samples_are_masked_and_named_and_do_not_change_other_rows():
     good = Memory(32)
-    spoil = {
+    changes = {
         3: {"image": good.images[3][:200]},
         9: {"text": ("  ",)},
         17: {"text": ()},
         20: {"image": b""},
         30: "the tar ends in mid-member",
     }
-    clean, spoilt = train([good], 8), train([Memory(32, spoil=spoil)], 8)
+    clean, changed = train([good], 8), train([Memory(32, changes=changes)], 8)
     names = []
-    for a, b in zip(clean, spoilt, strict=True):
-        bad = np.isin(a["text"][:, 1] - 100, list(spoil))
+    for a, b in zip(clean, changed, strict=True):
+        bad = np.isin(a["text"][:, 1] - 100, list(changes))
         np.testing.assert_array_equal(b["valid"], ~bad)
         assert a["valid"].all() and not a["errors"]
         for key in ("image", "text", "text_mask"):
@@ -222,7 +226,7 @@ def test_bad_samples_are_masked_and_named_and_change_no_other_row():
     assert collections.Counter(names) == expected
 
 
-def test_an_error_that_is_no_bad_sample_is_not_swallowed():
+def test_errors_other_than_bad_sample_are_raised():
     class Broken(Memory):
         def __getitem__(self, i):
             raise OSError("the disk is gone")
@@ -231,8 +235,8 @@ def test_an_error_that_is_no_bad_sample_is_not_swallowed():
         train([Broken(16)], 1)
 
 
-def test_nothing_readable_ends_with_the_reasons():
-    source = Memory(200, spoil={i: {"text": ()} if i % 2 else "broken" for i in range(200)})
+def test_an_error_gives_the_reasons_when_no_sample_is_readable():
+    source = Memory(200, changes={i: {"text": ()} if i % 2 else "broken" for i in range(200)})
     with pytest.raises(ValueError, match="none of the first 1000 samples") as caught:
         train([source], 1000)
     assert "500 times: broken (first: shard" in str(caught.value)
@@ -240,7 +244,7 @@ def test_nothing_readable_ends_with_the_reasons():
     with pytest.raises(ValueError, match="none of the first 10 samples"):
         list(
             pipeline.eval_batches(
-                Memory(10, spoil=dict.fromkeys(range(10), "broken")), batch_size=4, image_size=8, resize=8
+                Memory(10, changes=dict.fromkeys(range(10), "broken")), batch_size=4, image_size=8, resize=8
             )
         )
 
@@ -256,15 +260,15 @@ def test_nothing_readable_ends_with_the_reasons():
         ((20, 4), {"weights": (1, 0)}, "positive one for each"),
     ],
 )
-def test_what_cannot_work_is_refused_at_once(sizes, options, message):
+def test_impossible_arguments_are_refused_before_loading(sizes, options, message):
     options = {"weights": (), "batch_size": 8, "image_size": SIZE, "seed": 0} | options
     with pytest.raises(ValueError, match=message):
         pipeline.train_batches([Memory(size) for size in sizes], tokenizer=Numbers(), **options)
 
 
 @pytest.mark.parametrize(("size", "hosts"), [(1, 1), (8, 1), (13, 1), (13, 2), (17, 4), (3, 4)])
-def test_evaluation_drops_nothing_and_all_hosts_have_as_many_batches(size, hosts):
-    source = Memory(size, spoil={2: {"image": b"?"}} if size > 2 else None)
+def test_evaluation_loads_every_sample_once_in_equally_many_batches_per_host(size, hosts):
+    source = Memory(size, changes={2: {"image": b"?"}} if size > 2 else None)
     options = {"batch_size": 4, "image_size": SIZE, "resize": 20, "process_count": hosts, "threads": 2}
     runs = [list(pipeline.eval_batches(source, process_index=h, **options)) for h in range(hosts)]
     assert len({len(run) for run in runs}) == 1
@@ -285,35 +289,6 @@ def test_evaluation_drops_nothing_and_all_hosts_have_as_many_batches(size, hosts
     assert sorted(seen) == list(range(size))
 
 
-def test_evaluation_resizes_in_pixels():
+def test_evaluation_refuses_a_resize_below_the_image_size():
     with pytest.raises(ValueError, match="resize is 1.15 pixels"):
         pipeline.eval_batches(Memory(3), batch_size=2, image_size=SIZE, resize=1.15)
-
-
-def test_a_source_is_opened_by_its_prefix(monkeypatch):
-    class Recorder:
-        def __init__(self, *arguments, **options):
-            self.call = (*arguments, options)
-
-    written = types.SimpleNamespace(train="s/train-{0..1}.tar", test="s/test.tar")
-    monkeypatch.setattr(pairs, "WebDataset", type("Tar", (Recorder,), {}))
-    monkeypatch.setattr(pairs, "TfdsSource", type("Tfds", (Recorder,), {}))
-    monkeypatch.setattr(pipeline.scenes, "ensure", lambda root, **options: written)
-    c = types.SimpleNamespace(root="~/x", train=1, test=2, size=3, noise=0.0, seed=4)
-    config = types.SimpleNamespace(tfds_dir="", scenes=c)
-    opened = [
-        open_source("shapes", config, "train"),
-        open_source("shapes", config, "test"),
-        open_source("tfds:coco_captions/2014:1.1.0/train", config, "train"),
-        open_source("/data/{0..3}.tar", config, "train"),
-        open_source("/data/{0..3}.tar", config, "test"),
-    ]
-    assert [(type(source).__name__, source.call) for source in opened] == [
-        ("Tar", (written.train, {})),
-        ("Tar", (written.test, {})),
-        ("Tfds", ("coco_captions/2014:1.1.0", "train", {"data_dir": None, "require_captions": True})),
-        ("Tar", ("/data/{0..3}.tar", {"require_captions": True})),
-        ("Tar", ("/data/{0..3}.tar", {"require_captions": False})),
-    ]
-    with pytest.raises(ValueError, match="tfds:NAME/SPLIT"):
-        open_source("tfds:coco_captions", config, "train")

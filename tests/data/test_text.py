@@ -1,4 +1,4 @@
-"""Token ids against transformers' AutoTokenizer, and what a checkpoint must keep of a tokenizer."""
+"""Token ids against transformers' AutoTokenizer, and saving and identifying tokenizers."""
 
 import concurrent.futures
 import json
@@ -37,15 +37,15 @@ def minilm(require):
 
 @pytest.fixture(scope="module")
 def folders(minilm, tmp_path_factory):
-    """By kind of files: BERT's with real words, RoBERTa's trained on this file."""
+    """Tokenizer folders by kind: BERT's vocabulary as it is published, RoBERTa's trained on this file."""
     root = tmp_path_factory.mktemp("tokenizers")
-    bare, described, roberta = root / "bare", root / "described", root / "roberta"
-    for folder in (bare, described, roberta):
+    bare, cased, roberta = root / "bare", root / "cased", root / "roberta"
+    for folder in (bare, cased, roberta):
         folder.mkdir()
-    for folder in (bare, described):
+    for folder in (bare, cased):
         (folder / "vocab.txt").write_bytes((minilm / "vocab.txt").read_bytes())
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "model_max_length": 64}
-    (described / "tokenizer_config.json").write_text(json.dumps(settings))
+    (cased / "tokenizer_config.json").write_text(json.dumps(settings))
 
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -57,12 +57,12 @@ def folders(minilm, tmp_path_factory):
     bpe.train_from_iterator(Path(__file__).read_text(encoding="utf-8").splitlines(), trainer)
     bpe.model.save(str(roberta))
     (roberta / "config.json").write_text('{"model_type": "roberta"}')
-    return {"minilm": minilm, "bare BERT": bare, "cased BERT": described, "RoBERTa": roberta}
+    return {"minilm": minilm, "bare BERT": bare, "cased BERT": cased, "RoBERTa": roberta}
 
 
 @pytest.fixture(scope="module")
 def references(folders):
-    """transformers' own tokenizers of the same folders."""
+    """transformers' tokenizers of the same folders."""
     import transformers
 
     load = {"bare BERT": transformers.BertTokenizer}
@@ -77,7 +77,7 @@ KINDS = ["minilm", "bare BERT", "cased BERT", "RoBERTa"]
 
 @pytest.mark.parametrize("max_tokens", [3, 16, 60])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_and_masks_are_those_of_transformers(folders, references, kind, max_tokens):
+def test_ids_and_masks_agree_with_transformers(folders, references, kind, max_tokens):
     ids, mask = Tokenizer.from_folder(folders[kind], max_tokens)(TEXTS)
     options = {"padding": "max_length", "truncation": True, "max_length": max_tokens, "return_tensors": "np"}
     expected = references[kind](TEXTS, **options)
@@ -88,7 +88,7 @@ def test_ids_and_masks_are_those_of_transformers(folders, references, kind, max_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_and_vocabulary(folders, references, kind):
+def test_pad_id_and_vocabulary_size_agree_with_transformers(folders, references, kind):
     tokenizer = Tokenizer.from_folder(folders[kind], 16)
     assert tokenizer.pad_id == references[kind].pad_token_id == tokenizer.identity["pad_id"]
     assert tokenizer.vocab_size == len(references[kind])
@@ -97,7 +97,7 @@ def test_padding_and_vocabulary(folders, references, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_saved_is_the_same_tokenizer(folders, kind, tmp_path):
+def test_a_saved_tokenizer_is_the_same_when_it_is_loaded(folders, kind, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = Tokenizer.from_folder(folders[kind], 24)
@@ -111,7 +111,7 @@ def test_what_is_saved_is_the_same_tokenizer(folders, kind, tmp_path):
     np.testing.assert_array_equal(tokenizer(TEXTS)[0], expected)
 
 
-def test_the_identity_tells_tokenizers_apart(folders, tmp_path):
+def test_different_tokenizers_have_different_identities(folders, tmp_path):
     identities = [Tokenizer.from_folder(folders[kind], 16).identity for kind in KINDS]
     assert [i["name"] for i in identities] == ["WordPiece", "WordPiece", "WordPiece", "BPE"]
     assert len({i["sha256"] for i in identities if i["name"] == "WordPiece"}) == 2  # cased and uncased
@@ -133,7 +133,7 @@ def test_threads_and_processes_share_a_tokenizer(folders):
             np.testing.assert_array_equal(ids, expected)
 
 
-def test_no_text_and_half_a_surrogate_pair(folders):
+def test_empty_batches_and_half_surrogate_pairs(folders):
     tokenizer = Tokenizer.from_folder(folders["minilm"], 16)
     ids, mask = tokenizer([])
     assert ids.shape == mask.shape == (0, 16) and ids.dtype == np.int32 and mask.dtype == bool
@@ -141,14 +141,14 @@ def test_no_text_and_half_a_surrogate_pair(folders):
     np.testing.assert_array_equal(tokenizer([broken])[0], tokenizer(["a ? circle"])[0])
 
 
-def test_lengths_that_cannot_work(folders):
+def test_too_few_and_too_many_tokens_are_refused(folders):
     with pytest.raises(ValueError, match="max_tokens is 2, expected more than the 2 special tokens"):
         Tokenizer.from_folder(folders["minilm"], 2)
     with pytest.raises(ValueError, match="max_tokens is 65, but the encoder in .* takes 64"):
         Tokenizer.from_folder(folders["cased BERT"], 65)
 
 
-def test_a_folder_without_tokenizer_says_what_it_has(tmp_path):
+def test_the_error_for_a_folder_without_tokenizer_lists_its_files(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     expected = "vocab.json with merges.txt; found: model.safetensors, vocab.json"
@@ -158,14 +158,14 @@ def test_a_folder_without_tokenizer_says_what_it_has(tmp_path):
         Tokenizer.from_folder(tmp_path / "nowhere", 16)
 
 
-def test_a_vocabulary_of_another_kind_is_read_as_its_config_says(tmp_path):
-    """MPNet's vocab.txt is called like BERT's, and puts other tokens around a text."""
+def test_the_config_decides_the_class_of_a_vocabulary(tmp_path):
+    """MPNet's vocab.txt has the same name as BERT's, but other special tokens."""
     (tmp_path / "vocab.txt").write_text("\n".join(["<s>", "<pad>", "</s>", "[UNK]", "<mask>", "a", "red"]))
     (tmp_path / "config.json").write_text('{"model_type": "mpnet"}')
     assert Tokenizer.from_folder(tmp_path, 6)(["a red"])[0].tolist() == [[0, 5, 6, 2, 1, 1]]
 
 
-def test_the_padding_token_is_named_or_usual_or_missing(tmp_path):
+def test_the_padding_token_comes_from_the_files_or_the_usual_names(tmp_path):
     words = {"[UNK]": 0, "[PAD]": 1, "empty": 2, "red": 3}
     backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

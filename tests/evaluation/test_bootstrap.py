@@ -1,10 +1,10 @@
-"""Bootstrap intervals against scipy's, for means, means over some images, and ratios."""
+"""Bootstrap intervals against scipy's: of means, of means over some images, and of ratios."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from zslflax.evaluation.bootstrap import bootstrap, bounds
+from zslflax.evaluation.bootstrap import bootstrap, intervals
 
 RESAMPLES = 6000
 
@@ -13,7 +13,7 @@ def ratio(sums, counts, axis):
     return sums.sum(axis) / counts.sum(axis)
 
 
-def test_bounds_are_scipys():
+def test_intervals_equal_scipys():
     rng = np.random.default_rng(0)
     n = 80
     figures = {
@@ -28,7 +28,7 @@ def test_bounds_are_scipys():
         for of in bootstrap({"hits": figures["hits"]}, RESAMPLES, seed=1)  # only two different rows
     )
     figures["hits alone"] = figures["hits"]
-    found = bounds(draws)
+    found = intervals(draws)
     for name, (sums, counts) in figures.items():
         sums = np.where(counts, sums, 0).astype(float)
         counts = np.asarray(counts, float)
@@ -44,18 +44,17 @@ def test_bounds_are_scipys():
         )
         low, high = expected.confidence_interval
         width = high - low
-        assert found[f"{name}/low"] == pytest.approx(low, abs=0.08 * width)
-        assert found[f"{name}/high"] == pytest.approx(high, abs=0.08 * width)
+        assert found[name] == pytest.approx((low, high), abs=0.08 * width)
         assert np.std(draws[name]) == pytest.approx(expected.standard_error, rel=0.05)
 
 
-def test_figures_of_a_resample_are_of_the_same_images():
+def test_all_metrics_of_a_resample_have_the_same_images():
     values = np.random.default_rng(0).random(30)
     _, draws = bootstrap({"a": (values, np.ones(30)), "b": (1 - values, np.ones(30))}, 50)
     np.testing.assert_allclose(draws["a"] + draws["b"], 1, rtol=1e-12)
 
 
-def test_resamples_are_a_function_of_the_seed_and_not_of_the_block(monkeypatch):
+def test_resamples_depend_on_the_seed_and_not_on_the_chunk_size(monkeypatch):
     values = np.random.default_rng(0).random(30)
     runs = [bootstrap({"a": (values, np.ones(30))}, 50, seed)[1]["a"] for seed in (0, 0, 1)]
     np.testing.assert_array_equal(runs[0], runs[1])
@@ -64,12 +63,12 @@ def test_resamples_are_a_function_of_the_seed_and_not_of_the_block(monkeypatch):
     np.testing.assert_allclose(bootstrap({"a": (values, np.ones(30))}, 50)[1]["a"], runs[0], rtol=1e-12)
 
 
-def test_edges():
+def test_metrics_of_few_images_or_without_resamples():
     nan = float("nan")
     means, draws = bootstrap({"all": ([1.0, 1.0], [1, 1]), "one": ([nan, 0.5], [0, 1])}, 200)
     assert means == {"all": 1.0, "one": 0.5}
-    found = bounds(draws)  # "one" is missing in a quarter of the resamples, which say nothing of it
-    assert found == {"all/low": 1.0, "all/high": 1.0, "one/low": 0.5, "one/high": 0.5}
+    # "one" is missing in a quarter of the resamples, which are ignored.
+    assert intervals(draws) == {"all": (1.0, 1.0), "one": (0.5, 0.5)}
     assert np.isnan(draws["one"]).mean() == pytest.approx(0.25, abs=0.1)
     means, draws = bootstrap({"none": ([1.0], [0])}, 0)
-    assert np.isnan(means["none"]) and bounds(draws) == {}
+    assert np.isnan(means["none"]) and intervals(draws) == {}

@@ -1,9 +1,9 @@
-"""Lists of classes in the files of ImageNet, Open Images and ML-Images, their union, and their faults."""
+"""Lists of classes in the formats of ImageNet, Open Images and ML-Images: reading, union and errors."""
 
 import pytest
 
 from zslflax.evaluation.class_lists import read_classes
-from zslflax.evaluation.label_space import LabelSpace
+from zslflax.evaluation.label_space import read_label_space
 
 ML_IMAGES = b"category_index\tcategory_id\tindex_of_parent_category\tcategory name\n"
 
@@ -13,11 +13,14 @@ def write(path, data: bytes) -> str:
     return str(path)
 
 
-def test_classes_in_their_datasets_files(tmp_path):
+def test_classes_are_read_in_the_format_of_each_dataset(tmp_path):
     plain = write(tmp_path / "ids.txt", b"n2\nn1\n\n")
     assert read_classes(plain) == (["n2", "n1"], {})
     words = write(tmp_path / "words.txt", b"n3\tcrane, hoist\nn1\tcrane\n")  # ImageNet's words.txt
     assert read_classes(words) == (["n3", "n1"], {"n3": "crane, hoist", "n1": "crane"})
+    # Not line ends, although str.splitlines splits there.
+    separators = write(tmp_path / "separators.txt", "n1\ta\u2028b\nn2\tc\x0bd\n".encode())
+    assert read_classes(separators) == (["n1", "n2"], {"n1": "a\u2028b", "n2": "c\x0bd"})
     # Tencent ML-Images' dictionary.
     lines = b'0\tn00002452\t-1\tthing\n1\tn05220461\t0\t"body" part, limb\n'
     dictionary = write(tmp_path / "d.txt", ML_IMAGES + lines)
@@ -36,12 +39,12 @@ def test_classes_in_their_datasets_files(tmp_path):
     assert read_classes(write(tmp_path / "new.csv", header + rows)) == expected
 
 
-def test_union_is_by_id_and_keeps_the_first_place_and_name(tmp_path):
+def test_files_are_united_by_id_and_the_first_place_and_name_count(tmp_path):
     many = write(tmp_path / "21k.txt", b"n3\tcrane\nn1\tcrane\n")
     few = write(tmp_path / "1k.txt", b"n4\towl\nn1\tbird\n")
     ids, names = read_classes(f"{many},{few}")
     assert ids == ["n3", "n1", "n4"] and names == {"n3": "crane", "n1": "crane", "n4": "owl"}
-    assert LabelSpace.read(classes=f"{many},{few}").names == ["crane", "crane", "owl"]
+    assert read_label_space(classes=f"{many},{few}").class_names == ["crane", "crane", "owl"]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,7 @@ def test_union_is_by_id_and_keeps_the_first_place_and_name(tmp_path):
         ("a.txt", b"\n", "has no classes"),
     ],
 )
-def test_damaged_files_of_classes_are_refused(tmp_path, name, data, message):
+def test_malformed_files_of_classes_are_refused(tmp_path, name, data, message):
     with pytest.raises(ValueError, match=message):
         read_classes(write(tmp_path / name, data))
 

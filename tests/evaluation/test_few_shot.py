@@ -1,11 +1,11 @@
-"""Few-shot episodes, neighbours and probe against scikit-learn's classifiers on the same images."""
+"""Few-shot episodes, nearest neighbours and linear probe against scikit-learn's classifiers on the same images."""
 
 import jax
 import numpy as np
 import pytest
 
 from zslflax.evaluation import few_shot
-from zslflax.inference.class_embeddings import unit
+from zslflax.inference.class_embeddings import l2_normalize
 
 
 def clusters(n, classes=6, d=8, noise=0.8, seed=0):
@@ -15,11 +15,11 @@ def clusters(n, classes=6, d=8, noise=0.8, seed=0):
     return (centres[labels] + noise * rng.standard_normal((n, d))).astype(np.float32), labels
 
 
-def test_episodes_are_disjoint_uniform_and_a_function_of_the_seed():
+def test_episodes_are_disjoint_and_uniform_and_depend_on_the_seed():
     labels = np.repeat([0, 4, 5, 7, 9], [8, 5, 9, 7, 3])
-    shown, asked = few_shot.episodes(labels, 3, 2, 4, 4000, seed=1)
-    assert shown.shape == (4000, 3, 2) and asked.shape == (4000, 3, 4)
-    images = np.concatenate([shown, asked], axis=2)
+    support, query = few_shot.draw_episodes(labels, 3, 2, 4, 4000, seed=1)
+    assert support.shape == (4000, 3, 2) and query.shape == (4000, 3, 4)
+    images = np.concatenate([support, query], axis=2)
     of = labels[images]
     assert (of == of[:, :, :1]).all()  # a row is of one class, and all its images differ
     assert all(len(set(row)) == 6 for row in images.reshape(-1, 6).tolist())
@@ -28,14 +28,14 @@ def test_episodes_are_disjoint_uniform_and_a_function_of_the_seed():
     assert set(of.ravel().tolist()) == {0, 5, 7}
     shares = np.bincount(images[of == 5], minlength=len(labels))[labels == 5] / 4000
     np.testing.assert_allclose(shares, 6 / 9, atol=0.03)
-    np.testing.assert_array_equal(few_shot.episodes(labels, 3, 2, 4, 4000, seed=1)[0], shown)
-    assert not np.array_equal(few_shot.episodes(labels, 3, 2, 4, 4000, seed=2)[0], shown)
+    np.testing.assert_array_equal(few_shot.draw_episodes(labels, 3, 2, 4, 4000, seed=1)[0], support)
+    assert not np.array_equal(few_shot.draw_episodes(labels, 3, 2, 4, 4000, seed=2)[0], support)
 
 
-def test_logistic_regression_is_scikit_learns(require):
+def test_logistic_regression_equals_scikit_learn(require):
     linear_model = require("sklearn.linear_model")
     x, y = clusters(90)
-    x = unit(x)
+    x = l2_normalize(x)
     for C in (0.1, 1.0, 100.0):
         expected = linear_model.LogisticRegression(C=C, tol=1e-8, max_iter=10_000)
         expected.fit(x.astype(np.float64), y)
@@ -46,39 +46,39 @@ def test_logistic_regression_is_scikit_learns(require):
 
 
 @pytest.mark.parametrize("shots", [1, 5])
-def test_few_shot_is_scikit_learns_episode_by_episode(require, shots):
+def test_few_shot_equals_scikit_learn_episode_by_episode(require, shots):
     linear_model, neighbors = require("sklearn.linear_model"), require("sklearn.neighbors")
     nearest = neighbors.NearestCentroid() if shots > 1 else neighbors.KNeighborsClassifier(1)
     x, y = clusters(200)
-    number, queries = 30, 6
-    found = few_shot.few_shot(x, y, ways=4, shots=shots, queries=queries, number=number, C=2.0, seed=3)
-    shown, asked = few_shot.episodes(y, 4, shots, queries, number, seed=3)
-    x = unit(x)
+    num_episodes, queries = 30, 6
+    found = few_shot.few_shot(x, y, ways=4, shots=shots, queries=queries, num_episodes=num_episodes, C=2.0, seed=3)
+    support, query = few_shot.draw_episodes(y, 4, shots, queries, num_episodes, seed=3)
+    x = l2_normalize(x)
     scores = {"centroid": [], "logistic": []}
-    for of_episode, query in zip(shown, asked):
+    for shot_images, query_images in zip(support, query):
         true = np.repeat(np.arange(4), queries)
-        support, target = x[of_episode.ravel()], np.repeat(np.arange(4), shots)
+        fitted, target = x[shot_images.ravel()], np.repeat(np.arange(4), shots)
         for name, model in (
             ("centroid", nearest),
             ("logistic", linear_model.LogisticRegression(C=2.0, tol=1e-8, max_iter=10_000)),
         ):
-            scores[name].append(np.mean(model.fit(support, target).predict(x[query.ravel()]) == true))
+            scores[name].append(np.mean(model.fit(fitted, target).predict(x[query_images.ravel()]) == true))
     assert len(set(scores["centroid"])) > 3
     for name, values in scores.items():
-        # One query of 720 may lie so near a border that fp32 puts it on the other side.
+        # One query of 720 may be so near a decision border that rounding in fp32 changes its class.
         assert found[name] == pytest.approx(np.mean(values), abs=1.5 / 720)
-        half = 1.96 * np.std(values, ddof=1) / np.sqrt(number)
+        half = 1.96 * np.std(values, ddof=1) / np.sqrt(num_episodes)
         assert found[f"{name}/high"] - found[name] == pytest.approx(half, rel=0.02)
         assert found[name] - found[f"{name}/low"] == pytest.approx(half, rel=0.02)
 
 
 @pytest.mark.parametrize("k", [1, 7, 60])
-def test_nearest_neighbours_are_scikit_learns(require, k):
+def test_nearest_neighbours_equal_scikit_learn(require, k):
     neighbors = require("sklearn.neighbors")
     (x, y), (test_x, test_y) = clusters(60), clusters(80, seed=1)
     y, test_y = 3 * y, 3 * test_y
     found = few_shot.nearest_neighbours(x, y, test_x, test_y, k=k, resamples=500)
-    expected = neighbors.KNeighborsClassifier(k).fit(unit(x), y).score(unit(test_x), test_y)
+    expected = neighbors.KNeighborsClassifier(k).fit(l2_normalize(x), y).score(l2_normalize(test_x), test_y)
     assert found["accuracy"] == pytest.approx(expected, abs=1e-12)
     assert found["accuracy/low"] < expected < found["accuracy/high"]
 
@@ -90,10 +90,10 @@ def test_linear_probe_chooses_its_penalty_without_the_test_images(require):
     found = few_shot.linear_probe(x, y, test_x, test_y, Cs=(1e-3, 1.0, 1e3), seed=4, resamples=500)
     order = np.random.default_rng(4).permutation(150)
     held, rest = order[:30], order[30:]
-    fit = lambda C, rows: linear_model.LogisticRegression(C=C, max_iter=10_000).fit(unit(x)[rows], y[rows])
-    scores = {C: fit(C, rest).score(unit(x)[held], y[held]) for C in (1e-3, 1.0, 1e3)}
+    fit = lambda C, rows: linear_model.LogisticRegression(C=C, max_iter=10_000).fit(l2_normalize(x)[rows], y[rows])
+    scores = {C: fit(C, rest).score(l2_normalize(x)[held], y[held]) for C in (1e-3, 1.0, 1e3)}
     assert found["C"] == max(scores, key=scores.get) and len(set(scores.values())) > 1
-    expected = fit(found["C"], order).score(unit(test_x), test_y)
+    expected = fit(found["C"], order).score(l2_normalize(test_x), test_y)
     assert found["accuracy"] == pytest.approx(expected, abs=1.5 / 200)
     assert found["accuracy/low"] < found["accuracy"] < found["accuracy/high"]
     # Other answers on the test images change nothing about the choice.
@@ -101,7 +101,7 @@ def test_linear_probe_chooses_its_penalty_without_the_test_images(require):
     assert other["C"] == found["C"] and other["accuracy"] < found["accuracy"]
 
 
-def test_what_cannot_be_measured_is_refused():
+def test_arguments_that_cannot_be_measured_are_refused():
     x, y = clusters(40, classes=3)
     with pytest.raises(ValueError, match=r"only 0 of 3 classes have 40 \+ 15 images, but an episode has 5"):
         few_shot.few_shot(x, y, shots=40)

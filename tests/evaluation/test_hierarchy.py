@@ -1,4 +1,4 @@
-"""Hierarchical precision against the algorithm of its paper, step by step, on shortest paths of scipy's."""
+"""Hierarchical precision against the algorithm of its paper, step by step, on scipy's shortest paths."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from zslflax.evaluation.hierarchy import Hierarchy, hierarchical_precision
 
 
 def random_graph(seed, nodes=40, classes=17):
-    """Hypernyms of a connected graph, in which nodes may have two, and the classes among the nodes."""
+    """A connected graph in which a node may have two hypernyms, and the classes among the nodes."""
     rng = np.random.default_rng(seed)
     above = {0: ()} | {i: tuple({int(rng.integers(i)), int(rng.integers(i))}) for i in range(1, nodes)}
     ids = [f"n{i}" for i in rng.permutation(nodes)[:classes]]
@@ -16,7 +16,7 @@ def random_graph(seed, nodes=40, classes=17):
 
 
 def correct_sets(ids, hypernyms, label, k):
-    """Frome et al.'s hCorrectSet: all classes within a radius, which grows until there are k."""
+    """Frome et al.'s hCorrectSet: all classes within a radius that grows until there are k of them."""
     nodes = list(hypernyms)
     edges = np.zeros((len(nodes), len(nodes)))
     for node, above in hypernyms.items():
@@ -31,7 +31,7 @@ def correct_sets(ids, hypernyms, label, k):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_precision_is_the_papers(seed):
+def test_precision_equals_the_papers_algorithm(seed):
     ids, hypernyms = random_graph(seed)
     rng = np.random.default_rng(100 + seed)
     best = np.array([rng.permutation(len(ids))[:10] for _ in range(15)])
@@ -46,19 +46,19 @@ def test_precision_is_the_papers(seed):
             assert found[i, column] == pytest.approx(len(correct & set(best[i, :k])) / k, abs=1e-12)
 
 
-def test_by_hand():
+def test_precision_of_a_case_computed_by_hand():
     #           animal
-    #      dog         cat*        * classes: animal, cat, pug, husky; dog is none
+    #      dog         cat*        * classes: animal, cat, pug, husky; dog is not a class
     #   pug* husky*
     hypernyms = {"animal": (), "dog": ("animal",), "cat": ("animal",), "pug": ("dog",), "husky": ("dog",)}
     hierarchy = Hierarchy(["animal", "cat", "pug", "husky"], hypernyms)
-    assert hierarchy.nearer(2, 2) == {2: 0, 0: 1, 3: 1}  # two hops to husky and to animal alike
-    assert hierarchy.nearer(2, 4) == {2: 0, 0: 1, 3: 1, 1: 3}
+    assert hierarchy.num_nearer(2, 2) == {2: 0, 0: 1, 3: 1}  # two hops to husky and to animal alike
+    assert hierarchy.num_nearer(2, 4) == {2: 0, 0: 1, 3: 1, 1: 3}
     precision = hierarchical_precision([[3, 1, 2, 0]] * 2, [(2,), (1, 2)], hierarchy, (1, 2, 3, 4))
     np.testing.assert_allclose(precision, [[0, 1 / 2, 2 / 3, 1], [0, 1, 1, 1]])
 
 
-def test_what_has_no_precision_is_refused():
+def test_arguments_without_a_precision_are_refused():
     hypernyms = {"a": (), "b": ("a",), "c": ()}
     with pytest.raises(ValueError, match="1 of 2 classes are not in the hierarchy, the first is 'x'"):
         Hierarchy(["a", "x"], hypernyms)

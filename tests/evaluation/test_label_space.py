@@ -1,11 +1,10 @@
-"""Label spaces and templates, from files as people have them and from the command line."""
+"""Label spaces from files and from the command line."""
 
 import numpy as np
 import pytest
 
-from zslflax.evaluation.label_space import LabelSpace, members, repeated
+from zslflax.evaluation.label_space import LabelSpace, mark_classes, read_label_space, repeated_names
 from zslflax.evaluation.wordnet import WordNet
-from zslflax.inference.prompts import read_names, read_templates
 
 
 def write(path, data: bytes) -> str:
@@ -13,69 +12,30 @@ def write(path, data: bytes) -> str:
     return str(path)
 
 
-def test_names_from_a_file_keep_their_line_as_label(tmp_path):
-    text = "\ufefftench, Tinca tinca\r\n  crème brûlée \r\ncrane\r\ncrane\r\n\r\n"
-    path = write(tmp_path / "names.txt", text.encode())
-    assert read_names(path) == ["tench, Tinca tinca", "crème brûlée", "crane", "crane"]
-    # Line ends for str.splitlines, but not for a file.
-    path = write(tmp_path / "separators.txt", "a\u2028b\nc\x0bd".encode())
-    assert read_names(path) == ["a\u2028b", "c\x0bd"]
-
-
-def test_names_given_in_place():
-    assert read_names("cat, red circle ,cat") == ["cat", "red circle", "cat"]
-    many = [f"name {i}" for i in range(5000)]  # longer than any file's name may be
-    assert read_names(",".join(many)) == many
-
-
-def test_names_that_are_missing_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"names.txt, line 2 is empty"):
-        read_names(write(tmp_path / "names.txt", b"a\n \nc\n"))
-    with pytest.raises(ValueError, match="is empty; expected one entry a line"):
-        read_names(write(tmp_path / "none.txt", b"\n\n"))
-    with pytest.raises(ValueError, match="name 2 of 3 is empty"):
-        read_names("a,,b")
-    with pytest.raises(ValueError, match="'/no/such/names.txt' is neither a file"):
-        read_names("/no/such/names.txt")
-
-
-def test_label_space_marks_every_class_of_an_unseen_name(tmp_path):
+def test_all_classes_that_share_an_unseen_name_are_unseen(tmp_path):
     unseen = write(tmp_path / "unseen.txt", b"crane\n")
-    space = LabelSpace.read("crane,owl,crane,kiwi", unseen, "hoist,barn owl,bird,fruit")
-    assert space.names == ["crane", "owl", "crane", "kiwi"] and len(space) == 4
+    space = read_label_space("crane,owl,crane,kiwi", unseen, "hoist,barn owl,bird,fruit")
+    assert space.class_names == ["crane", "owl", "crane", "kiwi"] and len(space) == 4
     assert space.synonyms == ["hoist", "barn owl", "bird", "fruit"]
     np.testing.assert_array_equal(space.unseen, [True, False, True, False])
-    np.testing.assert_array_equal(LabelSpace.read("a,b", "b").unseen, [False, True])
-    plain = LabelSpace.read("a,b")
+    np.testing.assert_array_equal(read_label_space("a,b", "b").unseen, [False, True])
+    plain = read_label_space("a,b")
     assert plain.synonyms is None and plain.unseen.dtype == bool and not plain.unseen.any()
 
 
-def test_label_space_refuses_what_does_not_fit():
+def test_fields_that_do_not_fit_together_are_refused():
     with pytest.raises(ValueError, match="'red circel' is none of the 2 class names; .* is 'red circle'"):
-        members(["red circle", "owl"], ["owl", "red circel"])
+        mark_classes(["red circle", "owl"], ["owl", "red circel"])
     with pytest.raises(ValueError, match="'red circel' is none of the 2 class names; .* is 'red circle'"):
-        LabelSpace.read("red circle,owl", "red circel")
+        read_label_space("red circle,owl", "red circel")
     with pytest.raises(ValueError, match="each of 3 names, in their order, found 2"):
-        LabelSpace.read("a,b,c", synonyms="d,e")
+        read_label_space("a,b,c", synonyms="d,e")
     with pytest.raises(ValueError, match="each of 2 names, found shape"):
         LabelSpace(["a", "b"], np.zeros(3, bool))
 
 
-def test_templates(tmp_path):
-    path = write(tmp_path / "templates.txt", b"a photo of a {}.\n{}\n")
-    assert read_templates(path) == ["a photo of a {}.", "{}"]
-    assert read_templates("a {}, really") == ["a {}, really"]
-    assert read_templates(("{}", "one {}")) == ["{}", "one {}"]
-    with pytest.raises(ValueError, match="templates.txt, line 2: 'a photo'"):
-        read_templates(write(tmp_path / "templates.txt", b"{}\na photo\n"))
-    with pytest.raises(ValueError, match=r"template 1: '/no/such.txt' has no {} .* is no file"):
-        read_templates("/no/such.txt")
-    with pytest.raises(ValueError, match="at least one"):
-        read_templates(())
-
-
-def test_repeated_names():
-    assert repeated(["crane", "owl", "crane", "kiwi"]) == {"crane": [0, 2]}
+def test_names_that_several_classes_share_are_found():
+    assert repeated_names(["crane", "owl", "crane", "kiwi"]) == {"crane": [0, 2]}
 
 
 WORDNET = WordNet(
@@ -84,36 +44,36 @@ WORDNET = WordNet(
 )
 
 
-def test_what_classes_are_called(tmp_path):
+def test_classes_get_their_names_from_files_wordnet_or_ids(tmp_path):
     ids = write(tmp_path / "ids.txt", b"n00000002\nn00000001\nn00000003\n")
-    space = LabelSpace.read(classes=ids, wordnet=WORDNET, unseen="dog")
-    assert space.names == ["dog", "animal, beast", "dog, frank"]
+    space = read_label_space(classes=ids, wordnet=WORDNET, unseen="dog")
+    assert space.class_names == ["dog", "animal, beast", "dog, frank"]
     assert space.ids == ["n00000002", "n00000001", "n00000003"]
     np.testing.assert_array_equal(space.unseen, [True, False, False])
     unseen = write(tmp_path / "unseen.txt", b"n00000003\nn00000001\n")  # ids, where names are no keys
-    np.testing.assert_array_equal(LabelSpace.read("a,a,a", unseen, classes=ids).unseen, [False, True, True])
-    one = LabelSpace.read("a,b,a", "n00000003", classes=ids)
+    np.testing.assert_array_equal(read_label_space("a,a,a", unseen, classes=ids).unseen, [False, True, True])
+    one = read_label_space("a,b,a", "n00000003", classes=ids)
     np.testing.assert_array_equal(one.unseen, [False, False, True])
-    assert LabelSpace.read(own=["cat", "hot dog"]).names == ["cat", "hot dog"]
-    assert LabelSpace.read("x,y", own=["n00000001", "n00000002"]).names == ["x", "y"]
-    assert LabelSpace.read(own=["n00000001"], wordnet=WORDNET).names == ["animal, beast"]
-    assert LabelSpace.read("x,y").ids is None
+    assert read_label_space(source_classes=["cat", "hot dog"]).class_names == ["cat", "hot dog"]
+    assert read_label_space("x,y", source_classes=["n00000001", "n00000002"]).class_names == ["x", "y"]
+    assert read_label_space(source_classes=["n00000001"], wordnet=WORDNET).class_names == ["animal, beast"]
+    assert read_label_space("x,y").ids is None
 
     for codes in (["n00000001", "cat"], ["/m/011k07", "cat"], ["0", "cat"]):
         with pytest.raises(ValueError, match=f"1 of 2 classes have no name, the first is '{codes[0]}'"):
-            LabelSpace.read(own=codes)
+            read_label_space(source_classes=codes)
     with pytest.raises(ValueError, match="2 of 2 ids are not in this WordNet, the first is 'n1'"):
-        LabelSpace.read(own=["n1", "n2"], wordnet=WORDNET)
+        read_label_space(source_classes=["n1", "n2"], wordnet=WORDNET)
     with pytest.raises(ValueError, match=r"for each of 3 classes \(0, 1, 5, …\), in their order, found 2"):
-        LabelSpace.read("x,y", own=["0", "1", "5"])
+        read_label_space("x,y", source_classes=["0", "1", "5"])
     with pytest.raises(ValueError, match="expected names or classes"):
-        LabelSpace.read()
+        read_label_space()
     with pytest.raises(ValueError, match="a different id for each of 2 names, .* found 2, 1 of them"):
         LabelSpace(["a", "b"], np.zeros(2, bool), ids=["n1", "n1"])
 
 
-def test_labels_of_a_source_become_labels_of_the_space():
-    space = LabelSpace.read(own=["cat", "dog", "owl"])
+def test_labels_of_a_source_are_translated_into_labels_of_the_space():
+    space = read_label_space(source_classes=["cat", "dog", "owl"])
     labels, outside = space.relabel([(0, 2), (1,), (), (2, 1)], ["owl", "kiwi", "cat"])
     assert labels == [(2, 0), (), (), (0,)] and outside == 2
     assert space.relabel([(0, 2), ()]) == ([(0, 2), ()], 0)
@@ -121,7 +81,7 @@ def test_labels_of_a_source_become_labels_of_the_space():
     with pytest.raises(ValueError, match="none of the source's 2 classes, such as 'ox', is .* such as 'cat'"):
         space.relabel([(0,)], ["ox", "kiwi"])
     with pytest.raises(ValueError, match="such as 'cat', is in .* has no ids"):
-        LabelSpace.read("cat,dog").relabel([(0,)], ["cat", "dog"])
+        read_label_space("cat,dog").relabel([(0,)], ["cat", "dog"])
     for label in (-1, 3):
         with pytest.raises(ValueError, match="labels below 3, found"):
             space.relabel([(0,), (label,)])

@@ -1,8 +1,8 @@
-"""A small database in WordNet's own format: names and hypernyms by id, and damage that is noticed."""
+"""A small database in WordNet's own format: names and hypernyms by id, and errors for damaged files."""
 
 import pytest
 
-from zslflax.evaluation.wordnet import WordNet
+from zslflax.evaluation.wordnet import read_wordnet
 
 LICENCE = "  1 This software and database is being provided to you\n  2 with bars | and 00000000 n\n"
 SYNSETS = {  # words, and pointers to other synsets; "verb" is in another file
@@ -31,9 +31,9 @@ def line(words, pointers, at, ids):
     return " ".join(fields) + ' | a gloss | with a bar; "@ 00001740 n 0000"  \n'
 
 
-def test_words_and_hypernyms_by_id(tmp_path):
+def test_words_and_hypernyms_are_read_by_id(tmp_path):
     ids = write(tmp_path)
-    wordnet = WordNet.read(tmp_path)
+    wordnet = read_wordnet(tmp_path)
     assert set(wordnet.lemmas) == set(wordnet.hypernyms) == {ids[name] for name in SYNSETS}
     assert wordnet.lemmas[ids["Thames"]] == ("Thames", "River Thames", "Thames River")
     assert wordnet.lemmas[ids["many"]] == tuple(f"word {i}" for i in range(17))
@@ -47,26 +47,26 @@ def test_words_and_hypernyms_by_id(tmp_path):
     assert wordnet.names([ids["object"], ids["river"]]) == ["object, physical object", "river"]
 
 
-def test_what_is_no_database_is_refused(tmp_path):
+def test_missing_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="data.noun does not exist: .* wordnet-base"):
-        WordNet.read(tmp_path)
+        read_wordnet(tmp_path)
     ids = write(tmp_path)
     path = tmp_path / "data.noun"
     whole = path.read_bytes()
 
     path.write_bytes(whole.replace(b"\n", b"\r\n"))  # then nothing is at the byte that ids say
     with pytest.raises(ValueError, match=rf"damaged at byte {len(LICENCE) + 2}: .* says that it is at 0"):
-        WordNet.read(tmp_path)
+        read_wordnet(tmp_path)
     path.write_bytes(whole[: len(LICENCE) + 40])
     with pytest.raises(ValueError, match=f"damaged at byte {len(LICENCE)}: "):
-        WordNet.read(tmp_path)
+        read_wordnet(tmp_path)
     lines = whole.splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-1]))  # without "many", which "river" is a kind of
-    with pytest.raises(ValueError, match=f"cut short: {ids['many']} is a hypernym"):
-        WordNet.read(tmp_path)
+    with pytest.raises(ValueError, match=f"cut short: it lacks {ids['many']}, which is a hypernym"):
+        read_wordnet(tmp_path)
 
 
-def test_unknown_ids_have_no_name(tmp_path):
+def test_unknown_ids_are_refused(tmp_path):
     ids = write(tmp_path)
     with pytest.raises(ValueError, match="2 of 3 ids are not in this WordNet, the first is 'n99999999'"):
-        WordNet.read(tmp_path).names(["n99999999", ids["river"], "cat"])
+        read_wordnet(tmp_path).names(["n99999999", ids["river"], "cat"])

@@ -1,4 +1,6 @@
-"""Evaluation of test sets against figures worked out one image at a time through the `Predictor`."""
+"""Evaluation of test sets against metrics computed one image at a time with the `Predictor`."""
+
+import dataclasses
 
 import cv2
 import numpy as np
@@ -8,9 +10,10 @@ from PIL import Image
 from zslflax import config
 from zslflax.data.images import decode
 from zslflax.evaluation import zero_shot
-from zslflax.evaluation.test_sets import open_sets
-from zslflax.inference import predictor
+from zslflax.evaluation.results import flat_names
+from zslflax.evaluation.test_sets import open_test_sets
 from zslflax.inference.predictor import Predictor
+from zslflax.inference.restore import build_model
 from zslflax.training.setup import create_state
 
 IDS = ["n02084071", "n02121808", "n02958343"]
@@ -18,15 +21,15 @@ NAMES = ["dog", "house cat", "car"]
 
 
 @pytest.fixture
-def predictors(tiny):
-    """Two untrained models: what they say is arbitrary, and exact figures of it all the better to compare."""
+def predictors(tiny_config):
+    """Two untrained models."""
     made = {}
-    for seed, who in enumerate(("", "student/")):
-        tiny.seed = seed
-        model, tokenizer = predictor.build_model(tiny)
-        state, _, _ = create_state(tiny, model, pretrained_weights=False)
+    for seed, model_name in enumerate(("", "student")):
+        tiny_config.seed = seed
+        model, tokenizer = build_model(tiny_config)
+        state, _ = create_state(tiny_config, model, pretrained=False)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        made[who] = Predictor(tiny, model, variables, tokenizer, step=7)
+        made[model_name] = Predictor(tiny_config, model, variables, tokenizer, step=7)
     return made
 
 
@@ -40,26 +43,26 @@ def folder(tmp_path):
             noise = rng.integers(0, 256, (2 + j, 3, 3), dtype=np.uint8)
             pixels = cv2.resize(noise, (24 + 4 * j, 30), interpolation=cv2.INTER_LINEAR)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{j}.png")
-    (tmp_path / "images" / IDS[1] / "3.png").write_bytes(b"no picture")
+    (tmp_path / "images" / IDS[1] / "3.png").write_bytes(b"not an image")
     (tmp_path / "words.txt").write_text("".join(f"{i}\t{n}\n" for i, n in zip(IDS, NAMES)))
     return tmp_path
 
 
-def test_hits_of_a_folder_by_class(tiny, predictors, folder):
-    with tiny.unlocked():
-        tiny.eval.sets = {
+def test_hits_and_intervals_of_a_folder_with_a_subfolder_per_class(tiny_config, predictors, folder):
+    with tiny_config.unlocked():
+        tiny_config.eval.sets = {
             "pets": config.eval_set(data=f"folder:{folder / 'images'}", classes=str(folder / "words.txt"))
         }
-    tiny.eval.templates = ("a photo of a {}.", "{}")
-    metrics = zero_shot.evaluate(predictors, open_sets(tiny), tiny, folder, resamples=50)
-    for who, predictor in predictors.items():
-        prompts = [[template.replace("{}", name) for template in tiny.eval.templates] for name in NAMES]
+    tiny_config.eval.templates = ("a photo of a {}.", "{}")
+    metrics = flat_names(zero_shot.evaluate(predictors, open_test_sets(tiny_config), tiny_config, folder, resamples=50))
+    for who, predictor in (("", predictors[""]), ("student/", predictors["student"])):
+        prompts = [[template.replace("{}", name) for template in tiny_config.eval.templates] for name in NAMES]
         classes = np.stack([np.mean([predictor.encode_text(p)[0] for p in of_name], axis=0) for of_name in prompts])
         classes /= np.linalg.norm(classes, axis=1, keepdims=True)
         hits = {1: [], 2: []}
         for label, name in enumerate(IDS):
             for path in sorted((folder / "images" / name).glob("*.png")):
-                if path.read_bytes() != b"no picture":
+                if path.read_bytes() != b"not an image":
                     order = np.argsort(-(classes @ predictor.encode_image(path)[0]))
                     for k in hits:
                         hits[k].append(label in order[:k])
@@ -72,11 +75,11 @@ def test_hits_of_a_folder_by_class(tiny, predictors, folder):
         assert picture.width > 600
 
 
-def test_retrieval_of_captions(tiny, predictors, tmp_path):
-    tiny.eval.sets.test.data = "shapes"
-    (test,) = open_sets(tiny)
+def test_retrieval_of_images_and_captions(tiny_config, predictors, tmp_path):
+    tiny_config.eval.sets.test.data = "shapes"
+    (test,) = open_test_sets(tiny_config)
     predictor = predictors[""]
-    metrics = zero_shot.evaluate({"": predictor}, [test], tiny, workdir=tmp_path)
+    metrics = flat_names(zero_shot.evaluate({"": predictor}, [test], tiny_config, workdir=tmp_path))
     images = np.concatenate([predictor.encode_image(decode(test.source[i]["image"])) for i in range(24)])
     texts = predictor.encode_text([test.source[i]["text"][0] for i in range(24)])
     places = [int(np.sum(row > row[i])) for i, row in enumerate(images @ texts.T)]
@@ -86,11 +89,13 @@ def test_retrieval_of_captions(tiny, predictors, tmp_path):
         )
 
 
-def test_blank_captions_are_none(tiny, predictors, tmp_path):
-    tiny.eval.sets.test.data = "shapes"
-    (test,) = open_sets(tiny)
+def test_blank_captions_are_ignored(tiny_config, predictors, tmp_path):
+    tiny_config.eval.sets.test.data = "shapes"
+    (test,) = open_test_sets(tiny_config)
 
     class WithBlanks:
+        classes, negatives, excluded = None, None, {}
+
         def __init__(self, source):
             self.source = source
 
@@ -102,25 +107,19 @@ def test_blank_captions_are_none(tiny, predictors, tmp_path):
             return record | {"text": (*record["text"], " ")}
 
     predictor = {"": predictors[""]}
-    expected = zero_shot.evaluate(predictor, [test], tiny, tmp_path)
-    assert zero_shot.evaluate(predictor, [test._replace(source=WithBlanks(test.source))], tiny, tmp_path) == expected
+    expected = zero_shot.evaluate(predictor, [test], tiny_config, tmp_path)
+    assert (
+        zero_shot.evaluate(
+            predictor, [dataclasses.replace(test, source=WithBlanks(test.source))], tiny_config, tmp_path
+        )
+        == expected
+    )
 
 
-def test_a_label_that_is_no_number_of_a_name(tiny, predictors, tmp_path):
-    tiny.eval.sets.test.data = "shapes"
-    (test,) = open_sets(tiny)
-    tiny.eval.sets.test.data = test.source.paths[0]
-    tiny.eval.sets.test.names = "cat,dog,car"
+def test_a_label_beyond_the_class_names_is_refused(tiny_config, predictors, tmp_path):
+    tiny_config.eval.sets.test.data = "shapes"
+    (test,) = open_test_sets(tiny_config)
+    tiny_config.eval.sets.test.data = test.source.paths[0]
+    tiny_config.eval.sets.test.class_names = "cat,dog,car"
     with pytest.raises(ValueError, match=r"has the label \d+, but there are 3 names"):
-        zero_shot.evaluate(predictors, open_sets(tiny), tiny, tmp_path)
-
-
-def test_the_table():
-    metrics = {"eval/a/hit@1": 0.5, "eval/a/hit@10": 1.0, "eval/a/mAP": 0.25, "eval/a/student/hit@1": 0.4}
-    metrics |= {"eval/a/hit@1/low": 0.4, "eval/a/labelled": 7, "eval/a/student/seen/hit@1": 0.1}
-    lines = zero_shot.table(metrics).splitlines()
-    assert [line.split() for line in lines] == [
-        ["@1", "@10", "mAP"],
-        ["a", "hit@k", "50.0", "100.0", "25.0"],
-        ["a", "student", "hit@k", "40.0"],
-    ]
+        zero_shot.evaluate(predictors, open_test_sets(tiny_config), tiny_config, tmp_path)

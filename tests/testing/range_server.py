@@ -1,4 +1,4 @@
-"""A local HTTP server of files, with ranges, without them, and with the troubles that real ones have."""
+"""A local HTTP file server, with or without support for ranges, that can fail in the ways that real servers do."""
 
 import contextlib
 import http.server
@@ -14,7 +14,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def handle(self):
-        with contextlib.suppress(ConnectionError):  # a client that has seen enough hangs up
+        with contextlib.suppress(ConnectionError):  # a client may close the connection early
             super().handle()
 
     def do_HEAD(self):
@@ -27,18 +27,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, wanted = self.server, self.headers.get("Range")
         server.requests.append((self.command, self.path, wanted))
         path = server.root / self.path.lstrip("/").partition("?")[0]
-        trouble = server.trouble(self.command, wanted)
-        if not path.is_file() or isinstance(trouble, int):
-            return self.send(trouble or 404, b"")
+        failure = server.next_failure(self.command, wanted)
+        if not path.is_file() or isinstance(failure, int):
+            return self.send(failure or 404, b"")
         data, status, headers = path.read_bytes(), 200, {"ETag": server.etag(path)}
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted or "")
         if match and server.ranges:
             first, last = int(match[1]), min(int(match[2]), len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             data, status = data[first : last + 1], 206
-        if trouble == "short" and status == 206:
+        if failure == "short" and status == 206:
             data = data[: len(data) // 2]
-        self.send(status, data, headers, body, cut=trouble == "cut")
+        self.send(status, data, headers, body, cut=failure == "cut")
 
     def send(self, status, data, headers=(), body=True, cut=False):
         self.send_response(status)
@@ -59,26 +59,26 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves a folder on a free port of this machine.
 
     Attributes:
-        ranges: whether it answers with the part that is asked for.
-        troubles: an iterator; what becomes of a request: an HTTP status, "cut" (the connection drops in the
-            middle), "short" (half of the range, said to be all), or None, which is well.
-        requests: (method, path, range) of all.
-        sent: bytes of bodies.
+        ranges: whether the server answers range requests with that range, instead of the whole file.
+        failures: an iterator with an entry for each request: an HTTP status, "cut" (the connection drops in the
+            middle), "short" (half of the range, claimed to be all of it), or None for no failure.
+        requests: (method, path, range) of all requests.
+        sent: bytes of all bodies.
     """
 
     daemon_threads = True
 
     def __init__(self, root: Path):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.root, self.ranges, self.troubles = root, True, itertools.repeat(None)
+        self.root, self.ranges, self.failures = root, True, itertools.repeat(None)
         self.requests, self.sent = [], 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
-    def trouble(self, command: str, wanted: str | None):
+    def next_failure(self, command: str, wanted: str | None):
         with self.lock:
-            kind = next(self.troubles)
-        return None if command == "HEAD" and not isinstance(kind, int) else kind
+            failure = next(self.failures)
+        return None if command == "HEAD" and not isinstance(failure, int) else failure
 
     def etag(self, path: Path) -> str:
         return f'"{path.stat().st_mtime_ns}"'
@@ -86,7 +86,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def serve(root: Path):
-    """Runs a server as long as the context lasts."""
+    """Runs a server within a context."""
     with Server(root) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

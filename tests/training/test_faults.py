@@ -51,19 +51,19 @@ def test_an_interrupted_evaluation_comes_first_at_the_next_start(
 ):
     caplog.set_level("INFO", "zslflax")
     tiny_config.eval.best_metric = "eval/test/hit@1"
-    score, scored = zero_shot.score, []
+    measure_model, measured = zero_shot.measure_model, []
 
     def interrupted(*args):
-        scored.append(args)
-        if len(scored) == 2 * step // 3:  # the teacher has been scored, the student has not
+        measured.append(args)
+        if len(measured) == 2 * step // 3:  # the teacher has been measured, the student has not
             os.kill(os.getpid(), signal.SIGTERM)
-        return score(*args)
+        return measure_model(*args)
 
     folder = tmp_path / "run"
     with monkeypatch.context() as context:
-        context.setattr(zero_shot, "score", interrupted)
+        context.setattr(zero_shot, "measure_model", interrupted)
         loop.train(tiny_config, folder)
-    assert len(scored) == 2 * step // 3 and checkpoint.complete_steps(folder)[-1] == step
+    assert len(measured) == 2 * step // 3 and checkpoint.complete_steps(folder)[-1] == step
     assert read_metrics(folder)[-1]["step"] < step
     assert f"stopped and saved at step {step} of 6" in caplog.text
     loop.train(tiny_config, folder)
@@ -124,7 +124,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_at_once(tiny_config, tmp_pa
 
 def test_a_truncated_shard_ends_the_run_with_its_name_and_the_last_checkpoint_stays(tiny_config, tmp_path, monkeypatch):
     c = tiny_config.data.shapes
-    folder = shapes.ensure(c.root, train=c.train, test=c.test, size=c.size).path
+    folder = shapes.ensure_shards(c.root, train=c.train, test=c.test, size=c.size).path
     shard = tmp_path / "shard.tar"
     shard.write_bytes((folder / "train-00000.tar").read_bytes())
     tiny_config.data.train, tiny_config.steps = (str(shard),), 100  # threads read some batches ahead

@@ -1,25 +1,18 @@
-"""Twenty steps of every objective from a fixed seed: no change elsewhere may move the losses unnoticed.
+"""Losses of twenty steps of every objective, from a fixed seed: no change elsewhere may alter them unnoticed.
 
-Where the mathematics is meant to change, the numbers below are written anew:
+After an intended change of the mathematics, print new values with
 
-    python tests/test_golden.py
+    python -m tests.training.test_golden
 """
 
-import functools
-
-import jax
 import numpy as np
 import pytest
 
-from tests.training.test_step import AXIS, MODEL, batch_of, config_of
-from zslflax import distributed
-from zslflax.losses import contrastive
+from tests.testing.training import MODEL, init_variables, make_batch, make_config, run_steps
 from zslflax.losses.contrastive import OBJECTIVES
-from zslflax.training import optimizer, train_state
-from zslflax.training.step import train_step
 
 STEPS = 20
-SHOWN = (0, 4, 9, 19)  # steps whose losses are pinned
+PINNED = (0, 4, 9, 19)  # steps
 LOSSES = {
     "info_nce": [11.7696, 4.14026, 1.80735, 1.44244],
     "label_smoothing": [11.5064, 4.2071, 2.04703, 1.96514],
@@ -29,37 +22,28 @@ LOSSES = {
 }
 
 
-def losses(objective):
-    """Of each step; three batches in turn, two pairs of the second unreadable."""
-    c = config_of(
+def train_losses(objective: str) -> list[float]:
+    """The loss of each step, on three batches in turn; two pairs of the second are invalid."""
+    config = make_config(
         objective,
-        objective__image_image=0.3,
-        objective__ramp_steps=5,
+        objective__image_image_weight=0.3,
+        objective__soft_ramp_steps=5,
         optimizer__name="adamw",
         optimizer__learning_rate=0.01,
     )
-    batches = [batch_of(0), batch_of(1, valid=False), batch_of(2)]
-    inputs = (batches[0][name] for name in ("image", "text", "text_mask"))
-    made = jax.jit(MODEL.init)(jax.random.key(0), *inputs)
-    params = {**made["params"], "objective": contrastive.init_params(c.objective)}
-    tx = optimizer.build(c, params, STEPS)
-    state = train_state.create({"params": params, "batch_stats": made["batch_stats"]}, tx, ema=True, frozen=())
-    step = functools.partial(train_step, model=MODEL, tx=tx, config=c, frozen=())
-    step = jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=(None, None), devices=jax.devices()[:1])
-    state, history = distributed.replicate(state, 1), []
-    for i in range(STEPS):
-        state, metrics = step(state, {}, jax.tree.map(lambda x: x[None], batches[i % 3]))
-        history.append(float(metrics["loss"]))
-    return history
+    batches = [make_batch(0), make_batch(1, all_valid=False), make_batch(2)]
+    history = run_steps(config, init_variables(MODEL), (batches[i % 3] for i in range(STEPS)), steps=STEPS)
+    return [float(metrics["loss"]) for _, metrics in history]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_losses_are_those_of_before(objective):
-    history = losses(objective)
-    np.testing.assert_allclose([history[i] for i in SHOWN], LOSSES[objective], rtol=1e-3)
-    assert history[18] < 0.5 * history[0]  # the same batch, six turns later
+def test_losses_are_unchanged(objective):
+    losses = train_losses(objective)
+    np.testing.assert_allclose([losses[i] for i in PINNED], LOSSES[objective], rtol=1e-3)
+    assert losses[18] < 0.5 * losses[0]  # the same batch, six turns later
 
 
 if __name__ == "__main__":
     for name in OBJECTIVES:
-        print(f'    "{name}": {[float(f"{x:.6g}") for i, x in enumerate(losses(name)) if i in SHOWN]},')
+        losses = train_losses(name)
+        print(f'    "{name}": {[float(f"{losses[i]:.6g}") for i in PINNED]},')

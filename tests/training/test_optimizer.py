@@ -1,4 +1,4 @@
-"""The update against PyTorch's optimisers, and freezing, rate factors and patterns."""
+"""The update against PyTorch's optimisers; freezing, learning rate multipliers and patterns."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,9 @@ import optax
 import pytest
 
 from zslflax.config import default_config
-from zslflax.training import optimizer
-from zslflax.training.train_state import trainable
+from zslflax.errors import UserError
+from zslflax.models.partition import partition
+from zslflax.training.optimizer import build_optimizer, frozen_towers, match_patterns, parameter_paths, schedule
 
 SHAPES = {"kernel": (3, 2), "bias": (2,)}
 
@@ -33,10 +34,9 @@ def config_with(**fields):
 
 
 def run(c, params, steps=5, total=10):
-    """Trains on fixed random gradients; returns the parameters after each step."""
-    frozen = optimizer.frozen_towers(params, c.freeze)
-    tx = optimizer.build(c, params, total)
-    trained = trainable(params, frozen)
+    """Trains on fixed random gradients; returns the trained parameters after each step."""
+    tx = build_optimizer(c, params, total)
+    trained, _ = partition(params, frozen_towers(params, c.freeze))
     opt_state, history = tx.init(trained), []
     for step in range(steps):
         rng = np.random.default_rng(step)
@@ -54,7 +54,7 @@ def test_agrees_with_torch(require, params, name):
     ours = run(c, params)[-1]
 
     leaves, treedef = jax.tree.flatten(params)
-    names = jax.tree.leaves(optimizer.paths(params))
+    names = jax.tree.leaves(parameter_paths(params))
     tensors = [torch.nn.Parameter(torch.tensor(np.asarray(x))) for x in leaves]
     groups = [
         {"params": [t for t, n in zip(tensors, names) if n.endswith("kernel")], "weight_decay": 0.3},
@@ -78,25 +78,25 @@ def test_agrees_with_torch(require, params, name):
 
 
 def moved(before, after):
-    return {p: bool(np.any(x != y)) for p, x, y in zip(*map(jax.tree.leaves, (optimizer.paths(after), before, after)))}
+    return {p: bool(np.any(x != y)) for p, x, y in zip(*map(jax.tree.leaves, (parameter_paths(after), before, after)))}
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
-def test_freezing_for_ever_and_until_a_step(params, name):
+def test_parameters_are_frozen_forever_or_until_a_step(params, name):
     freeze = (("text/tower", -1), ("image/tower/layer_0", 3), ("image/tower/layer_1/bias", -1))
     c = config_with(name=name, learning_rate=0.1, weight_decay=0.1, freeze=freeze)
     history = run(c, params)
     assert "tower" not in history[0]["text"]  # frozen whole: neither gradient nor optimiser state
-    after_three = moved(trainable(params, ("text",)), history[2])
+    after_three = moved(partition(params, ("text",))[0], history[2])
     assert {p for p, m in after_three.items() if not m} == {
         "image/tower/layer_0/kernel", "image/tower/layer_0/bias", "image/tower/layer_1/bias",
     }  # fmt: skip
-    after_four = moved(trainable(params, ("text",)), history[3])
+    after_four = moved(partition(params, ("text",))[0], history[3])
     assert {p for p, m in after_four.items() if not m} == {"image/tower/layer_1/bias"}
 
 
 def test_a_thawed_parameter_starts_without_momentum(params):
-    """What is frozen until step 3 moves from then on as if its optimiser had just been made."""
+    """A parameter that is frozen until step 3 moves from then on as with a new optimiser."""
     frozen = run(
         config_with(learning_rate=0.1, momentum=0.9, freeze=(("image/tower", 3),)), params, steps=4, total=10**9
     )
@@ -106,26 +106,29 @@ def test_a_thawed_parameter_starts_without_momentum(params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), frozen[3]["image"]["tower"], expected)
 
 
-def test_rate_factors_scale_the_update(params):
+def test_lr_multipliers_scale_the_update(params):
     plain = run(config_with(learning_rate=0.1), params, steps=1)[0]
-    scaled = run(config_with(learning_rate=0.1, lr_multipliers=((".*/tower", 0.25), ("image", 0.5))), params, steps=1)[
-        0
-    ]
+    multipliers = ((".*/tower", 0.25), ("image", 0.5))
+    scaled = run(config_with(learning_rate=0.1, lr_multipliers=multipliers), params, steps=1)[0]
     change = lambda after: jax.tree.map(lambda new, old: new - old, after, params)
     ratio = jax.tree.map(lambda a, b: float(jnp.mean(a / b)), change(scaled), change(plain))
-    assert all(value == pytest.approx(0.25, rel=1e-3) for value in jax.tree.leaves(ratio["image"]["tower"]))
-    assert all(value == pytest.approx(1.0, rel=1e-3) for value in jax.tree.leaves(ratio["text"]["projection"]))
+    expected = match_patterns(params, multipliers, 1.0, "optimizer.lr_multipliers")
+    assert expected["image"] == {
+        "tower": {layer: {"kernel": 0.25, "bias": 0.25} for layer in ("layer_0", "layer_1")},
+        "projection": {"kernel": 0.5, "bias": 0.5},
+    }
+    jax.tree.map(lambda value, wanted: np.testing.assert_allclose(value, wanted, rtol=1e-3), ratio, expected)
 
 
 def test_a_pattern_that_matches_nothing_is_refused(params):
-    with pytest.raises(ValueError, match=r"freeze: no parameter matches 'image/towr'.*image/projection"):
-        optimizer.frozen_towers(params, (("image/towr", -1),))
-    with pytest.raises(ValueError, match="not a regular expression"):
-        optimizer.frozen_towers(params, (("image/(", -1),))
+    with pytest.raises(UserError, match=r"freeze: no parameter matches 'image/towr'.*image/projection"):
+        frozen_towers(params, (("image/towr", -1),))
+    with pytest.raises(UserError, match="not a regular expression"):
+        frozen_towers(params, (("image/(", -1),))
 
 
-def test_warm_up_and_cosine():
+def test_learning_rate_warms_up_and_falls_by_a_cosine():
     c = config_with(learning_rate=2.0, warmup_steps=10)
-    rate = optimizer.schedule(c.optimizer, 110)
+    rate = schedule(c.optimizer, 110)
     values = [float(rate(step)) for step in (0, 5, 10, 60, 110)]
     np.testing.assert_allclose(values, [0.0, 1.0, 2.0, 1.0, 0.0], atol=1e-6)

@@ -258,7 +258,7 @@ def test_each_process_reads_only_its_share(two_processes, folder, config):
     counts = collections.Counter(recorded_reads(folder, 1, "test"))
     assert counts == dict.fromkeys(range(1, TEST, 2), 2)
     counts = collections.Counter(recorded_reads(folder, 0, "test"))
-    counts.subtract(2 * list(zero_shot.shown(TEST)))
+    counts.subtract(2 * list(zero_shot.drawn_images(TEST)))
     assert +counts == dict.fromkeys(range(0, TEST, 2), 2)
 
 

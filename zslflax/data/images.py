@@ -1,10 +1,11 @@
-"""Images: from encoded bytes to uint8 RGB, and the crops of training and evaluation, antialiased."""
+"""Images: decoding to uint8 RGB, and the antialiased crops of training and evaluation."""
 
 import contextlib
 import functools
 import io
 import math
 import threading
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,76 +14,102 @@ from PIL import Image, UnidentifiedImageError
 
 from zslflax.errors import UserError
 
-MAX_PIXELS = 1 << 26  # 8192 × 8192: 200 MB once decoded
-MAX_SCANS = 100  # of a progressive JPEG, where each costs the time of a whole image; the usual ones have 10
-LARGE = 1 << 28  # bytes; images that need more to be decoded wait for each other
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF".split()  # Pillow knows others, some of which run programs
-MAX_ELONGATION = 8  # of the longer side to the shorter, beyond which evaluation looks at the middle only
+IMAGE_EXTENSIONS = tuple(
+    "jpg jpeg jpe jfif png webp gif bmp tif tiff avif".split()
+)  # of FORMATS, in order of preference
+MAX_PIXELS = 1 << 26  # 8192 × 8192: 200 MB once decoded
+MAX_SCANS = 100  # of a progressive JPEG: each costs the time of a whole image, and usual files have 10
+LARGE_DECODE = 1 << 28  # bytes; images that need more memory to decode are decoded one at a time
+MAX_ASPECT_RATIO = 8  # longer side to shorter side; evaluation crops longer images to it before resizing
 CROP_ATTEMPTS = 10  # torchvision's
 
 cv2.setNumThreads(0)  # the pipeline has threads of its own
-_large = threading.Lock()
+_large_decode_lock = threading.Lock()
 
 
 class BadSample(UserError):
-    """A sample that cannot be read; the pipeline masks and reports it. May carry the sample's `name`."""
+    """A sample cannot be read. The pipeline masks the sample and reports it.
+
+    Attributes:
+        name: the sample's name, or None where the code that raises does not know it.
+    """
+
+    def __init__(self, message: str, *, name: str | None = None):
+        super().__init__(message)
+        self.name = name
+
+
+def has_image_extension(path: str | Path) -> bool:
+    """Whether a file is named like an image of one of the `FORMATS`, in upper or lower case.
+
+    >>> has_image_extension("photos/cat.JPG"), has_image_extension("photos/cat.txt")
+    (True, False)
+    """
+    return str(path).lower().endswith(tuple(f".{extension}" for extension in IMAGE_EXTENSIONS))
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Decodes an image of any usual format, whatever its file is called.
+    """Decodes an image in one of the `FORMATS`, which its content tells, not its file name.
 
-    Greyscale, palettes, CMYK and 16 bits become 8-bit RGB; what is transparent becomes white; of an animation
-    the first frame is taken. EXIF orientation is not applied, as in torchvision and TensorFlow.
+    Greyscale, palette, CMYK and 16-bit images become 8-bit RGB. Transparent pixels become white. An animation
+    gives its first frame. EXIF orientation is ignored, as in torchvision and TensorFlow.
 
     Returns:
         uint8 [height, width, 3].
 
     Raises:
-        BadSample: no image of `FORMATS`, truncated, or more than `MAX_PIXELS` or `MAX_SCANS`, which is found
-            out before decoding.
+        BadSample: the data is not an image, is truncated, or has more than `MAX_PIXELS` pixels or `MAX_SCANS`
+            scans; the last two are checked before decoding.
     """
     if data[:2] == b"\xff\xd8":
-        if scans(data) > MAX_SCANS:
+        if count_scans(data) > MAX_SCANS:
             raise BadSample(f"the image has more than {MAX_SCANS} scans")
         try:
-            with admitted(*simplejpeg.decode_jpeg_header(data)[:2], cost=6):
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            with decoding_slot(height, width, bytes_per_pixel=6):
                 return simplejpeg.decode_jpeg(data)
         except BadSample:
             raise
         except ValueError:
-            pass  # strict about harmless damage, such as stray bytes between markers: Pillow decides
-    return decode_any(data)
+            pass  # simplejpeg also refuses harmless damage, such as stray bytes between markers: Pillow decides
+    return decode_with_pillow(data)
 
 
-def scans(data: bytes) -> int:
-    """How often a JPEG has the marker that begins a scan, which is never in the compressed data.
+def count_scans(data: bytes) -> int:
+    """The number of scans of a JPEG: of start-of-scan markers, which never occur within the compressed data.
 
-    Only with a header that decoders take: 6 + 2 n bytes for n components. Two bytes alone occur by chance in what
-    phones append to their pictures.
+    A marker counts only with a header that decoders accept: 6 + 2n bytes for n components. The two bytes of the
+    marker alone occur by chance in the data that phones append to their photos.
     """
     array = np.frombuffer(data, np.uint8)
-    after = np.flatnonzero(array[:-4] == 0xFF) + 1
-    at = after[array[after] == 0xDA]  # a third of the time of bytes.count
+    after_ff = np.flatnonzero(array[:-4] == 0xFF) + 1
+    at = after_ff[array[after_ff] == 0xDA]  # a third of the time of bytes.count
     high, low, components = array[at + 1], array[at + 2], array[at + 3]
-    return np.count_nonzero((high == 0) & (components >= 1) & (components <= 4) & (low == 6 + 2 * components))
+    return int(np.count_nonzero((high == 0) & (components >= 1) & (components <= 4) & (low == 6 + 2 * components)))
 
 
-def decode_any(data: bytes) -> np.ndarray:
-    """Decodes with Pillow."""
+def decode_with_pillow(data: bytes) -> np.ndarray:
+    """Decodes an image of any of the `FORMATS`, as `decode` does, with Pillow."""
     try:
-        with Image.open(io.BytesIO(data), formats=formats()) as image:
-            with admitted(image.height, image.width, cost=20):
+        with Image.open(io.BytesIO(data), formats=available_formats()) as image:
+            with decoding_slot(image.height, image.width, bytes_per_pixel=20):
                 return np.array(to_rgb(image))
     except BadSample:
         raise
     except UnidentifiedImageError:
-        raise BadSample(f"it is no image: it starts with {data[:8]!r}" if data else "the image is empty") from None
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        message = f"the data is not an image: it starts with {data[:8]!r}" if data else "the image is empty"
+        raise BadSample(message) from None
+    except Exception as error:  # Pillow's decoders raise many types of errors on damaged files
         raise BadSample(f"the image cannot be decoded: {error or type(error).__name__}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any of Pillow's modes but floating point, on white."""
+    """Converts an image of any Pillow mode to RGB; transparent pixels become white.
+
+    Raises:
+        ValueError: the pixels are floating-point numbers (mode "F").
+    """
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers")
     if image.mode.startswith("I"):  # 16 bits, which convert() clips instead of scaling
@@ -93,32 +120,36 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def admitted(height: int, width: int, cost: int) -> contextlib.AbstractContextManager:
-    """Where an image that takes `cost` bytes per pixel may be decoded: large ones come one at a time.
+def decoding_slot(height: int, width: int, bytes_per_pixel: int) -> contextlib.AbstractContextManager:
+    """The context in which an image of this size may be decoded; large images wait for each other.
+
+    Args:
+        height, width: pixels.
+        bytes_per_pixel: memory that decoding takes.
 
     Raises:
-        BadSample: there are no pixels or too many.
+        BadSample: the image has no pixels, or more than `MAX_PIXELS`.
     """
     if not height * width:
         raise BadSample("the image has no pixels")
     if height * width > MAX_PIXELS:
         raise BadSample(f"the image has {width} × {height} pixels, more than the {MAX_PIXELS:,} allowed")
-    return _large if height * width * cost > LARGE else contextlib.nullcontext()
+    return _large_decode_lock if height * width * bytes_per_pixel > LARGE_DECODE else contextlib.nullcontext()
 
 
 @functools.cache
-def formats() -> tuple[str, ...]:
-    """`FORMATS` as far as this Pillow has them."""
+def available_formats() -> tuple[str, ...]:
+    """The `FORMATS` that the installed Pillow can read."""
     Image.init()
     return tuple(format for format in FORMATS if format in Image.OPEN)
 
 
 def resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes antialiased: a side that shrinks averages areas, one that grows interpolates linearly."""
-    shrunk = min(height, image.shape[0]), min(width, image.shape[1])
-    if shrunk != image.shape[:2]:
-        image = cv2.resize(image, shrunk[::-1], interpolation=cv2.INTER_AREA)
-    if shrunk != (height, width):
+    """Resizes with antialiasing: a side that shrinks averages areas, a side that grows interpolates linearly."""
+    shrunk_height, shrunk_width = min(height, image.shape[0]), min(width, image.shape[1])
+    if (shrunk_height, shrunk_width) != image.shape[:2]:
+        image = cv2.resize(image, (shrunk_width, shrunk_height), interpolation=cv2.INTER_AREA)
+    if (shrunk_height, shrunk_width) != (height, width):
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     return image
 
@@ -132,24 +163,31 @@ def random_resized_crop(
 ) -> np.ndarray:
     """A random part of an image, resized to a square; the distribution is torchvision's.
 
+    >>> image = np.zeros((60, 80, 3), np.uint8)
+    >>> random_resized_crop(image, 32, np.random.default_rng(0)).shape
+    (32, 32, 3)
+
     Args:
         image: uint8 [height, width, 3].
-        size: pixels, of the result's sides.
-        rng: is consumed.
-        scale: of the part's area in the image's, from and to; uniform.
-        ratio: of the part's width to its height, from and to; uniform in its logarithm.
+        size: side of the result, pixels.
+        rng: the source of randomness; its state advances.
+        scale: bounds of the part's share of the image's area; the share is uniform.
+        ratio: bounds of the part's width divided by its height; its logarithm is uniform.
 
     Returns:
         uint8 [size, size, 3].
     """
-    top, left, height, width = crop_box(*image.shape[:2], rng, scale, ratio)
+    top, left, height, width = sample_crop_box(image.shape[0], image.shape[1], rng, scale, ratio)
     return resample(image[top : top + height, left : left + width], size, size)
 
 
-def crop_box(
+def sample_crop_box(
     height: int, width: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Draws (top, left, height, width); the middle of the image, of the nearest ratio, where no draw fits."""
+    """Draws a random (top, left, height, width) within an image.
+
+    If none of `CROP_ATTEMPTS` draws fits, the result is the largest centred box of the nearest allowed ratio.
+    """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(CROP_ATTEMPTS):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
@@ -164,17 +202,22 @@ def crop_box(
 
 
 def flip(image: np.ndarray) -> np.ndarray:
-    """Mirrors left to right."""
-    return cv2.flip(image, 1)  # numpy would take a tenth of the time of decoding
+    """Mirrors an image left to right."""
+    return cv2.flip(image, 1)  # NumPy would take a tenth of the time of decoding
 
 
 def resize_center_crop(image: np.ndarray, size: int, resize: int) -> np.ndarray:
-    """The middle of an image whose shorter side was resized, with torchvision's rounding.
+    """Resizes the shorter side of an image, then takes the centre; with torchvision's rounding.
+
+    An image of an aspect ratio beyond `MAX_ASPECT_RATIO` is first cropped to that ratio.
+
+    >>> resize_center_crop(np.zeros((60, 80, 3), np.uint8), size=32, resize=36).shape
+    (32, 32, 3)
 
     Args:
         image: uint8 [height, width, 3].
-        size: pixels, of the result's sides.
-        resize: pixels, of the image's shorter side before the crop; at least `size`.
+        size: side of the result, pixels.
+        resize: shorter side after resizing, pixels; at least `size`.
 
     Returns:
         uint8 [size, size, 3].
@@ -185,14 +228,15 @@ def resize_center_crop(image: np.ndarray, size: int, resize: int) -> np.ndarray:
     if resize < size:
         raise ValueError(f"the shorter side becomes {resize} pixels, expected at least the crop's {size}")
     h, w = image.shape[:2]
-    longest = MAX_ELONGATION * min(h, w)
-    if max(h, w) > longest:  # a sliver would become enormous
-        image = middle(image, min(h, longest), min(w, longest))
+    longest = MAX_ASPECT_RATIO * min(h, w)
+    if max(h, w) > longest:  # otherwise its longer side would become enormous
+        image = center_crop(image, min(h, longest), min(w, longest))
         h, w = image.shape[:2]
     height, width = (int(resize * h / w), resize) if w < h else (resize, int(resize * w / h))
-    return middle(resample(image, height, width), size, size)
+    return center_crop(resample(image, height, width), size, size)
 
 
-def middle(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def center_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The centre of an image, of the given size in pixels."""
     top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
     return image[top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""The pipeline: from raw image-caption records to batches of fixed shape, a function of (seed, position)."""
+"""The input pipeline: from records to batches of fixed shape. Each batch is a function of (seed, step) alone."""
 
 import collections
 import dataclasses
@@ -7,22 +7,24 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, cast
 
 import grain
 import numpy as np
 from absl import flags
 
-from zslflax.data.preprocess import ORDER_STREAM, EvalPreparation, TrainPreparation
+from zslflax.data.preprocess import ORDER_STREAM, Batch, CaptionTokenizer, EvalTransform, TrainTransform, Transform
+from zslflax.data.sources.base import Source
 from zslflax.errors import UserError
 
-CHUNK = 64  # samples that a thread prepares in one go, with one call of the tokenizer
-GIVE_UP_AFTER = 1_000  # samples of which none was readable
+CHUNK = 64  # samples that a thread loads at a time, with one call of the tokenizer
+GIVE_UP_AFTER = 1_000  # unreadable samples, if no sample was readable
 
 
 def train_batches(
-    sources: Sequence,
+    sources: Sequence[Source],
     weights: Sequence[float],
-    tokenizer,
+    tokenizer: CaptionTokenizer,
     *,
     batch_size: int,
     image_size: int,
@@ -34,38 +36,37 @@ def train_batches(
     flip: bool = True,
     threads: int = 0,
     workers: int = 0,
-) -> Iterator[dict]:
-    """This host's rows of an infinite sequence of batches, from a step on.
+) -> Iterator[Batch]:
+    """This host's share of an infinite sequence of training batches, from a step on.
 
-    Batch i is the positions [i·n, (i+1)·n) of one global order, in which every source is shuffled anew in
-    each of its epochs and the sources are mixed by weight; host h of H has the rows [h·n/H, (h+1)·n/H).
-    Order, crop, flip and the choice among several captions are a function of the seed and the position alone:
-    neither threads, workers, hosts nor where one started change them.
+    Batch i consists of the positions [i·n, (i+1)·n) of one global order. In this order each source is shuffled
+    anew in each of its epochs, and the sources are mixed by weight. Host h of H loads rows [h·n/H, (h+1)·n/H) of
+    each batch. The order, the crop, the flip and the choice among several captions are a function of the seed and
+    the position alone: the number of threads, workers and hosts and the first step do not change them.
 
     Args:
-        sources: raw records, as `open_source` describes them; picklable where there are workers.
-        weights: of the sources, which grain rounds to a percent of the smallest; (): by their sizes.
-        tokenizer: list of b captions → (ids int32 [b, t], mask bool [b, t]), with `identity["pad_id"]`.
+        sources: of records; they must be picklable if there are workers.
+        weights: one for each source, which grain rounds to a percent of the smallest; (): the sizes of the sources.
+        tokenizer: of captions.
         batch_size: n, over all hosts.
         image_size: s, pixels.
         seed: of everything random.
         start_step: i of the first batch.
         process_index, process_count: h and H.
-        crop_scale: share of the image's area that a random-resized-crop takes, from and to.
-        flip: mirrors half of the images left to right.
-        threads: that read and decode, in each worker; 0: `own_threads()`.
-        workers: processes; 0 is this one alone. They are spawned, so the entry point needs a `__main__`
-            guard.
+        crop_scale: bounds of a crop's share of the image's area.
+        flip: whether to mirror half of the images left to right.
+        threads: that read and decode, in each worker; 0: `default_threads()`.
+        workers: processes; 0: threads of this process. Workers are spawned, so the program needs a `__main__` guard.
 
     Yields:
-        dicts of `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `mask` bool [b] and
-        `errors`, a tuple of (name, message). A sample that cannot be read or has no caption has mask False
-        and an error; its image is zeros, its text padding, of which the first token is in the text_mask to
-        keep a mean over tokens finite.
+        `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `valid` bool [b] and `errors`, a
+        tuple of (name, message). A sample that cannot be read or has no caption is not valid and has an error. Its
+        image is zeros and its text is padding; the first token is in `text_mask`, which keeps a mean over tokens
+        finite.
 
     Raises:
-        ValueError: fewer samples than a batch, a batch that the hosts cannot share evenly; while iterating:
-            none of the first thousand samples could be read.
+        UserError: there are fewer samples than a batch has; the hosts cannot share a batch evenly; or, while
+            iterating, none of the first `GIVE_UP_AFTER` samples could be read.
     """
     sizes = [len(source) for source in sources]
     if sum(sizes) < batch_size:
@@ -76,14 +77,14 @@ def train_batches(
     if batch_size % process_count:
         raise UserError(f"batch_size is {batch_size}, which {process_count} hosts cannot share evenly")
     per_host = batch_size // process_count
-    prepare = TrainPreparation(tuple(sources), tokenizer, image_size, seed, tuple(crop_scale), flip)
-    rows = TrainRows(global_order(sizes, weights, seed), batch_size, per_host * process_index)
+    transform = TrainTransform(tuple(sources), tokenizer, image_size, seed, (crop_scale[0], crop_scale[1]), flip)
+    order = TrainOrder(global_order(sizes, weights, seed), batch_size, per_host * process_index)
     steps = range(start_step, sys.maxsize // batch_size)
-    return stream(rows, prepare, per_host, steps, threads, workers, enough=GIVE_UP_AFTER)
+    return load_batches(order, transform, per_host, steps, threads, workers, give_up_after=GIVE_UP_AFTER)
 
 
 def eval_batches(
-    source,
+    source: Source,
     *,
     batch_size: int,
     image_size: int,
@@ -91,42 +92,42 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 0,
-) -> Iterator[dict]:
-    """All samples once: host h of H has the samples h, h + H, …, padded to as many batches as every host's.
+) -> Iterator[Batch]:
+    """All samples once, in order. Host h of H loads the samples h, h + H, …; all hosts get equally many batches.
 
     Args:
-        source: raw records, as `open_source` describes them.
+        source: of records.
         batch_size: b, per host.
         image_size: s, pixels.
-        resize: pixels, the image's shorter side before the centre crop.
+        resize: shorter side of an image before its centre crop, pixels.
         process_index, process_count: h and H.
-        threads: that read and decode; 0: `own_threads()`.
+        threads: that read and decode; 0: `default_threads()`.
 
     Yields:
-        dicts of `image` uint8 [b, s, s, 3], `mask` bool [b] (False: padding or unreadable), `index` int64 [b]
-        (the number of the sample, -1 for padding), `label` and `text` (lists of b tuples: true classes,
-        captions) and `errors` as `train_batches` has them.
+        `image` uint8 [b, s, s, 3], `valid` bool [b] (False: padding or unreadable), `index` int64 [b] (position in
+        the source, -1 at padding), `label` and `text` (lists of b tuples: true classes, captions), and `errors` as
+        in `train_batches`.
 
     Raises:
-        ValueError: an empty source, a resize below the image's size; while iterating: none of the samples
-            could be read, or of this host's first thousand.
+        UserError: the source is empty; `resize` is below the image's size; or, while iterating, no sample could be
+            read, or none of this host's first `GIVE_UP_AFTER`.
     """
     if len(source) == 0:
         raise UserError("the evaluation data has no samples")
     if resize < image_size:
         raise UserError(f"resize is {resize} pixels, expected at least the image's size, {image_size}")
-    prepare = EvalPreparation(source, image_size, resize)
-    rows = EvalRows(len(source), batch_size, process_index, process_count)
+    transform = EvalTransform(source, image_size, resize)
+    order = EvalOrder(len(source), batch_size, process_index, process_count)
     steps = -(-len(source) // (batch_size * process_count))
-    enough = min(GIVE_UP_AFTER, len(source))
-    return stream(rows, prepare, batch_size, range(steps), threads, workers=0, enough=enough)
+    give_up_after = min(GIVE_UP_AFTER, len(source))
+    return load_batches(order, transform, batch_size, range(steps), threads, workers=0, give_up_after=give_up_after)
 
 
 def global_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """The infinite order of the training samples: element p is (source, index in the source), numbers.
+    """The infinite order of the training samples: element p is (source, index in the source).
 
     Raises:
-        ValueError: an empty source, or weights that do not fit the sources.
+        UserError: a source is empty, or there is not one positive weight for each source.
     """
     weights = list(weights) or list(sizes)
     if len(weights) != len(sizes) or min(weights) <= 0:
@@ -135,32 +136,46 @@ def global_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> g
         raise UserError(f"source {list(sizes).index(0)} of {len(sizes)} has no samples")
     seeds = np.random.SeedSequence([ORDER_STREAM, seed]).generate_state(len(sizes))
     orders = [
-        grain.MapDataset.range(size).shuffle(seed=int(s)).repeat().map(functools.partial(tag, k))
+        grain.MapDataset.range(size).shuffle(seed=int(s)).repeat().map(functools.partial(with_source, k))
         for k, (size, s) in enumerate(zip(sizes, seeds, strict=True))
     ]
     return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
 
 
-def tag(source: int, index: int) -> tuple[int, int]:
+def with_source(source: int, index: int) -> tuple[int, int]:
+    """(source, index), as a function that can be pickled."""
     return source, int(index)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainRows:
-    """What is in the rows of this host's training batches: (position, source, index in the source)."""
+class TrainOrder:
+    """Which samples this host loads in training: (position, source, index in the source).
+
+    Attributes:
+        order: `global_order`.
+        batch_size: over all hosts.
+        offset: of this host's first row in each batch.
+    """
 
     order: grain.MapDataset
     batch_size: int
-    first: int
+    offset: int
 
     def __call__(self, step: int, start: int, stop: int) -> list[tuple[int, int, int]]:
-        at = step * self.batch_size + self.first
-        return [(position, *self.order[position]) for position in range(at + start, at + stop)]
+        """The samples in rows `start` to `stop` of this host's part of a batch."""
+        first = step * self.batch_size + self.offset
+        return [(position, *self.order[position]) for position in range(first + start, first + stop)]
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalRows:
-    """What is in the rows of this host's evaluation batches: the number of the sample, -1 beyond the end."""
+class EvalOrder:
+    """Which samples this host loads in evaluation: the index in the source, -1 beyond the end.
+
+    Attributes:
+        size: number of samples.
+        per_host: batch size of this host.
+        process_index, process_count: this host and how many there are.
+    """
 
     size: int
     per_host: int
@@ -168,75 +183,101 @@ class EvalRows:
     process_count: int
 
     def __call__(self, step: int, start: int, stop: int) -> list[int]:
-        at = step * self.per_host
-        numbers = (row * self.process_count + self.process_index for row in range(at + start, at + stop))
-        return [number if number < self.size else -1 for number in numbers]
+        """The samples in rows `start` to `stop` of this host's batch."""
+        first = step * self.per_host
+        indices = (row * self.process_count + self.process_index for row in range(first + start, first + stop))
+        return [index if index < self.size else -1 for index in indices]
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunks:
-    """Batches in parts, which bounds memory and latency: element e is part e % parts of batch e // parts."""
+class ChunkLoader:
+    """Loads batches in chunks, which bounds memory and latency: chunk c is part c % chunks of batch c // chunks.
 
-    rows: Callable
-    prepare: Callable
+    Attributes:
+        order: a `TrainOrder` or `EvalOrder`.
+        transform: of samples into arrays.
+        per_host: batch size of this host.
+        chunks: per batch.
+    """
+
+    order: Callable[[int, int, int], Sequence[Any]]
+    transform: Transform
     per_host: int
-    parts: int
+    chunks: int
 
-    def __call__(self, element: int) -> dict:
-        step, part = divmod(int(element), self.parts)
-        start, stop = part * self.per_host // self.parts, (part + 1) * self.per_host // self.parts
-        return self.prepare(self.rows(step, start, stop))
+    def __call__(self, chunk: int) -> Batch:
+        step, part = divmod(int(chunk), self.chunks)
+        start, stop = part * self.per_host // self.chunks, (part + 1) * self.per_host // self.chunks
+        return self.transform(self.order(step, start, stop))
 
 
-def stream(rows, prepare, per_host: int, steps: range, threads: int, workers: int, enough: int) -> Iterator[dict]:
-    """Batches `steps` of `per_host` rows each, prepared ahead by threads, or by workers with threads each.
+def load_batches(
+    order: Callable[[int, int, int], Sequence[Any]],
+    transform: Transform,
+    per_host: int,
+    steps: range,
+    threads: int,
+    workers: int,
+    give_up_after: int,
+) -> Iterator[Batch]:
+    """Yields the batches of some steps, loaded ahead by threads, or by worker processes with threads each.
 
     Raises:
-        ValueError: there were `enough` samples and none was readable; the reasons and the first names.
+        UserError: the first `give_up_after` samples are all unreadable; says why.
     """
-    parts, threads = -(-per_host // CHUNK), threads or own_threads()
-    chunks = grain.MapDataset.range(steps.start * parts, steps.stop * parts).map(Chunks(rows, prepare, per_host, parts))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + parts)
-    chunks = chunks.to_iter_dataset(options)
+    chunks, threads = -(-per_host // CHUNK), threads or default_threads()
+    dataset = grain.MapDataset.range(steps.start * chunks, steps.stop * chunks)
+    dataset = dataset.map(ChunkLoader(order, transform, per_host, chunks))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + chunks)
+    loaded = dataset.to_iter_dataset(options)
     if workers:
-        # Grain reads its own absl flags for workers, which a notebook or a test has not parsed.
+        # Grain's workers read absl's flags, which a notebook or a test has not parsed.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
-    iterator, readable, bad = iter(chunks), 0, []
+        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
+    iterator, any_valid = iter(loaded), False
+    errors: list[tuple[str, str]] = []
     try:
         for _ in steps:
-            batch = join([next(iterator) for _ in range(parts)])
-            readable += int(batch["valid"].sum())
-            bad += () if readable else batch["errors"]
-            if not readable and len(bad) >= enough:
-                give_up(bad)
+            batch = concatenate([next(iterator) for _ in range(chunks)])
+            any_valid = any_valid or bool(batch["valid"].any())
+            if not any_valid:
+                errors += batch["errors"]
+                if len(errors) >= give_up_after:
+                    raise_unreadable(errors)
             yield batch
     finally:
         iterator.close()
 
 
-def own_threads() -> int:
-    """One more than cores, for the one that reads; each further one contends for Python's lock."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # as SLURM deals them
+def default_threads() -> int:
+    """One more than the cores that this process may use; each further thread contends for Python's lock."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # SLURM limits them
     return (cores or 1) + 1
 
 
-def join(parts: list[dict]) -> dict:
-    """Concatenates the parts of a batch, arrays and lists alike."""
-    whole = {}
-    for key, first in parts[0].items():
-        values = [part[key] for part in parts]
-        array = isinstance(first, np.ndarray)
-        whole[key] = np.concatenate(values) if array else type(first)(itertools.chain.from_iterable(values))
-    return whole
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Concatenates the arrays, lists and tuples of batches, key by key."""
+    whole: dict[str, Any] = {}
+    for key, first in batches[0].items():
+        values = [cast(dict[str, Any], batch)[key] for batch in batches]
+        if isinstance(first, np.ndarray):
+            whole[key] = np.concatenate(values)
+        else:
+            joined = itertools.chain.from_iterable(values)
+            whole[key] = tuple(joined) if isinstance(first, tuple) else list(joined)
+    return cast(Batch, whole)
 
 
-def give_up(errors: list[tuple[str, str]]) -> None:
-    """Ends a run that reads nothing: how often each reason came up, with the sample where it first did."""
-    first = {}
+def raise_unreadable(errors: Sequence[tuple[str, str]]) -> NoReturn:
+    """Raises a UserError that counts the reasons why samples are unreadable, each with its first sample.
+
+    Args:
+        errors: (name, message) of each sample.
+    """
+    first_name: dict[str, str] = {}
     for name, message in errors:
-        first.setdefault(message, name)
+        first_name.setdefault(message, name)
     counts = collections.Counter(message for _, message in errors).most_common(5)
-    reasons = "\n  ".join(f"{count} times: {message} (first: {first[message]})" for message, count in counts)
+    reasons = "\n  ".join(f"{count} times: {message} (first: {first_name[message]})" for message, count in counts)
     raise UserError(f"none of the first {len(errors)} samples could be used; the reasons:\n  {reasons}")

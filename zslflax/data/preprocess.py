@@ -1,91 +1,171 @@
-"""What becomes of single samples: read, decoded, cropped, captioned; bad ones masked and named."""
+"""Transforms of samples into arrays: read, decode, crop and tokenize; unreadable samples are masked and named."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
 from zslflax.data import images
 from zslflax.data.images import BadSample
+from zslflax.data.sources.base import Record, Source
 
-ORDER_STREAM, AUGMENTATION_STREAM = 0, 1  # of random numbers
+ORDER_STREAM, AUGMENTATION_STREAM = 0, 1  # first entry of the random seeds, so that the two streams are independent
+
+
+class Batch(TypedDict, total=False):
+    """A batch of b samples on the host. Which keys it has depends on the function that yields it.
+
+    Attributes:
+        image: uint8 [b, s, s, 3].
+        text: int32 [b, t], token ids; or, packed, int32 [rows, width]. In evaluation: b tuples of captions.
+        text_mask: bool [b, t], False at padding.
+        text_segment, text_position: int32 [rows, width], of packed text (`packing.pack`).
+        text_truncated: bool [b], of packed text.
+        text_features: fp32 [b, f], outputs of a frozen text tower.
+        valid: bool [b], False where the sample is padding or unreadable.
+        index: int64 [b], positions in the source, -1 at padding.
+        label: b tuples of true classes.
+        errors: (name, message) of each unreadable sample.
+    """
+
+    image: np.ndarray
+    text: Any
+    text_mask: np.ndarray
+    text_segment: np.ndarray
+    text_position: np.ndarray
+    text_truncated: np.ndarray
+    text_features: np.ndarray
+    valid: np.ndarray
+    index: np.ndarray
+    label: list[tuple[int, ...]]
+    errors: tuple[tuple[str, str], ...]
+
+
+class CaptionTokenizer(Protocol):
+    """Turns b captions into ids int32 [b, t] and a mask bool [b, t]; `identity["pad_id"]` is the id of padding."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
+
+    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Transform(Protocol):
+    """Turns the positions of samples into their arrays. It can be pickled, so that worker processes can use it."""
+
+    def __call__(self, samples: Sequence[Any]) -> Batch: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainPreparation:
-    """Reads, decodes, augments and tokenises training rows."""
+class TrainTransform:
+    """Reads, augments and tokenizes training samples.
 
-    sources: tuple
-    tokenizer: object
+    Attributes:
+        sources: what samples are read from.
+        tokenizer: of their captions.
+        image_size: side of the square images, pixels.
+        seed: of the random crops, flips and choices of captions.
+        crop_scale: bounds of a crop's share of the image's area.
+        flip: whether to mirror half of the images.
+    """
+
+    sources: tuple[Source, ...]
+    tokenizer: CaptionTokenizer
     image_size: int
     seed: int
     crop_scale: tuple[float, float]
     flip: bool
 
-    def __call__(self, rows: list[tuple[int, int, int]]) -> dict:
-        image, mask = empty(len(rows), self.image_size)
-        captions, errors = [""] * len(rows), []
-        for i, (position, source, index) in enumerate(rows):
+    def __call__(self, samples: Sequence[tuple[int, int, int]]) -> Batch:
+        """Loads samples, each given as (position in the global order, source, index in the source).
+
+        Returns:
+            `image`, `text`, `text_mask`, `valid` and `errors`.
+        """
+        image, valid = allocate_images(len(samples), self.image_size)
+        captions, errors = [""] * len(samples), []
+        for i, (position, source, index) in enumerate(samples):
             rng = np.random.default_rng([AUGMENTATION_STREAM, self.seed, position])
             name = f"{type(self.sources[source]).__name__}:{index}"
             try:
                 record = self.sources[source][index]
                 name = record["name"]
-                captions[i] = draw_caption(record, rng)
-                image[i] = self.augment(record, rng)
-                mask[i] = True
+                captions[i] = choose_caption(record, rng)
+                image[i] = self.augment(record_image(record), rng)
+                valid[i] = True
             except BadSample as error:
-                errors.append((getattr(error, "name", name), str(error)))
-        image[~mask] = 0
+                errors.append((error.name or name, str(error)))
+        image[~valid] = 0
         text, text_mask = self.tokenizer(captions)
-        text = np.where(mask[:, None], text, self.tokenizer.identity["pad_id"]).astype(np.int32)
-        text_mask = text_mask & mask[:, None]
+        text = np.where(valid[:, None], text, self.tokenizer.identity["pad_id"]).astype(np.int32)
+        text_mask = text_mask & valid[:, None]
         text_mask[:, 0] = True
-        return {"image": image, "text": text, "text_mask": text_mask, "valid": mask, "errors": tuple(errors)}
+        return Batch(image=image, text=text, text_mask=text_mask, valid=valid, errors=tuple(errors))
 
-    def augment(self, record: dict, rng: np.random.Generator) -> np.ndarray:
-        image = images.random_resized_crop(pixels(record), self.image_size, rng, scale=self.crop_scale)
+    def augment(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A random crop of an image, perhaps mirrored: uint8 [s, s, 3]."""
+        image = images.random_resized_crop(image, self.image_size, rng, scale=self.crop_scale)
         return images.flip(image) if self.flip and rng.random() < 0.5 else image
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalPreparation:
-    """Reads, decodes and crops evaluation rows."""
+class EvalTransform:
+    """Reads and crops evaluation samples.
 
-    source: object
+    Attributes:
+        source: what samples are read from.
+        image_size: side of the square images, pixels.
+        resize: shorter side of an image before its centre crop, pixels.
+    """
+
+    source: Source
     image_size: int
     resize: int
 
-    def __call__(self, rows: list[int]) -> dict:
-        image, mask = empty(len(rows), self.image_size)
-        label, text, errors = [()] * len(rows), [()] * len(rows), []
-        for i, index in enumerate(rows):
+    def __call__(self, samples: Sequence[int]) -> Batch:
+        """Loads samples, each given by its index in the source, or -1 for padding.
+
+        Returns:
+            `image`, `valid`, `index`, `label`, `text` (captions) and `errors`.
+        """
+        image, valid = allocate_images(len(samples), self.image_size)
+        label: list[tuple[int, ...]] = [()] * len(samples)
+        text: list[tuple[str, ...]] = [()] * len(samples)
+        errors = []
+        for i, index in enumerate(samples):
             if index < 0:
                 continue
             name = f"{type(self.source).__name__}:{index}"
             try:
                 record = self.source[index]
                 name = record["name"]
-                image[i] = images.resize_center_crop(pixels(record), self.image_size, self.resize)
-                mask[i], label[i], text[i] = True, tuple(record["label"]), tuple(record["text"])
+                image[i] = images.resize_center_crop(record_image(record), self.image_size, self.resize)
+                valid[i], label[i], text[i] = True, tuple(record["label"]), tuple(record["text"])
             except BadSample as error:
-                errors.append((getattr(error, "name", name), str(error)))
-        image[~mask] = 0
-        arrays = {"image": image, "valid": mask, "index": np.asarray(rows, np.int64)}
-        return {**arrays, "label": label, "text": text, "errors": tuple(errors)}
+                errors.append((error.name or name, str(error)))
+        image[~valid] = 0
+        indices = np.asarray(samples, np.int64)
+        return Batch(image=image, valid=valid, index=indices, label=label, text=text, errors=tuple(errors))
 
 
-def empty(rows: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and mask before anything was read; what stays unread in the former is anything."""
-    return np.empty((rows, size, size, 3), np.uint8), np.zeros(rows, bool)
+def allocate_images(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Uninitialised images, uint8 [count, size, size, 3], and which of them are valid: none yet, bool [count]."""
+    return np.empty((count, size, size, 3), np.uint8), np.zeros(count, bool)
 
 
-def pixels(record: dict) -> np.ndarray:
-    """The record's image, uint8 [height, width, 3]."""
-    return record["image"] if isinstance(record["image"], np.ndarray) else images.decode(record["image"])
+def record_image(record: Record) -> np.ndarray:
+    """The pixels of a record's image, uint8 [height, width, 3]; decodes it where it is encoded."""
+    image = record["image"]
+    return image if isinstance(image, np.ndarray) else images.decode(image)
 
 
-def draw_caption(record: dict, rng: np.random.Generator) -> str:
-    """One of the captions that are not blank."""
+def choose_caption(record: Record, rng: np.random.Generator) -> str:
+    """A random one of the captions that are not blank.
+
+    Raises:
+        BadSample: there is none.
+    """
     captions = [caption for caption in record["text"] if caption.strip()]
     if not captions:
         raise BadSample("its caption is empty" if record["text"] else "it has no caption")

@@ -1,35 +1,37 @@
-"""Tokenizers of sentence encoders, in the files that Hugging Face's models come with."""
+"""Tokenizers of sentence encoders, loaded from the files of their Hugging Face repositories."""
 
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 
 from zslflax.errors import MissingFileError, UserError
+from zslflax.files import read_json, write_json
 
-FAST = "tokenizer.json"
-SETTINGS = "tokenizer_config.json"
-VOCABULARIES = {"BertTokenizer": ("vocab.txt",), "RobertaTokenizer": ("vocab.json", "merges.txt")}
-PAD_TOKENS = ("[PAD]", "<pad>")  # where no file says which
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+VOCABULARY_FILES = {"BertTokenizer": ("vocab.txt",), "RobertaTokenizer": ("vocab.json", "merges.txt")}
+PAD_TOKENS = ("[PAD]", "<pad>")  # tried where no file names the padding token
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pipeline has threads of its own
 
 
 class Tokenizer:
-    """Texts to token ids of a static length.
+    """Turns texts into token ids of a fixed length.
 
     Threads may share a tokenizer, and it can be pickled.
 
     Attributes:
-        max_tokens: t; longer texts are truncated, special tokens counted.
-        pad_id: fills shorter ones.
-        vocab_size: one more than the largest id.
-        identity: what two models must agree on to share tokens: `name` (the kind of vocabulary), `sha256` of
-            vocabulary and rules, `max_tokens` and `pad_id`.
+        max_tokens: t, special tokens included; longer texts are truncated.
+        pad_id: the id that fills up shorter texts.
+        vocab_size: 1 + the largest id.
+        identity: what two models must agree on to share tokens: `name` (the type of vocabulary), `sha256` of the
+            vocabulary and the rules, `max_tokens` and `pad_id`.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, max_tokens: int, pad_token: str):
@@ -53,69 +55,82 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_tokens: int) -> "Tokenizer":
-        """Loads tokenizer.json, BERT's vocab.txt, or RoBERTa's vocab.json and merges.txt; needs no network.
+        """Loads tokenizer.json, BERT's vocab.txt, or RoBERTa's vocab.json and merges.txt; uses no network.
 
         Raises:
-            FileNotFoundError: the folder has none of them.
-            ValueError: more tokens than the encoder takes, too few for the special ones, no padding token.
+            MissingFileError: the folder has none of them.
+            UserError: `max_tokens` is more than the encoder takes, or leaves no room beside the special tokens; there
+                is no padding token.
         """
         folder = Path(folder)
-        settings = read_json(folder / SETTINGS)
-        longest = settings.get("model_max_length")
+        config = read_json_if_present(folder / CONFIG_FILE)
+        longest = config.get("model_max_length")
         if longest and max_tokens > longest:
             raise UserError(f"model.text.max_tokens is {max_tokens}, but the encoder in {folder} takes {longest}")
-        if (folder / FAST).is_file():
-            backend = tokenizers.Tokenizer.from_file(str(folder / FAST))
+        if (folder / TOKENIZER_FILE).is_file():
+            backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         else:
-            backend = convert(folder, settings)
-        if backend is None:
-            there = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
-            raise MissingFileError(
-                f"{folder} has no tokenizer: expected {FAST}, or vocab.txt, or vocab.json with merges.txt; "
-                f"found: {there}"
-            )
-        return cls(backend, max_tokens, find_pad_token(folder, settings, backend))
+            backend = load_from_vocabulary(folder, config)
+        return cls(backend, max_tokens, find_pad_token(folder, config, backend))
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ids int32 [b, t] and the mask bool [b, t], which is False at padding."""
-        # Halves of surrogate pairs, which JSON can hold, are no text to the backend.
+        """Returns the ids, int32 [b, t], and the mask, bool [b, t], False at padding."""
+        # JSON can hold half a surrogate pair, which the backend refuses: it becomes "?".
         encoded = self.backend.encode_batch_fast([text.encode(errors="replace").decode() for text in texts])
         ids = np.array([e.ids for e in encoded], np.int32).reshape(-1, self.max_tokens)
         mask = np.array([e.attention_mask for e in encoded], bool).reshape(-1, self.max_tokens)
         return ids, mask
 
     def save(self, folder: str | Path) -> None:
-        """Writes what `from_folder`, and Hugging Face's AutoTokenizer, loads again."""
+        """Writes the files that `from_folder` and Hugging Face's AutoTokenizer load."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / FAST))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self.pad_token}
-        (folder / SETTINGS).write_text(json.dumps(settings))
+        self.backend.save(str(folder / TOKENIZER_FILE))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self.pad_token}
+        write_json(folder / CONFIG_FILE, config)
 
 
-def convert(folder: Path, settings: dict) -> tokenizers.Tokenizer | None:
-    """A tokenizer of vocabulary files alone; None where there are none."""
-    kinds = [kind for kind, files in VOCABULARIES.items() if all((folder / name).is_file() for name in files)]
-    if not kinds:
-        return None
-    import transformers  # slow, and its AutoTokenizer imports torch where it is installed: only if it must be
+def load_from_vocabulary(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    """A tokenizer from vocabulary files alone.
 
-    described = "tokenizer_class" in settings or "model_type" in read_json(folder / "config.json")
-    kind = transformers.AutoTokenizer if described else getattr(transformers, kinds[0])
-    return kind.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+    Args:
+        folder: of the files.
+        config: the content of `CONFIG_FILE`, {} if there is none.
+
+    Raises:
+        MissingFileError: there are no vocabulary files either.
+    """
+    classes = [name for name, files in VOCABULARY_FILES.items() if all((folder / file).is_file() for file in files)]
+    if not classes:
+        found = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
+        raise MissingFileError(
+            f"{folder} has no tokenizer: expected {TOKENIZER_FILE}, or vocab.txt, or vocab.json with merges.txt; "
+            f"found: {found}"
+        )
+    # transformers is slow to import, and its AutoTokenizer imports torch where it is installed: only if necessary.
+    import transformers
+
+    known = "tokenizer_class" in config or "model_type" in read_json_if_present(folder / "config.json")
+    loader = transformers.AutoTokenizer if known else getattr(transformers, classes[0])
+    return loader.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
 
 
-def find_pad_token(folder: Path, settings: dict, backend: tokenizers.Tokenizer) -> str:
-    """The padding token that the folder's files name, or else the usual one that the vocabulary has."""
-    named = [settings.get("pad_token"), read_json(folder / "special_tokens_map.json").get("pad_token")]
-    named = [token["content"] if isinstance(token, dict) else token for token in named if token]
-    for token in (*named, *PAD_TOKENS):
+def find_pad_token(folder: Path, config: dict[str, Any], backend: tokenizers.Tokenizer) -> str:
+    """The padding token that the folder's files name, or else one of `PAD_TOKENS` that the vocabulary has.
+
+    Raises:
+        UserError: there is none.
+    """
+    named = [config.get("pad_token"), read_json_if_present(folder / "special_tokens_map.json").get("pad_token")]
+    tokens = [str(token["content"]) if isinstance(token, dict) else str(token) for token in named if token]
+    for token in (*tokens, *PAD_TOKENS):
         if backend.token_to_id(token) is not None:
             return token
     raise UserError(
-        f"the tokenizer in {folder} has no padding token: name one of its tokens as pad_token in {SETTINGS}"
+        f"the tokenizer in {folder} has no padding token: name one of its tokens as pad_token in {CONFIG_FILE}"
     )
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_json_if_present(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, {} if there is no file."""
+    return read_json(path) if path.is_file() else {}

@@ -1,18 +1,19 @@
-"""Lists of classes as their datasets have them: ids, which are keys, and names, which are not."""
+"""Reads lists of classes in the files of their datasets: ids, which are unique, and names, which need not be."""
 
 import csv
 import os
 
-from zslflax.errors import UserError
+from zslflax.errors import MissingFileError, UserError
+from zslflax.files import read_rows
 
 OPEN_IMAGES = ["LabelName", "DisplayName"]
 ML_IMAGES = ["category_index", "category_id", "index_of_parent_category", "category name"]
 
 
 def read_classes(spec: str) -> tuple[list[str], dict[str, str]]:
-    """Ids, and the names of those that the files name: a file or several with commas, united by id.
+    """Reads the classes of one file or of several files with commas between them, united by id.
 
-    A class is where its id comes first, and is called what its first name is. Lines of a file are, in UTF-8:
+    A class keeps the place and the name that it has in the first file with its id. The lines of a file, in UTF-8, are:
 
         ID                   a plain list
         ID <tab> NAME        ImageNet's words.txt
@@ -20,37 +21,30 @@ def read_classes(spec: str) -> tuple[list[str], dict[str, str]]:
                              dictionary_and_semantic_hierarchy.txt, whose first number is the class's place
         ID,NAME              in a .csv: Open Images' class-descriptions, with or without their header
 
+    Returns:
+        The ids in order, and the names of the ids that have one.
+
     Raises:
-        ValueError: names the file and line: an empty id or name, an id that comes twice in one file, a line
-            that has another number of fields than the first.
+        MissingFileError: there is no such file.
+        UserError: an id or a name is empty, an id occurs twice in one file, or a line has another number of fields than
+            the first; names the file and line.
     """
-    ids, names = {}, {}
+    ids: dict[str, None] = {}  # an ordered set
+    names: dict[str, str] = {}
     for path in spec.split(","):
         if not os.path.isfile(path):
-            raise UserError(f"there is no file {path!r} of classes")
-        rows, lines = read_rows(path), {}
-        fields = len(rows[0][1])
-        for number, row in rows:
-            if len(row) != fields:
-                raise UserError(f"{path}, line {number} has {len(row)} fields, the first {fields}")
-            if "" in row:
-                raise UserError(f"{path}, line {number}: the {'name' if row[0] else 'id'} is empty: {row}")
-            if row[0] in lines:
-                raise UserError(f"{path}, line {number}: the id {row[0]!r} is that of line {lines[row[0]]} too")
-            lines[row[0]] = ids[row[0]] = number
-            if fields == 2:
-                names.setdefault(*row)
+            raise MissingFileError(f"there is no file {path!r} of classes")
+        for class_id, *name in read_class_file(path):
+            ids[class_id] = None
+            if name:
+                names.setdefault(class_id, name[0])
     return list(ids), names
 
 
-def read_rows(path: str) -> list[tuple[int, list[str]]]:
-    """The lines of a file that are not blank, numbered from 1: [id], or [id, name]."""
-    described = path.endswith(".csv")
-    options = {"delimiter": ","} if described else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, **options)
-        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader]
-    rows = [(number, row) for number, row in rows if any(row)]
+def read_class_file(path: str) -> list[list[str]]:
+    """Reads the classes of one file: [id] each, or [id, name] each; see `read_classes`."""
+    is_csv = path.endswith(".csv")
+    rows = read_rows(path) if is_csv else read_rows(path, "\t", csv.QUOTE_NONE)
     if rows and rows[0][1] == OPEN_IMAGES:
         rows = rows[1:]
     elif rows and rows[0][1] == ML_IMAGES:
@@ -61,8 +55,16 @@ def read_rows(path: str) -> list[tuple[int, list[str]]]:
         rows = [(number, row[1:2] + row[3:]) for number, row in rows]
     if not rows:
         raise UserError(f"{path} has no classes")
-    if len(rows[0][1]) not in ((2,) if described else (1, 2)):
-        raise UserError(
-            f"{path} starts with {rows[0][1]}, expected {'ID,NAME' if described else 'ID or ID <tab> NAME'}"
-        )
-    return rows
+    fields = len(rows[0][1])
+    if fields not in ((2,) if is_csv else (1, 2)):
+        raise UserError(f"{path} starts with {rows[0][1]}, expected {'ID,NAME' if is_csv else 'ID or ID <tab> NAME'}")
+    lines: dict[str, int] = {}  # of each id
+    for number, row in rows:
+        if len(row) != fields:
+            raise UserError(f"{path}, line {number} has {len(row)} fields, the first {fields}")
+        if "" in row:
+            raise UserError(f"{path}, line {number}: the {'name' if row[0] else 'id'} is empty: {row}")
+        if row[0] in lines:
+            raise UserError(f"{path}, line {number}: the id {row[0]!r} is that of line {lines[row[0]]} too")
+        lines[row[0]] = number
+    return [row for _, row in rows]

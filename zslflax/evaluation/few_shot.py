@@ -1,38 +1,57 @@
-"""What image embeddings are worth on a new dataset: few-shot episodes, nearest neighbours, a linear probe.
+"""How well image embeddings separate new classes: few-shot episodes, nearest neighbours and a linear probe.
 
-Embeddings are made unit vectors first, and every image has exactly one class.
+Embeddings are normalised to unit vectors first, and every image has exactly one class.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpy.typing import ArrayLike
 
 from zslflax.errors import UserError
-from zslflax.evaluation.bootstrap import bootstrap, bounds
-from zslflax.inference.class_embeddings import unit
+from zslflax.evaluation.bootstrap import bootstrap, intervals
+from zslflax.inference.class_embeddings import l2_normalize
 from zslflax.inference.top_k import top_k
 
-AT_ONCE = 50  # episodes
+EPISODES_PER_BATCH = 50
 MAX_ITERATIONS = 200  # of L-BFGS; unit vectors of 8 dimensions needed 20 to 110, with C from 1 to 10,000
-TOLERANCE = 1e-6  # largest component of the gradient of the mean loss, at which it ends
+TOLERANCE = 1e-6  # largest component of the gradient of the mean loss, at which L-BFGS ends
 PROBE_C = tuple(10.0**i for i in range(-1, 6))
 
 
-def episodes(labels, ways: int, shots: int, queries: int, number: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Draws N-way K-shot episodes: image numbers int64 [number, ways, shots] and [number, ways, queries].
+def draw_episodes(
+    labels: ArrayLike, ways: int, shots: int, queries: int, num_episodes: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws N-way K-shot episodes.
 
-    An episode has `ways` different classes and `shots + queries` different images of each; both uniformly,
-    classes among those with enough images.
+    An episode has `ways` different classes and `shots + queries` different images of each. Classes are drawn uniformly
+    from those with enough images, and images uniformly from their class.
+
+    >>> support, query = draw_episodes([0, 0, 1, 1, 2, 2], ways=2, shots=1, queries=1, num_episodes=10)
+    >>> support.shape, query.shape
+    ((10, 2, 1), (10, 2, 1))
+
+    Args:
+        labels: int [n], the class of each image.
+        ways: classes per episode.
+        shots: images of each class that the classifier learns from.
+        queries: images of each class that it is tested on.
+        num_episodes: how many episodes to draw.
+        seed: of the draw.
+
+    Returns:
+        Indices of the images, int64 [num_episodes, ways, shots] and [num_episodes, ways, queries].
 
     Raises:
-        ValueError: fewer than `ways` classes have enough images.
+        UserError: fewer than `ways` classes have enough images, or a number is below 1.
     """
     labels, size = np.asarray(labels), shots + queries
-    if min(ways, shots, queries, number) < 1:
-        raise UserError(f"expected at least one of each, found {ways=}, {shots=}, {queries=}, {number} episodes")
+    if min(ways, shots, queries, num_episodes) < 1:
+        raise UserError(f"expected at least one of each, found {ways=}, {shots=}, {queries=}, {num_episodes=}")
     images = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     enough = [of_class for of_class in images if len(of_class) >= size]
     if len(enough) < ways:
@@ -42,113 +61,140 @@ def episodes(labels, ways: int, shots: int, queries: int, number: int, seed: int
         )
     rng = np.random.default_rng(seed)
     drawn = np.array(
-        [[rng.choice(enough[c], size, False) for c in rng.choice(len(enough), ways, False)] for _ in range(number)]
+        [
+            [rng.choice(enough[c], size, False) for c in rng.choice(len(enough), ways, False)]
+            for _ in range(num_episodes)
+        ]
     )
     return drawn[:, :, :shots], drawn[:, :, shots:]
 
 
 def few_shot(
-    embeddings,
-    labels,
+    embeddings: ArrayLike,
+    labels: ArrayLike,
     *,
     ways: int = 5,
     shots: int = 1,
     queries: int = 15,
-    number: int = 600,
+    num_episodes: int = 600,
     C: float = 1.0,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Accuracy on the queries of N-way K-shot episodes, mean over episodes, of two classifiers.
+    """Measures the accuracy of two classifiers on the queries of N-way K-shot episodes, as a mean over episodes.
 
-    "centroid": a query is of the class whose mean over the shots is nearest (Snell et al. 2017); "logistic":
-    of the class most probable by the `logistic_regression` of the shots. The 95% interval "…/low", "…/high"
-    is mean ± 1.96 · standard deviation / √number, as is usual; it says how well the mean over all episodes
-    of this dataset is known, not how another dataset's would differ.
+    "centroid" assigns a query to the class whose mean over the shots is nearest (Snell et al. 2017), and "logistic" to
+    the most probable class of the `logistic_regression` of the shots. The 95% interval "…/low", "…/high" is, as usual,
+    mean ± 1.96 · standard deviation / √num_episodes. It says how well the mean over all episodes of this dataset is
+    known, not how the mean on another dataset would differ.
 
     Args:
-        embeddings: [n, d]; labels: int [n].
-        ways, shots, queries, number, seed: see `episodes`.
-        C: see `logistic_regression`.
+        embeddings: [n, d].
+        labels: int [n].
+        ways, shots, queries, num_episodes, seed: as in `draw_episodes`.
+        C: as in `logistic_regression`.
     """
-    embeddings, labels = check(embeddings, labels)
-    shown, asked = episodes(labels, ways, shots, queries, number, seed)
+    embeddings, labels = check_images(embeddings, labels)
+    support, query = draw_episodes(labels, ways, shots, queries, num_episodes, seed)
     true = np.repeat(np.arange(ways), queries)
     targets = jnp.asarray(np.repeat(np.arange(ways), shots), jnp.int32)
 
-    def of_episode(table, chosen):
-        support, query = table[chosen[0]], table[chosen[1]]  # [ways, shots, d] and [ways · queries, d]
-        centroids = support.mean(axis=1)
+    def episode_accuracies(embeddings: jax.Array, episode: tuple[jax.Array, jax.Array]) -> jax.Array:
+        shot_emb, query_emb = embeddings[episode[0]], embeddings[episode[1]]  # [ways, shots, d], [ways · queries, d]
+        centroids = shot_emb.mean(axis=1)
         # |q − c|² without |q|², which is the same for all classes.
-        distance = jnp.sum(centroids**2, axis=1) - 2 * matmul(query, centroids.T)
-        weights, bias = logistic_regression(support.reshape(-1, query.shape[1]), targets, ways, C)
-        answers = jnp.argmin(distance, axis=1), jnp.argmax(matmul(query, weights) + bias, axis=1)
+        distance = jnp.sum(centroids**2, axis=1) - 2 * matmul(query_emb, centroids.T)
+        weights, bias = logistic_regression(shot_emb.reshape(-1, query_emb.shape[1]), targets, ways, C)
+        answers = jnp.argmin(distance, axis=1), jnp.argmax(matmul(query_emb, weights) + bias, axis=1)
         return jnp.stack([jnp.mean((answer == true).astype(jnp.float32)) for answer in answers])
 
     @jax.jit
-    def accuracies(table, *chosen):
-        each = functools.partial(of_episode, table)
-        return jax.lax.map(each, chosen, batch_size=min(AT_ONCE, number))
+    def all_accuracies(embeddings: jax.Array, *episodes: jax.Array) -> jax.Array:
+        batch_size = min(EPISODES_PER_BATCH, num_episodes)
+        return jax.lax.map(functools.partial(episode_accuracies, embeddings), episodes, batch_size=batch_size)
 
-    found = accuracies(jnp.asarray(embeddings), jnp.asarray(shown), jnp.asarray(asked.reshape(number, -1)))
-    metrics = {}
-    for name, values in zip(("centroid", "logistic"), np.asarray(found, np.float64).T):
-        mean, half = values.mean(), 1.96 * values.std(ddof=1) / np.sqrt(number) if number > 1 else np.nan
+    query = query.reshape(num_episodes, -1)
+    accuracies = all_accuracies(jnp.asarray(embeddings), jnp.asarray(support), jnp.asarray(query))
+    metrics: dict[str, float] = {}
+    for name, values in zip(("centroid", "logistic"), np.asarray(accuracies, np.float64).T):
+        mean, half = values.mean(), 1.96 * values.std(ddof=1) / np.sqrt(num_episodes) if num_episodes > 1 else np.nan
         metrics |= {name: float(mean), f"{name}/low": float(mean - half), f"{name}/high": float(mean + half)}
     return metrics
 
 
-def logistic_regression(x, y, classes: int, C: float):
-    """The minimum of multinomial logistic regression, by L-BFGS: weights [d, classes] and bias [classes].
+def logistic_regression(x: jax.Array, y: jax.Array, classes: int, C: float) -> tuple[jax.Array, jax.Array]:
+    """Fits multinomial logistic regression by L-BFGS.
+
+    It minimises, as scikit-learn does,
 
         Σ_i −log softmax(x_i W + b)_{y_i} + |W|² / (2 C)
 
-    as scikit-learn has it; the bias has no penalty. Fit for jit and vmap.
+    where the bias has no penalty. It can be mapped and compiled by `vmap` and `jit`.
 
     Args:
-        x: fp32 [n, d]; y: int32 [n], below `classes`.
-        C: a larger one fits the data more closely.
+        x: fp32 [n, d].
+        y: int32 [n], below `classes`.
+        classes: c.
+        C: the inverse of the penalty: a larger one fits the data more closely.
+
+    Returns:
+        W, fp32 [d, c], and b, fp32 [c].
     """
 
-    def loss(params):
+    def loss(params: tuple[jax.Array, jax.Array]) -> jax.Array:
         weights, bias = params
         losses = optax.softmax_cross_entropy_with_integer_labels(matmul(x, weights) + bias, y)
         return jnp.mean(losses) + jnp.sum(weights**2) / (2 * C * len(x))
 
     tx, value_and_grad = optax.lbfgs(), optax.value_and_grad_from_state(loss)
 
-    def step(carry):
+    def step(carry: tuple) -> tuple:
         params, state, iteration, _ = carry
         value, grad = value_and_grad(params, state=state)
         updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=loss)
         steepest = jnp.maximum(*(jnp.max(jnp.abs(g)) for g in grad))
         return optax.apply_updates(params, updates), state, iteration + 1, steepest
 
-    def goes_on(carry):
+    def continues(carry: tuple) -> jax.Array:
         return (carry[2] < MAX_ITERATIONS) & (carry[3] > TOLERANCE)
 
     params = jnp.zeros((x.shape[1], classes), jnp.float32), jnp.zeros(classes, jnp.float32)
-    return jax.lax.while_loop(goes_on, step, (params, tx.init(params), 0, jnp.float32(jnp.inf)))[0]
+    return jax.lax.while_loop(continues, step, (params, tx.init(params), 0, jnp.float32(jnp.inf)))[0]
 
 
 fit = jax.jit(logistic_regression, static_argnames="classes")
 
 
-def matmul(a, b):
+def matmul(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> jax.Array:
+    """Matrix product in full fp32 precision."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def nearest_neighbours(
-    train_emb, train_labels, test_emb, test_labels, *, k: int = 20, resamples: int = 0, seed: int = 0
+    train_emb: ArrayLike,
+    train_labels: ArrayLike,
+    test_emb: ArrayLike,
+    test_labels: ArrayLike,
+    *,
+    k: int = 20,
+    resamples: int = 0,
+    seed: int = 0,
 ) -> dict[str, float]:
-    """Accuracy of the vote of the k nearest training images; of classes with equal votes, the lowest.
+    """Measures the accuracy of a vote of the k nearest training images; of classes with equal votes the lowest wins.
+
+    >>> nearest_neighbours(np.eye(2), [0, 1], [[0.9, 0.1]], [0], k=1)
+    {'accuracy': 1.0}
 
     Args:
-        train_emb: [n, d]; train_labels: int [n]; test_emb: [m, d]; test_labels: int [m].
+        train_emb: [n, d].
+        train_labels: int [n].
+        test_emb: [m, d].
+        test_labels: int [m].
         k: at most n.
-        resamples: above 0 adds a 95% interval of the bootstrap over test images.
+        resamples: above 0 adds the 95% interval of the bootstrap over test images.
+        seed: of the resamples.
     """
-    train_emb, train_labels = check(train_emb, train_labels)
-    test_emb, test_labels = check(test_emb, test_labels, among=train_labels)
+    train_emb, train_labels = check_images(train_emb, train_labels)
+    test_emb, test_labels = check_images(test_emb, test_labels, train_labels)
     if not 1 <= k <= len(train_emb):
         raise UserError(f"expected k between 1 and the {len(train_emb)} training images, found k = {k}")
     _, neighbours = top_k(test_emb, train_emb, k)
@@ -157,53 +203,75 @@ def nearest_neighbours(
 
 
 def linear_probe(
-    train_emb,
-    train_labels,
-    test_emb,
-    test_labels,
+    train_emb: ArrayLike,
+    train_labels: ArrayLike,
+    test_emb: ArrayLike,
+    test_labels: ArrayLike,
     *,
-    Cs=PROBE_C,
+    Cs: Sequence[float] = PROBE_C,
     resamples: int = 0,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Accuracy of logistic regression on the embeddings, with the C that is best on a held-out fifth.
+    """Measures the accuracy of logistic regression on the embeddings, with the C that is best on a held-out fifth.
 
-    The fifth is of the training images, which are all used for the final fit; of equally good Cs the smallest
-    counts.
+    The fifth is of the training images. All of them are used for the final fit. Of equally good Cs the smallest is
+    chosen.
 
     Args:
-        train_emb: [n, d]; train_labels: int [n]; test_emb: [m, d]; test_labels: int [m].
-        Cs: see `logistic_regression`.
-        resamples: above 0 adds a 95% interval of the bootstrap over test images.
+        train_emb: [n, d].
+        train_labels: int [n].
+        test_emb: [m, d].
+        test_labels: int [m].
+        Cs: as in `logistic_regression`.
+        resamples: above 0 adds the 95% interval of the bootstrap over test images.
         seed: of the held-out fifth and of the resamples.
 
-    Returns {"accuracy": …, "C": the one chosen}.
+    Returns:
+        {"accuracy": …, "C": the one chosen}.
     """
-    train_emb, train_labels = check(train_emb, train_labels)
-    test_emb, test_labels = check(test_emb, test_labels, among=train_labels)
+    train_emb, train_labels = check_images(train_emb, train_labels)
+    test_emb, test_labels = check_images(test_emb, test_labels, train_labels)
     if len(train_labels) < 2:
         raise UserError("expected at least two training images, of which one is held out, found 1")
-    known, y = np.unique(train_labels, return_inverse=True)
+    classes, y = np.unique(train_labels, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(y))
-    held, rest = np.split(order, [max(1, len(y) // 5)])
+    held_out, rest = np.split(order, [max(1, len(y) // 5)])
 
-    def answers(C, shown, asked):
-        weights, bias = fit(jnp.asarray(train_emb[shown]), jnp.asarray(y[shown], jnp.int32), len(known), C)
-        return np.asarray(jnp.argmax(matmul(asked, weights) + bias, axis=1))
+    def predict(C: float, fitted: np.ndarray, x: np.ndarray) -> np.ndarray:
+        targets = jnp.asarray(y[fitted], jnp.int32)
+        weights, bias = fit(jnp.asarray(train_emb[fitted]), targets, len(classes), C)
+        return np.asarray(jnp.argmax(matmul(x, weights) + bias, axis=1))
 
-    scores = [np.mean(answers(C, rest, train_emb[held]) == y[held]) for C in sorted(Cs)]
+    scores = [np.mean(predict(C, rest, train_emb[held_out]) == y[held_out]) for C in sorted(Cs)]
     C = sorted(Cs)[int(np.argmax(scores))]
-    correct = known[answers(C, np.arange(len(y)), test_emb)] == test_labels
+    correct = classes[predict(C, np.arange(len(y)), test_emb)] == test_labels
     return accuracy(correct, resamples, seed) | {"C": C}
 
 
 def accuracy(correct: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
-    means, draws = bootstrap({"accuracy": (correct, np.ones(len(correct)))}, resamples, seed)
-    return means | bounds(draws)
+    """The share of the images that are classified correctly, with its 95% interval where there are resamples."""
+    metrics, draws = bootstrap({"accuracy": (correct, np.ones(len(correct)))}, resamples, seed)
+    for name, (low, high) in intervals(draws).items():
+        metrics |= {f"{name}/low": low, f"{name}/high": high}
+    return metrics
 
 
-def check(embeddings, labels, among=None) -> tuple[np.ndarray, np.ndarray]:
-    """Unit embeddings fp32 [n, d] and labels int64 [n]; test images' have to be `among` the training images'."""
+def check_images(
+    embeddings: ArrayLike, labels: ArrayLike, known: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Checks embeddings and labels of images.
+
+    Args:
+        embeddings: [n, d].
+        labels: int [n].
+        known: the labels of the training images, among which those of test images must be.
+
+    Returns:
+        Unit embeddings fp32 [n, d] and labels int64 [n].
+
+    Raises:
+        UserError: there is not exactly one label per image, a label is below 0, or a class has no training image.
+    """
     embeddings, labels = np.asarray(embeddings, np.float32), np.asarray(labels)
     if labels.shape != (len(embeddings),) or labels.dtype.kind not in "iu" or not len(labels):
         raise UserError(
@@ -212,6 +280,6 @@ def check(embeddings, labels, among=None) -> tuple[np.ndarray, np.ndarray]:
         )
     if labels.min() < 0:
         raise UserError(f"expected labels from 0 on, found {labels.min()}")
-    if among is not None and len(unknown := np.setdiff1d(labels, among)):
+    if known is not None and len(unknown := np.setdiff1d(labels, known)):
         raise UserError(f"{len(unknown)} classes have test images and no training image; the first is {unknown[0]}")
-    return unit(embeddings), labels.astype(np.int64)
+    return l2_normalize(embeddings), labels.astype(np.int64)

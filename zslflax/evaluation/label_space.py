@@ -1,39 +1,40 @@
-"""What classes are called, and in which sentences: label spaces and prompt templates."""
+"""Label spaces: the classes that images are classified among, with their names and ids."""
 
 import collections
 import dataclasses
-import difflib
 import os
 import re
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from zslflax.errors import UserError
+from zslflax.errors import UserError, nearest_names
 from zslflax.evaluation.class_lists import read_classes
+from zslflax.evaluation.labels import Labels
 from zslflax.evaluation.wordnet import WordNet
-from zslflax.inference.prompts import read_names
+from zslflax.inference.prompts import read_class_names
 
-CODE = re.compile(r"n\d{8}|/[a-z]/.+|\d+")  # ids that are no names: of WordNet, Open Images' MIDs, numbers
+CODE = re.compile(r"n\d{8}|/[a-z]/.+|\d+")  # ids that are not names: WordNet's, Open Images' MIDs, numbers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelSpace:
-    """The classes that images are recognised among; a label is an index into `names`.
+    """The classes that images are classified among. A label is an index into `class_names`.
 
     Attributes:
-        names: c names. They are not keys: two classes may share one.
-        unseen: bool [c], the classes whose figures are reported apart, because training never named them.
-        synonyms: other names of the same c classes, in the same order, or None.
-        ids: c different ids, which are keys, or None where classes are known by their number alone.
+        class_names: c names. Two classes may have the same name.
+        unseen: bool [c], the classes that training never named; their metrics are also reported separately.
+        synonyms: a second name of each of the c classes, in the same order, or None.
+        ids: c different ids, or None where classes are known by their number alone.
     """
 
-    names: list[str]
+    class_names: list[str]
     unseen: np.ndarray
     synonyms: list[str] | None = None
     ids: list[str] | None = None
 
-    def __post_init__(self):
-        c = len(self.names)
+    def __post_init__(self) -> None:
+        c = len(self.class_names)
         if np.shape(self.unseen) != (c,):
             raise UserError(f"expected `unseen` for each of {c} names, found shape {np.shape(self.unseen)}")
         if self.synonyms is not None and len(self.synonyms) != c:
@@ -48,78 +49,85 @@ class LabelSpace:
             )
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.class_names)
 
-    @classmethod
-    def read(
-        cls,
-        names: str = "",
-        unseen: str = "",
-        synonyms: str = "",
-        *,
-        classes: str = "",
-        own: list[str] | None = None,
-        wordnet: WordNet | None = None,
-    ) -> "LabelSpace":
-        """A label space from what a config says and a source brings along.
+    def relabel(self, labels: Labels, source_classes: Sequence[str] | None = None) -> tuple[list[tuple[int, ...]], int]:
+        """Translates a source's labels into labels of this space.
 
         Args:
-            names: what `read_names` takes, in the order of the classes; "": as the file of classes calls
-                them, or else WordNet, or else, unless they are codes, their ids are their names.
-            unseen: one or more of the names, or of the ids, likewise; "" means none.
-            synonyms: like `names`; "" means none.
-            classes: the ids, as `read_classes` takes them; "": `own`.
-            own: the ids of the classes that a source knows; None where its labels are numbers of names.
-            wordnet: names WordNet's ids.
-        """
-        ids, named = read_classes(classes) if classes else (None if own is None else list(own), {})
-        if names:
-            called = read_names(names)
-        elif ids is None:
-            raise UserError("expected names or classes, because the source's labels are only numbers")
-        else:
-            called = name_ids(ids, named, wordnet)
-        if ids is not None and len(called) != len(ids):
-            raise UserError(
-                f"expected a name for each of {len(ids)} classes ({', '.join(ids[:3])}, …), in their order, "
-                f"found {len(called)}; where the source lacks some of them, give all ids as a file of classes"
-            )
-        known = {*called, *(ids or ())}
-        several = unseen not in known and ("," in unseen or os.path.isfile(unseen))
-        chosen = read_names(unseen) if several else [unseen] if unseen else []
-        keys = ids if ids is not None and set(chosen) <= set(ids) else called
-        return cls(called, members(keys, chosen), read_names(synonyms) if synonyms else None, ids)
+            labels: n tuples of indices into `source_classes`, or into `class_names` where that is None.
+            source_classes: the ids of the source's classes. A class that is not in this space leaves no label, so that
+                an image may have none.
 
-    def relabel(self, labels, classes: list[str] | None = None) -> tuple[list[tuple[int, ...]], int]:
-        """A source's labels as labels of this space: (n tuples, how many labels are none of its classes).
-
-        Args:
-            labels: n tuples of indices into `classes`, or where that is None, into `names`.
-            classes: the ids of the classes that the source knows. Those that are not in this space leave no
-                label, so that an image may be left without.
+        Returns:
+            n tuples of labels, and how many labels were left out.
 
         Raises:
-            ValueError: none of the source's classes is in this space; or a label is no index.
+            UserError: none of the source's classes is in this space, or a label is out of range.
         """
-        own = range(len(self)) if classes is None else classes
+        num_classes = len(self if source_classes is None else source_classes)
         given = [label for of_image in labels for label in of_image]
-        if given and not 0 <= min(given) <= max(given) < len(own):
-            raise UserError(f"expected labels below {len(own)}, found {min(given)} … {max(given)}")
-        if classes is None:
+        if given and not 0 <= min(given) <= max(given) < num_classes:
+            raise UserError(f"expected labels below {num_classes}, found {min(given)} … {max(given)}")
+        if source_classes is None:
             return [tuple(of_image) for of_image in labels], 0
-        places = {i: label for label, i in enumerate(self.ids or ())}
-        place = [places.get(i) for i in classes]
-        if len(place) and set(place) == {None}:
+        own_labels = {i: label for label, i in enumerate(self.ids or ())}
+        translated = [own_labels.get(i) for i in source_classes]
+        if translated and set(translated) == {None}:
             raise UserError(
-                f"none of the source's {len(classes)} classes, such as {classes[0]!r}, is in the label space; "
-                + (f"its ids are such as {self.ids[0]!r}" if self.ids else "it has no ids, only names")
+                f"none of the source's {len(source_classes)} classes, such as {source_classes[0]!r}, is in the label "
+                f"space; " + (f"its ids are such as {self.ids[0]!r}" if self.ids else "it has no ids, only names")
             )
-        found = [tuple(place[label] for label in of_image if place[label] is not None) for of_image in labels]
+        found = [tuple(own for label in of_image if (own := translated[label]) is not None) for of_image in labels]
         return found, len(given) - sum(map(len, found))
 
 
-def name_ids(ids: list[str], known: dict[str, str], wordnet: WordNet | None) -> list[str]:
-    """What classes are called: what is known, or else WordNet, or else the id itself if it is no code."""
+def read_label_space(
+    class_names: str = "",
+    unseen: str = "",
+    synonyms: str = "",
+    *,
+    classes: str = "",
+    source_classes: Sequence[str] | None = None,
+    wordnet: WordNet | None = None,
+) -> LabelSpace:
+    """Makes a label space from the fields of a test set in the config and the classes that its source knows.
+
+    Args:
+        class_names: as `read_class_names` takes them, in the order of the classes. "": the names in the file of
+            classes, or else in WordNet, or else the ids themselves, unless they are codes.
+        unseen: some of the names, or of the ids, in the same form; "" for none.
+        synonyms: in the form and order of `class_names`; "" for none.
+        classes: the ids, as `read_classes` takes them; "": `source_classes`.
+        source_classes: the ids of the classes that a source knows; None where its labels are indices into the names.
+        wordnet: names WordNet's ids.
+
+    Raises:
+        UserError: the number of names and ids differ, a class has no name, or an unseen class is not among the classes.
+    """
+    file_names: dict[str, str] = {}
+    ids = None if source_classes is None else list(source_classes)
+    if classes:
+        ids, file_names = read_classes(classes)
+    if class_names:
+        names = read_class_names(class_names)
+    elif ids is None:
+        raise UserError("expected names or classes, because the source's labels are only numbers")
+    else:
+        names = names_of_ids(ids, file_names, wordnet)
+    if ids is not None and len(names) != len(ids):
+        raise UserError(
+            f"expected a name for each of {len(ids)} classes ({', '.join(ids[:3])}, …), in their order, "
+            f"found {len(names)}; where the source lacks some of them, give all ids as a file of classes"
+        )
+    is_list = unseen not in {*names, *(ids or ())} and ("," in unseen or os.path.isfile(unseen))
+    chosen = read_class_names(unseen) if is_list else [unseen] if unseen else []
+    keys = ids if ids is not None and set(chosen) <= set(ids) else names
+    return LabelSpace(names, mark_classes(keys, chosen), read_class_names(synonyms) if synonyms else None, ids)
+
+
+def names_of_ids(ids: Sequence[str], known: dict[str, str], wordnet: WordNet | None) -> list[str]:
+    """The name of each class: the known one, or else WordNet's, or else the id itself if it is not a code."""
     unnamed = [i for i in ids if i not in known]
     if wordnet is not None:
         known = known | dict(zip(unnamed, wordnet.names(unnamed)))
@@ -131,23 +139,30 @@ def name_ids(ids: list[str], known: dict[str, str], wordnet: WordNet | None) -> 
     return [known.get(i, i) for i in ids]
 
 
-def members(names, chosen) -> np.ndarray:
+def mark_classes(names: Sequence[str], chosen: Collection[str]) -> np.ndarray:
     """Which of the c names are chosen, bool [c]: all classes that share a chosen name.
 
-    A chosen name that isn't there is an error that says which one is nearest.
+    >>> mark_classes(["crane", "owl", "crane"], ["crane"]).tolist()
+    [True, False, True]
+
+    Raises:
+        UserError: a chosen name is not among the names; names the nearest one.
     """
     known = set(names)
     for name in chosen:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; the nearest is {near[0]!r}" if near else ""
-            raise UserError(f"{name!r} is none of the {len(names)} class names{hint}")
+            near = nearest_names(name, known)
+            raise UserError(f"{name!r} is none of the {len(names)} class names; the nearest is {near!r}")
     chosen = set(chosen)
     return np.array([name in chosen for name in names], bool)
 
 
-def repeated(names) -> dict[str, list[int]]:
-    """The names that several classes share, with these classes: to name a twin counts as a miss."""
+def repeated_names(names: Sequence[str]) -> dict[str, list[int]]:
+    """The names that several classes share, with these classes.
+
+    >>> repeated_names(["crane", "owl", "crane"])
+    {'crane': [0, 2]}
+    """
     classes = collections.defaultdict(list)
     for i, name in enumerate(names):
         classes[name].append(i)

@@ -1,64 +1,90 @@
 """Opens the test sets that a config describes: a source of images, and the classes of their labels."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar
+
+from ml_collections import ConfigDict
 
 from zslflax.data.sources import shapes
+from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.errors import UserError
 from zslflax.evaluation.hierarchy import Hierarchy
-from zslflax.evaluation.label_space import LabelSpace, members, repeated
-from zslflax.evaluation.wordnet import WordNet
+from zslflax.evaluation.label_space import LabelSpace, mark_classes, read_label_space, repeated_names
+from zslflax.evaluation.wordnet import WordNet, read_wordnet
 
 log = logging.getLogger("zslflax")
 
 
-class TestSet(NamedTuple):
-    """A test set that has been opened.
+@dataclasses.dataclass(frozen=True)
+class TestSet:
+    """An open test set.
 
     Attributes:
         name: its key in `config.eval.sets`.
-        source: raw records, as `open_source` describes them.
-        labels: the classes of its labels, or None where it has captions only.
+        source: its records.
+        label_space: the classes of its labels, or None for captions alone.
         hierarchy: of these classes, or None where the config gives no WordNet.
     """
 
+    __test__: ClassVar[bool] = False  # pytest collects classes with this name in files with this name
+
     name: str
-    source: Sequence
-    labels: LabelSpace | None
+    source: Source
+    label_space: LabelSpace | None
     hierarchy: Hierarchy | None = None
 
 
-def open_sets(config) -> list[TestSet]:
-    """Opens every test set whose `data` is given, so that what is wrong with one is known before training starts."""
-    return [open_set(name, test, config) for name, test in config.eval.sets.items() if test.data]
+def open_test_sets(config: ConfigDict) -> list[TestSet]:
+    """Opens every test set whose `data` is given, so that a mistake in one is found before training starts.
+
+    Raises:
+        UserError: a source or a file of classes cannot be read, or they do not fit together.
+    """
+    return [open_test_set(name, fields, config.data) for name, fields in config.eval.sets.items() if fields.data]
 
 
-def open_set(name: str, test, config) -> TestSet:
-    source = open_source(test.data, config.data, "test")
-    wordnet = WordNet.read(test.wordnet) if test.wordnet else None
-    labels = label_space(test, getattr(source, "classes", None), wordnet)
-    if labels is not None and (twins := repeated(labels.names)):
+def open_test_set(name: str, fields: ConfigDict, data_config: ConfigDict) -> TestSet:
+    """Opens one test set.
+
+    Args:
+        name: its key in `config.eval.sets`.
+        fields: as `eval_set` in zslflax/config.py describes them.
+        data_config: `config.data`.
+    """
+    source = open_source(fields.data, data_config, "test")
+    wordnet = read_wordnet(fields.wordnet) if fields.wordnet else None
+    label_space = open_label_space(fields, source.classes, wordnet)
+    if label_space is not None and (repeated := repeated_names(label_space.class_names)):
         log.info(
-            "%s: several classes are called %r (%d such names); a twin counts as a miss",
+            "%s: %d names, such as %r, belong to several classes; the right name of a wrong class counts as a miss",
             name,
-            next(iter(twins)),
-            len(twins),
+            len(repeated),
+            next(iter(repeated)),
         )
-    if wordnet is not None and (labels is None or labels.ids is None):
+    if wordnet is None:
+        return TestSet(name, source, label_space)
+    if label_space is None or label_space.ids is None:
         raise UserError(f"eval.sets.{name}: wordnet is given, but classes have no ids; give a file of classes")
-    hierarchy = None if wordnet is None else Hierarchy(labels.ids, wordnet.hypernyms)
-    return TestSet(name, source, labels, hierarchy)
+    return TestSet(name, source, label_space, Hierarchy(label_space.ids, wordnet.hypernyms))
 
 
-def label_space(test, own: list[str] | None, wordnet: WordNet | None) -> LabelSpace | None:
-    """The classes of one of the config's test sets; None where neither the config nor the source names any."""
-    if test.class_names or test.classes or own is not None:
-        return LabelSpace.read(
-            test.class_names, test.unseen, test.synonyms, classes=test.classes, own=own, wordnet=wordnet
+def open_label_space(
+    fields: ConfigDict, source_classes: Sequence[str] | None, wordnet: WordNet | None
+) -> LabelSpace | None:
+    """The classes of a test set; None where neither the config nor the source names any."""
+    if fields.class_names or fields.classes or source_classes is not None:
+        return read_label_space(
+            fields.class_names,
+            fields.unseen,
+            fields.synonyms,
+            classes=fields.classes,
+            source_classes=source_classes,
+            wordnet=wordnet,
         )
-    if test.data == "shapes":
-        unseen = members(shapes.NAMES, [shapes.NAMES[i] for i in shapes.UNSEEN])
-        return LabelSpace(shapes.NAMES, unseen, shapes.SYNONYMS)
+    if fields.data == "shapes":
+        unseen = mark_classes(shapes.CLASS_NAMES, [shapes.CLASS_NAMES[i] for i in shapes.UNSEEN])
+        return LabelSpace(shapes.CLASS_NAMES, unseen, shapes.SYNONYMS)
     return None

@@ -1,0 +1,5 @@
+"""Uses a trained model: `predictor.py` embeds, classifies and searches images.
+
+`restore.py` loads the model of a run or an export, `export.py` defines the exported folder, `class_embeddings.py`
+turns class names and prompts into embeddings (cached by `class_cache.py`), and `top_k.py` finds the best classes.
+"""

@@ -1,23 +1,28 @@
-"""Exported models: a folder that predicts without its run, with neither pickles nor Orbax."""
+"""The format of an exported model: a folder that predicts without its run, without pickles and without Orbax.
 
-import json
-import shutil
+`model.safetensors` has the variables, `config.json` the sizes and the prompts, `README.md` is the model card, and
+`text_encoder/` has the tokenizer. A workdir has a `text_encoder/` as well.
+"""
+
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from zslflax.config_json import read_config
 from zslflax.data.text import Tokenizer
 from zslflax.errors import MissingFileError, UserError
+from zslflax.files import read_json, read_text, write_atomically, write_json, write_text
 from zslflax.models.import_weights.locate import locate
 
-TEXT_FOLDER = "text_encoder"  # of workdirs and exports: the tokenizer, and the text encoder's config.json
-IDENTITY = "identity.json"  # in that folder, of the tokenizer
+TEXT_FOLDER = "text_encoder"  # in workdirs and exports: the tokenizer, and the config.json of a pretrained text encoder
+IDENTITY = "identity.json"  # in TEXT_FOLDER: `Tokenizer.identity`
 WEIGHTS = "model.safetensors"
-PREDICTING = ("templates", "resize", "batch_size")  # fields of `config.eval` that a prediction depends on
+EVAL_FIELDS = ("templates", "resize_factor", "batch_size")  # fields of `config.eval` that a prediction depends on
 CARD = """\
 ---
 library_name: zslflax
@@ -26,42 +31,71 @@ pipeline_tag: zero-shot-image-classification
 
 # {name}
 
-Names images with words that it was given no labels for: a {image} image tower at {size} pixels and a text
-tower were trained with zslflax (objective {objective}, step {step}) into one space of {width} dimensions.
+A zero-shot image classifier: it chooses among any class names, without having been trained on labels for them. The
+{image} image tower (images of {size} × {size} pixels) and a text tower were trained with zslflax into one embedding
+space of {width} dimensions (objective {objective}, step {step}).
 
 ```python
-from zslflax.predict import Predictor
+from zslflax import Predictor
 
 predictor = Predictor.restore("this folder, or its id on the Hugging Face Hub")
-predictor.classify("picture.jpg", ["a cat", "a dog"])
+predictor.classify("image.jpg", ["a cat", "a dog"])
 ```
 
-Prompts: {templates}. `{weights}` has the weights, `config.json` the sizes and prompts, `text_encoder/` the
-tokenizer.
+Prompts: {templates}. `{weights}` has the weights, `config.json` the sizes and prompts, `text_encoder/` the tokenizer.
 """
 
 
-def save_model(folder: Path, config, variables: dict, step: int) -> None:
-    """Writes model.safetensors, config.json and README.md.
+class SavedModel(NamedTuple):
+    """A model on disk: the config, {"params", "batch_stats"} as NumPy arrays, and the step of the checkpoint."""
 
-    Tensors are called by their path, such as params/image/projection/kernel. The config is only what
-    prediction needs: the data and the folders of the machine that trained the model stay behind.
+    config: ConfigDict
+    variables: dict[str, Any]
+    step: int
+
+
+def save_model(folder: Path, config: ConfigDict, variables: dict[str, Any], step: int) -> None:
+    """Writes model.safetensors, config.json and README.md, each atomically.
+
+    The name of a tensor is its path, such as params/image/projection/kernel. The config has only the fields that
+    prediction needs: nothing about the data or about the folders of the machine that trained the model.
 
     Args:
+        folder: exists.
+        config: the whole config.
         variables: {"params", "batch_stats"}, arrays of any kind.
         step: of the checkpoint.
     """
+    write_json(folder / "config.json", prediction_fields(config))
+    write_text(folder / "README.md", model_card(config, step))
     tensors = {name: np.asarray(x, order="C") for name, x in flatten_dict(variables, sep="/").items()}
-    save_file(tensors, folder / WEIGHTS, {"format": "np", "step": str(step)})  # readable by its writer alone
-    kept = {name: config[name] for name in ("name", "compute_dtype")}
-    kept["model"] = model = config.model.to_dict()
-    model["image"]["pretrained"] = ""  # its weights are in the tensors
+    mode = (folder / "README.md").stat().st_mode
+
+    def write_weights(partial: Path) -> None:
+        save_file(tensors, partial, {"format": "np", "step": str(step)})
+        partial.chmod(mode)  # save_file lets nobody else read the file
+
+    write_atomically(folder / WEIGHTS, write_weights)
+
+
+def prediction_fields(config: ConfigDict) -> dict[str, Any]:
+    """Returns the fields of a config that prediction needs, with the paths that they have in the exported folder."""
+    model = config.model.to_dict()
+    model["image"]["pretrained"] = ""  # its weights are among the tensors
     model["text"]["tokenizer"] = TEXT_FOLDER
     model["text"]["pretrained"] = TEXT_FOLDER if config.model.text.pretrained else ""
-    kept["objective"] = config.objective.to_dict()
-    kept["eval"] = {name: config.eval[name] for name in PREDICTING}
-    (folder / "config.json").write_text(json.dumps(kept, indent=1, sort_keys=True))
-    card = CARD.format(
+    return {
+        "name": config.name,
+        "compute_dtype": config.compute_dtype,
+        "model": model,
+        "objective": config.objective.to_dict(),
+        "eval": {name: config.eval[name] for name in EVAL_FIELDS},
+    }
+
+
+def model_card(config: ConfigDict, step: int) -> str:
+    """Returns the text of README.md."""
+    return CARD.format(
         name=config.name,
         image=config.model.image.name,
         size=config.model.image.size,
@@ -71,49 +105,49 @@ def save_model(folder: Path, config, variables: dict, step: int) -> None:
         templates=", ".join(f'"{template}"' for template in config.eval.templates),
         weights=WEIGHTS,
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / WEIGHTS).chmod((folder / "README.md").stat().st_mode)
 
 
-def load_model(folder: Path) -> tuple:
-    """What `save_model` wrote: config, variables (NumPy), step.
+def load_model(folder: Path) -> SavedModel:
+    """Reads what `save_model` wrote.
 
     Raises:
-        ValueError: another kind of model, or a damaged file.
+        UserError: the folder has another kind of model, or a file is damaged.
     """
     try:
         config = read_config(folder / "config.json")
         with safe_open(folder / WEIGHTS, "numpy") as file:
             step = int(file.metadata()["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (KeyError, TypeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{folder} is no model that zslflax exported, or its {WEIGHTS} is damaged: {type(error).__name__}: {error}"
         ) from error
-    return config, {"batch_stats": {}} | unflatten_dict(tensors, sep="/"), step
+    return SavedModel(config, {"batch_stats": {}} | unflatten_dict(tensors, sep="/"), step)
 
 
-def save_text_encoder(config, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes what a text tower needs besides weights: the tokenizer, its identity, the encoder's sizes."""
+def save_text_encoder(config: ConfigDict, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes what a text tower needs besides weights: the tokenizer, its identity, and the encoder's config.json."""
     tokenizer.save(folder)
-    (folder / IDENTITY).write_text(json.dumps(tokenizer.identity, indent=1))
+    write_json(folder / IDENTITY, tokenizer.identity)
     if config.model.text.pretrained:
-        shutil.copyfile(locate(config.model.text.pretrained) / "config.json", folder / "config.json")
+        write_text(folder / "config.json", read_text(locate(config.model.text.pretrained) / "config.json"))
 
 
-def use_text_encoder(config, folder: Path) -> None:
-    """Names in a config the folder that `save_text_encoder` wrote, instead of what the run began with."""
+def use_text_encoder(config: ConfigDict, folder: Path) -> None:
+    """Makes a config use the folder that `save_text_encoder` wrote instead of the one that the run started from."""
     config.model.text.tokenizer = str(folder)
     if config.model.text.pretrained:
         config.model.text.pretrained = str(folder)
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Refuses a tokenizer that is not the one that `save_text_encoder` wrote there."""
+    """Refuses a tokenizer that differs from the one that `save_text_encoder` wrote into `folder`."""
     path = folder / IDENTITY
     if not path.is_file():
-        raise MissingFileError(f"{path} is missing, which tells which tokenizer the model was trained with")
-    trained = json.loads(path.read_text())
+        raise MissingFileError(f"{path} is missing; it identifies the tokenizer that the model was trained with")
+    trained = read_json(path)
     if tokenizer.identity != trained:
         raise UserError(
             f"the tokenizer in {folder} is not the one that the model was trained with, and would give "

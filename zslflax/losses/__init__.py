@@ -1,4 +1,4 @@
-"""Objectives. `contrastive` makes the targets and the one cross-entropy; `sinkhorn` solves optimal transport.
+"""Objectives: arrays in, one loss per pair out, inside a mapped axis; they know nothing of models, data or training.
 
-They map arrays to per-pair values inside a mapped axis and know nothing of models, data or training.
+`contrastive` defines the targets and the cross-entropy; `sinkhorn` solves optimal transport; `chunks` bounds memory.
 """

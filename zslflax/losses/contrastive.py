@@ -1,55 +1,84 @@
 """Contrastive objectives: each defines its targets; one cross-entropy serves all.
 
-A global batch has n pairs, of which this device holds b consecutive ones. With unit embeddings, logits of images →
-texts are s · v_i·t_j; texts → images are the transpose. The loss of a batch is the mean of both directions,
+A global batch has n image-text pairs with unit embeddings v_i and t_i. The logits of images → texts are s · v_i·t_j,
+and those of texts → images the transpose. The loss of a batch is the mean of both directions,
 
-    loss = ½ [L(v → t) + L(t → v)],     L = mean over rows i of  −Σ_j y_ij · log softmax_j(s · q_i·k_j),
+    loss = ½ [L(v → t) + L(t → v)],     L(y, s) = mean over rows i of  −Σ_j y_ij · log softmax_j(s · q_i·k_j),
 
-with targets y_ij from the table `OBJECTIVES`. Objectives with a teacher add a soft term, with a scale of its own:
+where the objective defines the targets y_ij: see `OBJECTIVES`. Objectives with a teacher add a soft term, with a learnt
+scale s̃ of its own:
 
     loss = α · L(y, s) + (1 − α) · L(ỹ, s̃),
 
-where ỹ are the teacher's soft labels. Everything is fp32. Rows are computed in chunks where b × n is large.
+where ỹ are the teacher's soft labels. In code, an axis of size 2 holds the two directions. Everything is fp32.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from zslflax.losses.chunks import count_chunks, map_chunks, split
 from zslflax.losses.sinkhorn import MASKED, column_potential
 
 LOG_LOGIT_SCALE_RANGE = (0.0, 4.605170186)  # log 1 … log 100; the train step clips the learnt values to it
 
 
 class Embeddings(NamedTuple):
-    """Unit embeddings of pairs, fp32: [b, d] on one device or [n, d] of the global batch."""
+    """Unit embeddings of the same pairs, fp32 [b, d]."""
 
     image: jax.Array
     text: jax.Array
 
 
-def one_hot_targets(config, positives: jax.Array, valid: jax.Array) -> jax.Array:
+class Pairs(NamedTuple):
+    """Image-text pairs: the global batch (n of them), a device's share (b), or a chunk of that (c).
+
+    Attributes:
+        position: int32 [c], of each pair in the global batch.
+        valid: bool [c]; an invalid pair is neither a positive nor a negative.
+        student: the student's embeddings [c, d].
+        teacher: the teacher's embeddings, of any width; None where the objective needs none.
+    """
+
+    position: jax.Array
+    valid: jax.Array
+    student: Embeddings
+    teacher: Embeddings | None
+
+
+def one_hot_targets(config: ConfigDict, positives: jax.Array, valid: jax.Array) -> jax.Array:
     """1 on the pair: InfoNCE, as in CLIP (arXiv 2103.00020). Several positives of a row share it equally."""
     return positives / jnp.maximum(jnp.sum(positives, axis=-1, keepdims=True), 1.0)
 
 
-def smoothed_targets(config, positives: jax.Array, valid: jax.Array) -> jax.Array:
-    """(1 − ε) on the pair, and ε / (n − 1) on each of the other valid columns."""
+def smoothed_targets(config: ConfigDict, positives: jax.Array, valid: jax.Array) -> jax.Array:
+    """1 − ε on the pair, and ε / (n − 1) on each of the n − 1 other valid columns.
+
+    >>> config = ConfigDict({"smoothing": 0.2})
+    >>> smoothed_targets(config, positives=jnp.array([[1.0, 0.0, 0.0, 0.0]]), valid=jnp.array([1, 1, 1, 0], bool))
+    Array([[0.8, 0.1, 0.1, 0. ]], dtype=float32)
+    """
     others = jnp.where(valid, 1.0 - positives, 0.0)
     share = config.smoothing / jnp.maximum(jnp.sum(others, axis=-1, keepdims=True), 1.0)
     return (1.0 - config.smoothing) * one_hot_targets(config, positives, valid) + share * others
 
 
-def distilled_targets(config, similarity: jax.Array, allowed: jax.Array, potential: jax.Array) -> jax.Array:
+def distilled_targets(
+    config: ConfigDict, similarities: jax.Array, allowed: jax.Array, potential: jax.Array
+) -> jax.Array:
     """softmax_j(s_ij / τ) of the teacher's similarities: self-distillation (arXiv 2104.08945)."""
-    return masked_softmax(similarity / config.teacher_temperature, allowed)
+    return masked_softmax(similarities / config.teacher_temperature, allowed)
 
 
-def transport_targets(config, similarity: jax.Array, allowed: jax.Array, potential: jax.Array) -> jax.Array:
-    """softmax_j(s_ij / λ + g_j): rows of the transport plan of the teacher's similarities (OTTER, arXiv 2112.09445)."""
-    return masked_softmax(similarity / config.sinkhorn_regulariser + potential, allowed)
+def transport_targets(
+    config: ConfigDict, similarities: jax.Array, allowed: jax.Array, potential: jax.Array
+) -> jax.Array:
+    """softmax_j(s_ij / λ + g_j): the transport plan of the teacher's similarities by rows (OTTER, arXiv 2112.09445)."""
+    return masked_softmax(similarities / config.sinkhorn_regulariser + potential, allowed)
 
 
 class Objective(NamedTuple):
@@ -57,14 +86,14 @@ class Objective(NamedTuple):
 
     Attributes:
         hard_targets: (config, positives [c, n], valid [n]) → fp32 [c, n], each row summing to 1.
-        soft_targets: (config, teacher similarities [c, n], allowed [c, n], column potential [n]) → fp32 [c, n];
-            None where the objective needs no teacher.
+        soft_targets: (config, teacher's similarities [2, c, n], allowed [c, n], column potential [2, 1, n]) → fp32
+            [2, c, n]; None where the objective needs no teacher.
         transport: whether the soft targets use the column potential of an optimal transport plan.
-        pairwise: SigLIP's binary loss of every image-text pair (arXiv 2303.15343), instead of the cross-entropy.
+        pairwise: whether the loss is SigLIP's binary one of every image-text pair, instead of the cross-entropy.
     """
 
-    hard_targets: Callable[[Any, jax.Array, jax.Array], jax.Array] = one_hot_targets
-    soft_targets: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+    hard_targets: Callable[[ConfigDict, jax.Array, jax.Array], jax.Array] = one_hot_targets
+    soft_targets: Callable[[ConfigDict, jax.Array, jax.Array, jax.Array], jax.Array] | None = None
     transport: bool = False
     pairwise: bool = False
 
@@ -82,7 +111,7 @@ OBJECTIVES = {
 }
 
 
-def init_params(config) -> dict[str, jax.Array]:
+def init_params(config: ConfigDict) -> dict[str, jax.Array]:
     """The objective's own parameters, fp32 scalars: the log of each learnt logit scale, and the sigmoid's bias."""
     objective = OBJECTIVES[config.name]
     init = {"log_logit_scale": config.log_logit_scale}
@@ -93,39 +122,106 @@ def init_params(config) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value, jnp.float32) for name, value in init.items()}
 
 
-def similarity(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Inner products at full fp32 precision: [b, d] × [n, d] → fp32 [b, n]."""
-    return jnp.einsum("bd,nd->bn", queries, keys, precision=jax.lax.Precision.HIGHEST)
+def pair_losses(
+    config: ConfigDict,
+    params: dict[str, jax.Array],
+    student: Embeddings,
+    teacher: Embeddings | None,
+    valid: jax.Array,
+    *,
+    step: jax.Array,
+    axis_name: str,
+) -> dict[str, jax.Array]:
+    """The loss of each of this device's pairs against the whole global batch, both directions averaged.
 
+    Runs inside a mapped axis. The gather keeps its gradient: the gradients of all devices' rows, summed over the
+    devices, are those of one device that holds the global batch. Where b × n is larger than `config.max_similarities`,
+    the rows are computed in chunks, and again for the gradient: memory is O(max_similarities + n·d), not O(b·n).
 
-def teacher_similarities(config, rows: Embeddings, batch: Embeddings) -> tuple[jax.Array, jax.Array]:
-    """How well the teacher says each column fits each row: images → texts and texts → images, fp32 [c, n] each.
+    Args:
+        config: the `objective` section of the config.
+        params: as `init_params` returns them.
+        student: embeddings [b, d] of this device's pairs.
+        teacher: the teacher's embeddings of the same pairs, of any width; None where the objective needs none.
+        valid: bool [b]. The values of an invalid pair are finite and meaningless: the caller leaves them out of the
+            mean.
+        step: int32 scalar, for the ramp of the soft term.
+        axis_name: the mapped axis over which the global batch is spread.
 
-        s_ij = v_i·t_j + w_vv v_i·v_j + w_tt t_i·t_j     and     t_i·v_j + w_vv v_i·v_j + w_tt t_i·t_j
-
-    The paper (arXiv 2104.08945) uses the first term alone; OTTER's released scripts set both weights to 1.
+    Returns:
+        `loss` and its parts, fp32 [b] each.
     """
-    within = 0.0
-    if config.image_image_weight:
-        within += config.image_image_weight * similarity(rows.image, batch.image)
-    if config.text_text_weight:
-        within += config.text_text_weight * similarity(rows.text, batch.text)
-    return similarity(rows.image, batch.text) + within, similarity(rows.text, batch.image) + within
+    b = len(valid)
+    position = jax.lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
+    rows = Pairs(position, valid, student, jax.lax.stop_gradient(teacher))
+    batch = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), rows)
+    num_chunks = count_chunks(b, len(batch.valid), config.max_similarities)
+
+    objective, potential = OBJECTIVES[config.name], jnp.zeros(())
+    if objective.transport:
+        potential = plan_potential(config, split(rows, num_chunks), batch, axis_name)
+    row_losses = partial(sigmoid_losses if objective.pairwise else softmax_losses, config, params, batch, potential)
+    losses = map_chunks(
+        row_losses if num_chunks == 1 else jax.checkpoint(row_losses, prevent_cse=False), rows, num_chunks
+    )
+    if not objective.needs_teacher:
+        return losses | {"loss": losses["hard_loss"]}
+    weight = soft_weight(config, step)
+    return losses | {"loss": (1.0 - weight) * losses["hard_loss"] + weight * losses["soft_loss"]}
 
 
-def masked_softmax(logits: jax.Array, allowed: jax.Array) -> jax.Array:
-    """Softmax over the allowed entries; exactly zero elsewhere, and everywhere in a row that allows none."""
-    return jnp.where(allowed, jax.nn.softmax(jnp.where(allowed, logits, MASKED), axis=-1), 0.0)
+def softmax_losses(
+    config: ConfigDict, params: dict[str, jax.Array], batch: Pairs, potential: jax.Array, rows: Pairs
+) -> dict[str, jax.Array]:
+    """The cross-entropies of a chunk of rows with their hard and soft targets, both directions averaged: fp32 [c]."""
+    objective = OBJECTIVES[config.name]
+    positives = positive_columns(rows, batch)  # (c, n)
+    similarities = both_directions(rows.student, batch.student)  # (2, c, n)
+    logits = jnp.exp(params["log_logit_scale"]) * similarities
+    hard = objective.hard_targets(config, positives, batch.valid)
+    losses = {
+        "hard_loss": cross_entropy(logits, hard, batch.valid),
+        "in_batch_accuracy": best_is_positive(logits, positives, batch.valid),
+    }
+    if objective.soft_targets:
+        allowed = soft_label_columns(config, rows, batch)
+        soft = objective.soft_targets(config, teacher_similarities(config, rows, batch), allowed, potential)
+        soft_logits = jnp.exp(params["log_soft_logit_scale"]) * similarities
+        losses |= {
+            "soft_loss": cross_entropy(soft_logits, soft, batch.valid),
+            "soft_entropy": jnp.sum(jax.scipy.special.entr(soft), axis=-1),  # the minimum of soft_loss, in nats
+            "soft_on_pair": jnp.sum(soft * positives, axis=-1),  # the teacher's belief in the given pair
+        }
+    return {name: jnp.mean(value, axis=0) for name, value in losses.items()}
+
+
+def sigmoid_losses(
+    config: ConfigDict, params: dict[str, jax.Array], batch: Pairs, potential: jax.Array, rows: Pairs
+) -> dict[str, jax.Array]:
+    """Σ_j −log σ(±(s · v_i·t_j + bias)), + on the pair and − elsewhere (SigLIP, arXiv 2303.15343): fp32 [c].
+
+    The loss of texts → images is the same sum over the batch, so one direction is both.
+    """
+    positives = positive_columns(rows, batch)
+    similarities = inner_products(rows.student.image, batch.student.text)
+    logits = jnp.exp(params["log_logit_scale"]) * similarities + params["logit_bias"]
+    losses = jax.nn.softplus((1.0 - 2.0 * positives) * logits)  # (c, n)
+    return {
+        "hard_loss": jnp.sum(jnp.where(batch.valid, losses, 0.0), axis=-1),
+        "in_batch_accuracy": best_is_positive(logits, positives, batch.valid),
+    }
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Array:
     """−Σ_j y_ij · log softmax_j(logits_ij) over the valid columns.
 
     Args:
-        logits, targets: fp32 [c, n]. valid: bool [n].
+        logits: fp32 [..., n].
+        targets: fp32 [..., n].
+        valid: bool [n].
 
     Returns:
-        fp32 [c].
+        fp32 [...].
 
     >>> logits, targets = jnp.array([[2.0, 0.0, 9.0]]), jnp.array([[1.0, 0.0, 0.0]])
     >>> cross_entropy(logits, targets, valid=jnp.array([True, True, False])).round(4)  # log(1 + exp(-2))
@@ -134,145 +230,76 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, valid: jax.Array) -> ja
     return -jnp.sum(targets * jax.nn.log_softmax(jnp.where(valid, logits, MASKED), axis=-1), axis=-1)
 
 
-def softmax_losses(params, similarity, hard, soft, positives, valid) -> dict[str, jax.Array]:
-    """One direction of a cross-entropy objective, per row: fp32 [c] each.
+def masked_softmax(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Softmax over the allowed entries; exactly zero elsewhere, and everywhere in a row that allows none.
+
+    >>> masked_softmax(jnp.array([[1.0, 1.0, 9.0], [1.0, 1.0, 9.0]]), jnp.array([[1, 1, 0], [0, 0, 0]], bool))
+    Array([[0.5, 0.5, 0. ],
+           [0. , 0. , 0. ]], dtype=float32)
+    """
+    return jnp.where(allowed, jax.nn.softmax(jnp.where(allowed, logits, MASKED), axis=-1), 0.0)
+
+
+def inner_products(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """q_i·k_j at full fp32 precision: [c, d] × [n, d] → fp32 [c, n]."""
+    return jnp.einsum("cd,nd->cn", queries, keys, precision=jax.lax.Precision.HIGHEST)
+
+
+def both_directions(rows: Embeddings, batch: Embeddings) -> jax.Array:
+    """The similarities v_i·t_j of images → texts and t_i·v_j of texts → images, fp32 [2, c, n]."""
+    return jnp.stack([inner_products(rows.image, batch.text), inner_products(rows.text, batch.image)])
+
+
+def teacher_similarities(config: ConfigDict, rows: Pairs, batch: Pairs) -> jax.Array:
+    """How well each column fits each row according to the teacher, in both directions: fp32 [2, c, n].
+
+        s_ij = v_i·t_j + w_vv v_i·v_j + w_tt t_i·t_j     and     t_i·v_j + w_vv v_i·v_j + w_tt t_i·t_j
+
+    The paper (arXiv 2104.08945) uses the first term alone; OTTER's released scripts set both weights to 1.
+    """
+    assert rows.teacher is not None and batch.teacher is not None
+    similarities = both_directions(rows.teacher, batch.teacher)
+    if config.image_image_weight:
+        similarities += config.image_image_weight * inner_products(rows.teacher.image, batch.teacher.image)
+    if config.text_text_weight:
+        similarities += config.text_text_weight * inner_products(rows.teacher.text, batch.teacher.text)
+    return similarities
+
+
+def plan_potential(config: ConfigDict, chunks: Pairs, batch: Pairs, axis_name: str) -> jax.Array:
+    """The column potentials of both directions' transport plans, fp32 [2, 1, n].
 
     Args:
-        params: of the objective.
-        similarity: the student's, fp32 [c, n].
-        hard, soft: targets fp32 [c, n]; `soft` may be None.
-        positives: fp32 [c, n], 1 on the pair. valid: bool [n].
+        chunks: this device's pairs, with arrays [chunks, c, …].
     """
-    logits = jnp.exp(params["log_logit_scale"]) * similarity
-    losses = {
-        "hard_loss": cross_entropy(logits, hard, valid),
-        "in_batch_accuracy": best_is_positive(logits, positives, valid),
-    }
-    if soft is None:
-        return losses
-    return losses | {
-        "soft_loss": cross_entropy(jnp.exp(params["log_soft_logit_scale"]) * similarity, soft, valid),
-        "soft_entropy": jnp.sum(jax.scipy.special.entr(soft), axis=-1),  # the minimum of soft_loss, in nats
-        "soft_on_pair": jnp.sum(soft * positives, axis=-1),  # the teacher's belief in the given pair
-    }
+
+    def row_logits(rows: Pairs) -> jax.Array:
+        has_mass = soft_label_columns(config, rows, batch) & rows.valid[:, None]
+        return jnp.where(has_mass, teacher_similarities(config, rows, batch) / config.sinkhorn_regulariser, MASKED)
+
+    chunks = jax.lax.stop_gradient(chunks)
+    return column_potential(row_logits, chunks, batch.valid, config.sinkhorn_iterations, axis_name)[:, None]
 
 
-def sigmoid_losses(params, similarity, positives, valid) -> dict[str, jax.Array]:
-    """Σ_j −log σ(±(s · v_i·t_j + bias)), + on the pair and − elsewhere (SigLIP, arXiv 2303.15343); fp32 [c] each."""
-    logits = jnp.exp(params["log_logit_scale"]) * similarity + params["logit_bias"]
-    signs = 2.0 * positives - 1.0
-    losses = jnp.where(valid, jax.nn.softplus(-signs * logits), 0.0)
-    return {
-        "hard_loss": jnp.sum(losses, axis=-1),
-        "in_batch_accuracy": best_is_positive(logits, positives, valid),
-    }
+def positive_columns(rows: Pairs, batch: Pairs) -> jax.Array:
+    """1 where a column is the row's own pair, else 0: fp32 [c, n]."""
+    return (rows.position[:, None] == batch.position).astype(jnp.float32)
+
+
+def soft_label_columns(config: ConfigDict, rows: Pairs, batch: Pairs) -> jax.Array:
+    """Which columns may carry a row's soft labels: the valid ones, without the pair where the config removes it."""
+    if config.remove_diagonal:
+        return batch.valid & (rows.position[:, None] != batch.position)
+    return jnp.broadcast_to(batch.valid, (len(rows.position), len(batch.position)))
 
 
 def best_is_positive(logits: jax.Array, positives: jax.Array, valid: jax.Array) -> jax.Array:
-    """Whether the highest valid column of each row is a positive, as fp32 [c]."""
+    """Whether the highest valid column of each row is a positive: fp32 [..., c] for logits [..., c, n]."""
     best = jnp.argmax(jnp.where(valid, logits, MASKED), axis=-1)
-    return jnp.take_along_axis(positives, best[:, None], axis=-1)[:, 0]
+    return positives[jnp.arange(len(positives)), best]
 
 
-def soft_weight(config, step: jax.Array) -> jax.Array:
+def soft_weight(config: ConfigDict, step: jax.Array) -> jax.Array:
     """1 − α, reached linearly over the first `soft_ramp_steps` steps (ALBEF, arXiv 2107.07651, does so in an epoch)."""
     ramp = jnp.minimum(1.0, (step.astype(jnp.float32) + 1.0) / max(config.soft_ramp_steps, 1))
     return (1.0 - config.alpha) * ramp
-
-
-def pair_losses(config, params, student: Embeddings, teacher, valid, *, step, axis_name) -> dict[str, jax.Array]:
-    """The loss of each of this device's pairs against the whole global batch, both directions averaged.
-
-    Runs inside a mapped axis. The gather keeps its gradient: the gradient of all devices' rows, summed over the devices,
-    is that of one device that holds the global batch. Where b × n is larger than `config.max_similarities`, the rows
-    are computed in chunks and once more for the gradient: memory is O(max_similarities + n·d), not O(b·n).
-
-    Args:
-        config: the `objective` section of the config.
-        params: as `init_params` returns them.
-        student: this device's unit embeddings, fp32 [b, d].
-        teacher: the teacher's `Embeddings` of the same pairs, of any width; None where the objective needs none.
-        valid: bool [b]; an invalid pair is neither a positive nor a negative of any other. The values of its own row
-            are finite and meaningless: the caller leaves them out of the mean.
-        step: int32 scalar, for the ramp of the soft term.
-        axis_name: the mapped axis over which the global batch is spread.
-
-    Returns:
-        `loss` and its parts, fp32 [b] each.
-    """
-    objective = OBJECTIVES[config.name]
-    gather = lambda x: jax.lax.all_gather(x, axis_name, tiled=True)
-    b = valid.shape[0]
-    batch, columns = Embeddings(*map(gather, student)), gather(valid)  # (n, d), (n,)
-    n = columns.shape[0]
-    index = jax.lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)  # (b,), of the own pairs
-    rows = {"index": index, "student": student}
-    potentials = (0.0, 0.0)
-    if objective.needs_teacher:
-        rows["teacher"] = teacher = jax.lax.stop_gradient(teacher)
-        teacher_batch = Embeddings(*map(gather, teacher))
-    num_chunks = count_chunks(b, n, config.max_similarities)
-
-    def allowed(positives):
-        """Which columns may carry soft-label mass: the valid ones, without the pair where the config removes it."""
-        return columns & (positives == 0) if config.remove_diagonal else jnp.broadcast_to(columns, positives.shape)
-
-    def chunk_losses(rows):
-        positives = jax.nn.one_hot(rows["index"], n, dtype=jnp.float32)  # (c, n)
-        image_to_text = similarity(rows["student"].image, batch.text)
-        if objective.pairwise:  # symmetric: one direction is both
-            return sigmoid_losses(params, image_to_text, positives, columns)
-        text_to_image = similarity(rows["student"].text, batch.image)
-        hard, soft = objective.hard_targets(config, positives, columns), (None, None)
-        if objective.needs_teacher:
-            similarities = teacher_similarities(config, rows["teacher"], teacher_batch)
-            soft = [
-                objective.soft_targets(config, s, allowed(positives), potential)
-                for s, potential in zip(similarities, potentials)
-            ]
-        directions = [
-            softmax_losses(params, s, hard, targets, positives, columns)
-            for s, targets in zip((image_to_text, text_to_image), soft)
-        ]
-        return jax.tree.map(lambda x, y: 0.5 * (x + y), *directions)
-
-    chunks = split(rows, num_chunks)
-    if objective.transport:
-
-        def plan_logits(direction):
-            def row_logits(rows):
-                mass = allowed(jax.nn.one_hot(rows["index"], n)) & columns[rows["index"], None]
-                s = teacher_similarities(config, rows["teacher"], teacher_batch)[direction]
-                return jnp.where(mass, s / config.sinkhorn_regulariser, MASKED)
-
-            return row_logits
-
-        potentials = [
-            column_potential(plan_logits(direction), chunks, columns, config.sinkhorn_iterations, axis_name)
-            for direction in (0, 1)
-        ]
-    losses = chunk_losses(rows) if num_chunks == 1 else join(jax.lax.map(jax.checkpoint(chunk_losses), chunks))
-    if not objective.needs_teacher:
-        return losses | {"loss": losses["hard_loss"]}
-    weight = soft_weight(config, step)
-    return losses | {"loss": (1.0 - weight) * losses["hard_loss"] + weight * losses["soft_loss"]}
-
-
-def count_chunks(b: int, n: int, max_similarities: int) -> int:
-    """The smallest divisor of b that makes chunks of at most `max_similarities` of the b × n similarities.
-
-    >>> count_chunks(b=32_768, n=32_768, max_similarities=2**22)
-    256
-    """
-    divisors = (chunks for chunks in range(1, b + 1) if b % chunks == 0)
-    return next((chunks for chunks in divisors if b // chunks * n <= max_similarities), b) if max_similarities else 1
-
-
-def split(tree, num_chunks: int):
-    """Every array [b, …] → [num_chunks, b / num_chunks, …]."""
-    return jax.tree.map(lambda x: x.reshape(num_chunks, x.shape[0] // num_chunks, *x.shape[1:]), tree)
-
-
-def join(tree):
-    """Undoes `split`."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)

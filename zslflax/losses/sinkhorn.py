@@ -23,35 +23,38 @@ def column_potential(
     and, on each device, over chunks: no n × n matrix exists where there are several chunks.
 
     Args:
-        row_logits: a chunk of rows → S_ij / λ, fp32 [c, n], with `MASKED` where a pair may carry no mass.
-        chunks: a pytree of arrays [chunks, c, …], this device's rows.
+        row_logits: maps a chunk of c rows to S_ij / λ, fp32 [..., c, n], with `MASKED` where a pair may carry no mass.
+            Leading axes are independent problems.
+        chunks: this device's rows, a pytree of arrays [chunks, c, …].
         valid: bool [n], the pairs of the global batch that take part; n in the equations is their number.
-        iterations: number of (row, column) scalings.
+        iterations: the number of (row, column) scalings.
         axis_name: the mapped axis over which the rows are spread.
 
     Returns:
-        g, fp32 [n], the same on all devices; zero for a column without mass.
+        g, fp32 [..., n], the same on all devices; zero for a column without mass.
     """
     log_mass = -jnp.log(jnp.maximum(jnp.sum(valid.astype(jnp.float32)), 1.0))
-    if len(jax.tree.leaves(chunks)[0]) == 1:  # a single chunk: compute its logits once, not in every iteration
-        logits = row_logits(jax.tree.map(lambda x: x[0], chunks))
+    first = jax.tree.map(lambda x: x[0], chunks)
+    *problems, _, n = jax.eval_shape(row_logits, first).shape
+    if len(jax.tree.leaves(chunks)[0]) == 1:  # compute the logits of a single chunk once, not in every iteration
+        logits = row_logits(first)
         chunk_logits = lambda _: logits
     else:
         chunk_logits = row_logits
 
-    def potential(log_sum):
+    def potential(log_sum: jax.Array) -> jax.Array:
         return jnp.where(log_sum > 0.5 * MASKED, log_mass - log_sum, 0.0)
 
-    def scale(_, g):
-        def add_chunk(column_sums, rows):
+    def scale_rows_then_columns(_: int, g: jax.Array) -> jax.Array:
+        def add_chunk(column_sums: jax.Array, rows: Any) -> tuple[jax.Array, None]:
             logits = chunk_logits(rows)
-            f = potential(jax.nn.logsumexp(logits + g, axis=1))  # (c,)
-            return jnp.logaddexp(column_sums, jax.nn.logsumexp(logits + f[:, None], axis=0)), None
+            f = potential(jax.nn.logsumexp(logits + g[..., None, :], axis=-1))  # (..., c)
+            return jnp.logaddexp(column_sums, jax.nn.logsumexp(logits + f[..., None], axis=-2)), None
 
-        empty = jnp.full(valid.shape, MASKED, jnp.float32)
-        column_sums, _ = jax.lax.scan(add_chunk, empty, chunks)  # (n,), of this device's rows
+        empty = jnp.full_like(g, MASKED)
+        column_sums = jax.lax.scan(add_chunk, empty, chunks)[0]  # (..., n), logs of sums over this device's rows
         largest = jax.lax.pmax(column_sums, axis_name)
         total = jax.lax.psum(jnp.exp(column_sums - largest), axis_name)
         return potential(largest + jnp.log(total))
 
-    return jax.lax.fori_loop(0, iterations, scale, jnp.zeros(valid.shape, jnp.float32))
+    return jax.lax.fori_loop(0, iterations, scale_rows_then_columns, jnp.zeros((*problems, n), jnp.float32))

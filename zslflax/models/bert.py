@@ -1,4 +1,4 @@
-"""BERT and RoBERTa as sentence encoders: mean pooling over the tokens (DeCLUTR, Sentence-BERT, MiniLM)."""
+"""BERT and RoBERTa as sentence encoders with mean pooling over the tokens (DeCLUTR, Sentence-BERT, MiniLM)."""
 
 import dataclasses
 from functools import partial
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from zslflax.errors import UserError
 from zslflax.models.transformer import Attention, Mlp
 
-HF_SIZES = {  # BertConfig's names → config.json's
+HF_SIZES = {  # field of BertConfig: field of a Hugging Face config.json
     "vocab_size": "vocab_size",
     "width": "hidden_size",
     "layers": "num_hidden_layers",
@@ -26,8 +26,16 @@ class BertConfig:
     """Sizes of a BERT.
 
     Attributes:
-        first_position: row of the first token's position embedding: 0 for BERT, pad id + 1 for RoBERTa.
+        vocab_size: number of token ids.
+        width: of the vectors between layers.
+        layers: number of layers.
+        heads: attention heads in each layer.
+        hidden: width inside the perceptrons.
         positions: rows of the table of position embeddings.
+        first_position: row of the first token's position embedding: 0 for BERT, pad id + 1 for RoBERTa.
+        types: rows of the table of token types; only the first one is used.
+        eps: of the layer norms.
+        dropout: probability that an element of the embeddings or of a sublayer's output becomes 0 in training.
     """
 
     vocab_size: int = 30_522
@@ -43,14 +51,20 @@ class BertConfig:
 
     @property
     def max_tokens(self) -> int:
+        """The number of tokens that have a position embedding."""
         return self.positions - self.first_position
 
     @classmethod
-    def from_hf(cls, values: dict, dropout: float = 0.1) -> "BertConfig":
-        """From the contents of a Hugging Face config.json.
+    def from_hf(cls, values: dict[str, Any], dropout: float = 0.1) -> "BertConfig":
+        """Reads the sizes from the contents of a Hugging Face config.json.
+
+        >>> sizes = {"vocab_size": 30_522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12}
+        >>> sizes |= {"intermediate_size": 1536, "max_position_embeddings": 512}
+        >>> BertConfig.from_hf({"model_type": "bert", **sizes}).max_tokens
+        512
 
         Raises:
-            ValueError: the architecture or one of its details is not one that `Bert` computes.
+            UserError: `Bert` does not implement the architecture or one of its options.
         """
         kind = values.get("model_type")
         if kind not in ("bert", "roberta"):
@@ -75,13 +89,14 @@ class BertConfig:
 
 
 class Layer(nn.Module):
-    """One post-norm layer: LN(x + Attention(x)), then LN(x + Mlp(x)); [b, t, w] → [b, t, w]."""
+    """A post-norm layer: LN(x + Attention(x)), then LN(x + Mlp(x))."""
 
     config: BertConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+        """Maps [b, t, w] → [b, t, w]; `mask` as in `Attention`."""
         c = self.config
         drop = nn.Dropout(c.dropout, deterministic=not train)
         x = x + drop(Attention(c.heads, self.dtype, name="attention")(x, mask))
@@ -91,13 +106,15 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """Tokens to one vector per text: the mean of the last layer over the text's tokens.
+    """Maps a text to one vector: the mean of the last layer over the tokens of the text.
 
-    `__call__` takes a text a row; `packed` takes several in a row and computes the same.
-    Dropout is on the embeddings and on each sublayer's output; attention weights have none.
+    `__call__` takes one text per row; `packed` takes rows that hold several texts, and computes the same vectors.
+    Dropout is applied to the embeddings and to the output of each sublayer, but not to attention weights.
 
     Attributes:
-        remat: for a gradient, keep only the layers' inputs, and compute what is inside them once more.
+        config: the sizes.
+        dtype: of the computation; parameters are fp32.
+        remat: whether the backward pass recomputes the activations inside each layer instead of storing them.
     """
 
     config: BertConfig
@@ -105,7 +122,16 @@ class Bert(nn.Module):
     remat: bool = False
 
     def __call__(self, text: jax.Array, text_mask: jax.Array, train: bool = False) -> jax.Array:
-        """int32 [b, t], bool [b, t] → fp32 [b, width]. A text without any token gives zeros."""
+        """Maps one text per row → fp32 [b, width].
+
+        Args:
+            text: token ids int32 [b, t].
+            text_mask: bool [b, t], False at padding. A row without any token gives zeros.
+            train: whether dropout is applied.
+
+        Raises:
+            UserError: the rows have more tokens than there are position embeddings.
+        """
         c = self.config
         if text.shape[1] > c.max_tokens:
             raise UserError(
@@ -120,17 +146,18 @@ class Bert(nn.Module):
     def packed(
         self, text: jax.Array, segment: jax.Array, position: jax.Array, texts: int, train: bool = False
     ) -> jax.Array:
-        """The vectors of texts that share rows, each attending to itself alone: fp32 [texts, width].
+        """Maps texts that share rows → fp32 [texts, width]. A token attends only to tokens of its own text.
 
         Args:
-            text: int32 [rows, t].
-            segment: int32 [rows, t], whose token it is: 1 … `texts`; 0 for padding.
-            position: int32 [rows, t], the token's place in its text, from 0.
-            texts: how many there are; one without any token gives zeros.
+            text: token ids int32 [rows, t].
+            segment: int32 [rows, t], the number of the token's text, 1 … `texts`; 0 for padding.
+            position: int32 [rows, t], the position of the token in its text, from 0.
+            texts: number of texts. A text without any token gives zeros.
+            train: whether dropout is applied.
         """
-        together = segment[:, None, :, None] == segment[:, None, None, :]
-        x = self.last_layer(text, position, together, train).astype(jnp.float32)
-        # Padding has an index out of range, which is dropped: summed, it would be thousands of additions to one row.
+        same_text = segment[:, None, :, None] == segment[:, None, None, :]
+        x = self.last_layer(text, position, same_text, train).astype(jnp.float32)
+        # Padding gets an index out of range, which segment_sum drops; thousands of additions to one row would be slow.
         owner = jnp.where(segment > 0, segment - 1, texts).reshape(-1)
         total = partial(jax.ops.segment_sum, segment_ids=owner, num_segments=texts)
         tokens = total(jnp.ones(segment.size, jnp.float32))
@@ -138,7 +165,7 @@ class Bert(nn.Module):
 
     @nn.compact
     def last_layer(self, text: jax.Array, position: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
-        """Every token's vector after the last layer, [rows, t, width]; `mask` as `Attention` takes it."""
+        """Returns the vector of every token after the last layer, [rows, t, width]; `mask` as in `Attention`."""
         c = self.config
         table = partial(nn.Embed, features=c.width, embedding_init=nn.initializers.normal(0.02))
         x = table(c.vocab_size, name="word")(text)
@@ -146,7 +173,7 @@ class Bert(nn.Module):
         x = x + table(c.types, name="type")(jnp.zeros((1, 1), jnp.int32))
         x = nn.LayerNorm(epsilon=c.eps, name="norm")(x).astype(self.dtype)
         x = nn.Dropout(c.dropout, deterministic=not train)(x)
-        layer = nn.remat(Layer, static_argnums=(3,)) if self.remat else Layer  # 3: train
+        layer = nn.remat(Layer, static_argnums=(3,)) if self.remat else Layer  # argument 3 is `train`
         for i in range(c.layers):
             x = layer(c, self.dtype, name=f"layer_{i}")(x, mask, train)
         return x

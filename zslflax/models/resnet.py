@@ -1,4 +1,4 @@
-"""ResNet v1.5 (He et al. 2015, with the stride in the 3×3 convolution): the paper's image tower."""
+"""ResNet v1.5 (He et al. 2015, with the stride in the 3×3 convolution), the image tower of the paper."""
 
 from functools import partial
 from typing import Any
@@ -7,19 +7,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-RESNETS = {  # blocks per stage, and whether they are bottlenecks
+RESNETS = {  # name: (blocks in each stage, whether they are bottlenecks)
     "resnet18": ((2, 2, 2, 2), False),
     "resnet34": ((3, 4, 6, 3), False),
     "resnet50": ((3, 4, 6, 3), True),
     "resnet101": ((3, 4, 23, 3), True),
 }
 
-
-KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015b; as torchvision does
+KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015b, as in torchvision
 
 
 class Block(nn.Module):
-    """One residual block: [b, h, w, c] → [b, h / stride, w / stride, width × (4 if bottleneck else 1)]."""
+    """One residual block.
+
+    Attributes:
+        width: channels inside the block; a bottleneck block returns 4 · width channels, another one width channels.
+        stride: of the block; 2 halves the resolution.
+        bottleneck: whether the block is a bottleneck (1×1, 3×3, 1×1) or a basic block (3×3, 3×3).
+        dtype: of the computation.
+        norm: creates a normalisation layer from its name.
+    """
 
     width: int
     stride: int
@@ -28,36 +35,36 @@ class Block(nn.Module):
     norm: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, h, w, c] → [b, h / stride, w / stride, width · (4 if bottleneck else 1)]."""
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
-        near = ((1, 1), (1, 1))  # PyTorch's padding; "SAME" differs where the stride is 2
+        padding = ((1, 1), (1, 1))  # as in PyTorch; "SAME" pads differently where the stride is 2
         stride = (self.stride, self.stride)
         out = self.width * 4 if self.bottleneck else self.width
         if self.bottleneck:
             y = nn.relu(self.norm(name="bn1")(conv(self.width, (1, 1), name="conv1")(x)))
-            y = nn.relu(self.norm(name="bn2")(conv(self.width, (3, 3), stride, near, name="conv2")(y)))
+            y = nn.relu(self.norm(name="bn2")(conv(self.width, (3, 3), stride, padding, name="conv2")(y)))
             y = self.norm(name="bn3")(conv(out, (1, 1), name="conv3")(y))
         else:
-            y = nn.relu(self.norm(name="bn1")(conv(self.width, (3, 3), stride, near, name="conv1")(x)))
-            y = self.norm(name="bn2")(conv(out, (3, 3), (1, 1), near, name="conv2")(y))
+            y = nn.relu(self.norm(name="bn1")(conv(self.width, (3, 3), stride, padding, name="conv1")(x)))
+            y = self.norm(name="bn2")(conv(out, (3, 3), (1, 1), padding, name="conv2")(y))
         if x.shape != y.shape:
             x = self.norm(name="downsample_bn")(conv(out, (1, 1), stride, name="downsample_conv")(x))
         return nn.relu(x + y)
 
 
 class ResNet(nn.Module):
-    """Images to features, averaged over the picture.
+    """Maps images to feature vectors by global average pooling of the last stage.
 
     Attributes:
-        stages: blocks in each stage.
-        bottleneck: whether blocks are bottlenecks (50 layers and more).
+        stages: number of blocks in each stage.
+        bottleneck: whether the blocks are bottlenecks (as in networks of 50 layers and more).
         dtype: of the computation; parameters and batch statistics are fp32.
-        axis_name: the mapped axis over which batch statistics are synchronised in training; `None` where
-            there is none.
+        axis_name: the mapped axis over which training synchronises batch statistics; None for no synchronisation.
         stem_width: channels after the first convolution; stage i has stem_width · 2^i (· 4 if bottleneck).
-        small: for pictures of 32 pixels: a first convolution of 3×3 and no pooling after it, so that the first stage
-            sees half the picture's resolution instead of a quarter.
-        remat: for a gradient, keep only the blocks' inputs, and compute what is inside them once more.
+        small: whether the images are small (32 pixels): the first convolution is then 3×3 and no pooling follows it,
+            so that the first stage sees half of the image's resolution instead of a quarter.
+        remat: whether the backward pass recomputes the activations inside each block instead of storing them.
     """
 
     stages: tuple[int, ...]
@@ -70,7 +77,12 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """[b, h, w, 3] normalised pixels → fp32 [b, f]; `train` normalises by the batch."""
+        """Maps normalised pixels [b, h, w, 3] → fp32 [b, f].
+
+        Args:
+            x: pixels with the mean subtracted and divided by the standard deviation.
+            train: whether to normalise by the statistics of the batch, which then also update the running averages.
+        """
         norm = partial(
             nn.BatchNorm,
             use_running_average=not train,
@@ -80,10 +92,8 @@ class ResNet(nn.Module):
             axis_name=self.axis_name if train else None,
         )
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
-        side, near = (3, 1) if self.small else (7, 3)
-        x = conv(self.stem_width, (side, side), (2, 2), ((near, near), (near, near)), name="conv1")(
-            x.astype(self.dtype)
-        )
+        side, pad = (3, 1) if self.small else (7, 3)
+        x = conv(self.stem_width, (side, side), (2, 2), ((pad, pad), (pad, pad)), name="conv1")(x.astype(self.dtype))
         x = nn.relu(norm(name="bn1")(x))
         if not self.small:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))

@@ -1,4 +1,4 @@
-"""Vision transformer (Dosovitskiy et al. 2021): pre-norm, class token."""
+"""Vision transformer (Dosovitskiy et al. 2021) with pre-norm blocks and a class token."""
 
 from typing import Any
 
@@ -6,10 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from zslflax.errors import UserError
 from zslflax.models.transformer import Attention, Mlp
 
-VITS = {  # patch (pixels), width, depth, heads
-    "vit_nano4": (4, 128, 4, 4),  # for 32-pixel pictures on a CPU
+VITS = {  # name: (patch in pixels, width, depth, heads)
+    "vit_nano4": (4, 128, 4, 4),  # for 32-pixel images on a CPU
     "vit_ti16": (16, 192, 12, 3),
     "vit_s16": (16, 384, 12, 6),
     "vit_b16": (16, 768, 12, 12),
@@ -18,7 +19,13 @@ VITS = {  # patch (pixels), width, depth, heads
 
 
 class Block(nn.Module):
-    """x + Attention(LN(x)), then x + Mlp(LN(x)): [b, t, w] → [b, t, w]."""
+    """A pre-norm block: x + Attention(LN(x)), then x + Mlp(LN(x)).
+
+    Attributes:
+        heads: of the attention.
+        dtype: of the computation.
+        eps: of the layer norms.
+    """
 
     heads: int
     dtype: Any
@@ -26,6 +33,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, t, w] → [b, t, w]."""
         y = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="norm1")(x)
         x = x + Attention(self.heads, self.dtype, name="attention")(y)
         y = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="norm2")(x)
@@ -33,15 +41,15 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images to the class token after the last layer norm.
+    """Maps images to the class token after the last layer norm.
 
     Attributes:
-        patch: side of a patch in pixels; the image's sides must be multiples of it.
-        width, depth, heads: of the transformer.
+        patch: side of a patch in pixels; the sides of an image must be multiples of it.
+        width, depth, heads: size of the transformer.
         dtype: of the computation; parameters are fp32.
-        eps: of the layer norms: 1e-6 as in the original and timm (Hugging Face's copies of these weights say
-            1e-12, which matters only where the variance is tiny).
-        remat: for a gradient, keep only the blocks' inputs, and compute what is inside them once more.
+        eps: of the layer norms: 1e-6 as in the original and in timm. (Hugging Face's copies of these weights say
+            1e-12; the difference matters only where the variance is tiny.)
+        remat: whether the backward pass recomputes the activations inside each block instead of storing them.
     """
 
     patch: int
@@ -54,9 +62,13 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """[b, h, w, 3] normalised pixels → [b, width]; training and inference compute the same."""
+        """Maps normalised pixels [b, h, w, 3] → fp32 [b, width]. `train` changes nothing; all towers take it.
+
+        Raises:
+            UserError: patches do not fill the image.
+        """
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
-            raise ValueError(
+            raise UserError(
                 f"image of {x.shape[1]} × {x.shape[2]} pixels: expected multiples of the patch's "
                 f"{self.patch}; change model.image.size"
             )

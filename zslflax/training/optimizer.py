@@ -1,4 +1,4 @@
-"""Schedules, parameter groups and freezing, put together from optax."""
+"""The optimiser, put together from optax: schedule, parameter groups by patterns, and freezing."""
 
 import operator
 from functools import partial
@@ -7,94 +7,112 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from zslflax.config_checks import compile_pattern
 from zslflax.errors import UserError, nearest_names
-from zslflax.models.partition import partition
+from zslflax.models.partition import MODALITIES, Tree, partition
 
-FOR_EVER = -1
+FOREVER = -1
 
 
-def paths(params: Any) -> Any:
-    """The same tree with each parameter's path, such as "image/tower/conv1/kernel", in its place."""
+def parameter_paths(params: Tree) -> Tree:
+    """The same tree with each parameter's path in its place.
+
+    >>> parameter_paths({"image": {"tower": {"kernel": 1, "bias": 2}}})
+    {'image': {'tower': {'bias': 'image/tower/bias', 'kernel': 'image/tower/kernel'}}}
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: "/".join(str(key.key) for key in path), params)
 
 
-def match(params: Any, patterns: tuple[tuple[str, Any], ...], default: Any, field: str) -> Any:
-    """The same tree with the value of the first pattern that matches each path from its start, or the default.
+def match_patterns(params: Tree, patterns: tuple[tuple[str, Any], ...], default: Any, field: str) -> Tree:
+    """The same tree with the value of the first pattern that matches each parameter's path, or the default.
+
+    Args:
+        params: the parameters, or their shapes.
+        patterns: pairs of a regular expression, matched from the start of a path, and a value.
+        default: the value of parameters that no pattern matches.
+        field: the config field that the patterns come from, for errors.
 
     Raises:
-        ValueError: a pattern is not a regular expression, or no parameter matches it.
+        UserError: a pattern is not a regular expression, or matches no parameter.
+
+    >>> match_patterns({"image": {"a": 1, "b": 2}, "text": {"a": 3}}, (("image/a", 0.5),), 1.0, "lr_multipliers")
+    {'image': {'a': 0.5, 'b': 1.0}, 'text': {'a': 1.0}}
     """
-    matched = set()
-
-    def value_of(path: str):
-        values = []
-        for pattern, value in patterns:
-            if compile_pattern(field, pattern).match(path):
-                matched.add(pattern)
-                values.append(value)
-        return values[0] if values else default
-
-    named = paths(params)
-    tree = jax.tree.map(value_of, named)
-    if unmatched := [pattern for pattern, _ in patterns if pattern not in matched]:
-        every = jax.tree.leaves(named)
+    paths = parameter_paths(params)
+    all_paths = jax.tree.leaves(paths)
+    matched = {pattern: set(filter(compile_pattern(field, pattern).match, all_paths)) for pattern, _ in patterns}
+    if unmatched := [pattern for pattern, found in matched.items() if not found]:
         raise UserError(
             f"config: {field}: no parameter matches {', '.join(map(repr, unmatched))}; patterns are matched from the "
-            f"start of paths such as {', '.join(every[:: max(1, len(every) // 8)])}; "
-            f"nearest: {nearest(unmatched[0], every)}"
+            f"start of paths such as {', '.join(all_paths[:: max(1, len(all_paths) // 8)])}; "
+            f"nearest: {nearest_path(unmatched[0], all_paths)}"
         )
-    return tree
-
-
-def nearest(pattern: str, every: list[str]) -> str:
-    """The path, or the beginning of one up to a slash, that is most like a pattern."""
-    begun = {"/".join(path.split("/")[:depth]) for path in every for depth in range(1, path.count("/") + 2)}
-    return nearest_names(pattern, sorted(begun))
-
-
-def frozen_towers(params: Any, freeze: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
-    """Which of "image" and "text" have a tower all of whose parameters are frozen for ever."""
-    until = match(params, freeze, 0, "freeze")
-    return tuple(
-        modality
-        for modality in ("image", "text")
-        if all(step == FOR_EVER for step in jax.tree.leaves(until[modality]["tower"]))
+    return jax.tree.map(
+        lambda path: next((value for pattern, value in patterns if path in matched[pattern]), default), paths
     )
 
 
-def schedule(config, steps: int) -> optax.Schedule:
-    """The learning rate at each step: linear warm-up from 0, then a cosine to 0 at the last step."""
+def nearest_path(pattern: str, paths: list[str]) -> str:
+    """The path, or the beginning of one up to a slash, that is most similar to a pattern."""
+    beginnings = {"/".join(path.split("/")[:depth]) for path in paths for depth in range(1, path.count("/") + 2)}
+    return nearest_names(pattern, sorted(beginnings))
+
+
+def frozen_towers(params: Tree, freeze: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+    """The modalities whose tower is frozen forever in all of its parameters.
+
+    >>> params = {m: {"tower": {"kernel": 1}, "projection": {"kernel": 2}} for m in ("image", "text")}
+    >>> frozen_towers(params, (("text/tower", -1), ("image/tower", 1_000)))
+    ('text',)
+    """
+    until = match_patterns(params, freeze, 0, "freeze")
+    return tuple(m for m in MODALITIES if all(step == FOREVER for step in jax.tree.leaves(until[m]["tower"])))
+
+
+def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """The learning rate at each step: linear warm-up from 0, then a cosine to 0 at the last step.
+
+    Args:
+        config: the `optimizer` section of the config.
+        steps: length of the run.
+
+    >>> rate = schedule(ConfigDict({"learning_rate": 2.0, "warmup_steps": 10}), steps=110)
+    >>> [round(float(rate(step)), 6) for step in (0, 5, 10, 60, 110)]
+    [0.0, 1.0, 2.0, 1.0, 0.0]
+    """
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     cosine = optax.cosine_decay_schedule(config.learning_rate, max(1, steps - config.warmup_steps))
     return optax.join_schedules([warmup, cosine], [config.warmup_steps])
 
 
-def build_optimizer(config, params: Any, steps: int) -> optax.GradientTransformation:
+def build_optimizer(config: ConfigDict, params: Tree, steps: int) -> optax.GradientTransformation:
     """The whole update: freeze, clip, precondition and decay, then scale each group by its learning rate.
 
-    It applies to the trained part of `partition(params, frozen_towers(...))`, while `params` and the patterns are of the whole.
-    A parameter that is frozen until step k has no optimiser statistics before k. Weight decay follows the usual forms:
-    added to the gradient for SGD (as torch does), decoupled for AdamW and LAMB.
+    It applies to the trained part of `partition(params, frozen_towers(params, config.freeze))`. A parameter that is
+    frozen until step k has no optimiser statistics before k. Weight decay follows the usual forms: added to the
+    gradient for SGD (as in PyTorch), decoupled for AdamW and LAMB.
+
+    Args:
+        config: the whole config.
+        params: all parameters, or their shapes.
+        steps: length of the run.
+
+    Raises:
+        UserError: a pattern is not a regular expression, or matches no parameter.
     """
     o = config.optimizer
     frozen = frozen_towers(params, config.freeze)
-    until = partition(match(params, tuple(config.freeze), 0, "freeze"), frozen)[0]
-    factors = partition(match(params, tuple(o.lr_multipliers), 1.0, "optimizer.lr_multipliers"), frozen)[0]
-    no_decay = tuple((pattern, False) for pattern in o.no_decay)
-    decayed = partition(match(params, no_decay, True, "optimizer.no_decay"), frozen)[0]
 
-    def unfrozen(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-        """`inner` for what is free; zero for what is frozen, which `inner` never sees."""
-        later = {
-            step: optax.set_to_zero()
-            if step == FOR_EVER
-            else optax.conditionally_mask(inner, partial(operator.le, step))
-            for step in set(jax.tree.leaves(until)) - {0}
-        }
-        return optax.partition({0: inner, **later}, until)
+    def of_trained(patterns: tuple[tuple[str, Any], ...], default: Any, field: str) -> Tree:
+        return partition(match_patterns(params, tuple(patterns), default, field), frozen)[0]
 
+    until = of_trained(config.freeze, 0, "freeze")
+    multipliers = of_trained(o.lr_multipliers, 1.0, "optimizer.lr_multipliers")
+    decayed = of_trained(tuple((pattern, False) for pattern in o.no_decay), True, "optimizer.no_decay")
+
+    unfrozen = partial(apply_unfrozen, until)
     decay = optax.add_decayed_weights(o.weight_decay, mask=decayed)
     adam = unfrozen(optax.scale_by_adam(o.b1, o.b2, o.eps))
     direction = {
@@ -102,11 +120,26 @@ def build_optimizer(config, params: Any, steps: int) -> optax.GradientTransforma
         "adamw": lambda: optax.chain(adam, decay),
         "lamb": lambda: optax.chain(adam, decay, optax.scale_by_trust_ratio()),
     }[o.name]()
+    multiply = lambda updates, _: jax.tree.map(lambda u, factor: u * jnp.float32(factor), updates, multipliers)
     return optax.chain(
         unfrozen(optax.identity()),
         optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
         direction,
-        optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: u * jnp.float32(factor), updates, factors)),
+        optax.stateless(multiply),
         optax.scale_by_learning_rate(schedule(o, steps)),
         unfrozen(optax.identity()),
     )
+
+
+def apply_unfrozen(until: Tree, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` for parameters once they are trained; zero updates, which `inner` never sees, while they are frozen.
+
+    Args:
+        until: the step from which each parameter is trained; 0 for always, `FOREVER` for never.
+        inner: the transformation.
+    """
+    transforms = {
+        step: optax.set_to_zero() if step == FOREVER else optax.conditionally_mask(inner, partial(operator.le, step))
+        for step in set(jax.tree.leaves(until)) - {0}
+    }
+    return optax.partition({0: inner, **transforms}, until)

@@ -1,35 +1,42 @@
-"""Everything that a run needs before its first step: data, model, state, teacher, evaluation."""
+"""Builds all parts of a run before its first step: data, model, state, teacher, step, evaluation."""
 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from ml_collections import ConfigDict
+from orbax.checkpoint import CheckpointManager
 
 from zslflax import checkpoint, distributed
 from zslflax.config import profiled_steps
 from zslflax.data.features import TextFeatures
+from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
+from zslflax.data.text import Tokenizer
 from zslflax.errors import UserError
-from zslflax.evaluation.test_sets import open_sets
+from zslflax.evaluation.test_sets import open_test_sets
 from zslflax.inference.export import TEXT_FOLDER, save_text_encoder
-from zslflax.inference.predictor import Predictor, build_model
+from zslflax.inference.predictor import Predictor
+from zslflax.inference.restore import build_model
 from zslflax.losses.contrastive import init_params
-from zslflax.models.import_weights.load import load_image, load_text
+from zslflax.models.import_weights.load import load_image_tower, load_text_tower
 from zslflax.models.import_weights.locate import locate
-from zslflax.models.partition import partition
+from zslflax.models.partition import Tree, partition
+from zslflax.models.two_tower import TwoTower
 from zslflax.training.evaluate import evaluate_state
 from zslflax.training.input import cached_text_features, device_batches
 from zslflax.training.metrics import Profile, Reporter
 from zslflax.training.optimizer import build_optimizer, frozen_towers
 from zslflax.training.step import TrainStep
-from zslflax.training.train_state import TrainState, Tree, create_train_state, towers
+from zslflax.training.train_state import TrainState, create_train_state, towers
 from zslflax.training.workdir import write_config
 
 log = logging.getLogger("zslflax")
@@ -43,88 +50,113 @@ class Run:
         config: the whole config.
         state: the state to start from: new, or of the newest checkpoint.
         first_step: the step of that state.
-        recent_metrics: metrics of the steps since the last report, oldest first.
+        recent_metrics: metrics of the steps since the last report, oldest first; the loop adds to them.
         train_step: (state, batch) → (state, metrics).
         batches: yields (batch on the devices, errors of unreadable samples).
         evaluate: state → metrics of the test sets.
-        checkpoints: Orbax's manager.
-        reporter: writes metrics and progress. profile: traces some steps.
+        checkpoints: the workdir's manager.
+        reporter: writes metrics and shows progress.
+        profile: writes a trace of some steps.
     """
 
-    config: Any
+    config: ConfigDict
     state: TrainState
     first_step: int
-    recent_metrics: list[dict]
+    recent_metrics: list[dict[str, Any]]
     train_step: TrainStep
-    batches: Iterator[tuple[dict, tuple]]
+    batches: Iterator[tuple[dict[str, jax.Array], Any]]
     evaluate: Callable[[TrainState], dict[str, float]]
-    checkpoints: Any
+    checkpoints: CheckpointManager
     reporter: Reporter
     profile: Profile
 
 
 def set_up(
-    config,
+    config: ConfigDict,
     workdir: Path,
-    checkpoints,
+    checkpoints: CheckpointManager,
     changed: bool = False,
     *,
     text_features: TextFeatures | None = None,
-    extra_metrics: Callable | None = None,
+    extra_metrics: Callable[[dict[str, Predictor]], dict[str, float]] | None = None,
 ) -> Run:
-    """Builds a run. Parameters come, in this order, from:
+    """Builds a run. Its arguments are those of `zslflax.training.loop.train`, and the workdir's checkpoint manager.
 
-        1. the newest checkpoint of `workdir` that is whole;
-        2. the pretrained towers that the config names, and for the rest at random from `config.seed`.
-
-    Args: as `zslflax.training.loop.train`; `checkpoints` is the workdir's manager.
+    Errors that a user can fix are found here, before any training.
     """
     model, tokenizer = build_model(config)
-    teacher_model, fixed_teacher = load_fixed_teacher(config, tokenizer)
-    sources = exclude_samples(
-        [open_source(spec, config.data, "train") for spec in config.data.train], config.data.exclude
-    )
-    distributed.check_same_on_hosts("the number of training samples", list(map(len, sources)))
-    test_sets = open_sets(config)
+    teacher_model, fixed_teacher = load_fixed_teacher(config, model, tokenizer)
+    sources = open_train_sources(config)
+    test_sets = open_test_sets(config)
 
-    resuming, recent_metrics = checkpoints.latest_step() is not None, []
-    state, tx = create_state(config, model, pretrained=not resuming)
-    if resuming:
-        state = checkpoint.restore_newest(checkpoints, state)
-        recent_metrics = checkpoint.recent_metrics(workdir, int(state.step))
-        log.info("resuming from step %d in %s", state.step, workdir)
-    first = int(state.step)
-    if first > config.steps:
-        raise UserError(f"config: steps is {config.steps}, but {workdir} is at step {first} already")
-    if distributed.is_main() and (changed or not resuming):
+    state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints)
+    first_step = int(state.step)
+    if distributed.is_main() and (changed or first_step == 0):
         save_text_encoder(config, tokenizer, workdir / TEXT_FOLDER)
     write_config(config, workdir)
     log_setup(config, state, sources)
 
     fixed_teacher = distributed.replicate(without_shared_towers(fixed_teacher, state.frozen_params))
-    text_features = text_features or cached_text_features(config, model, state)
+    if text_features is None:
+        text_features = cached_text_features(config, model, state)
+    frozen_text_features = text_features if "text" in state.frozen_params else None
     predictor = Predictor(config, model, None, tokenizer, text_features=text_features)
     main = distributed.is_main()
     return Run(
         config=config,
         state=state,
-        first_step=first,
+        first_step=first_step,
         recent_metrics=recent_metrics,
-        train_step=TrainStep(fixed_teacher, model=model, teacher_model=teacher_model or model, tx=tx, config=config),
-        batches=device_batches(
-            config, sources, tokenizer, first, text_features if "text" in state.frozen_params else None
-        ),
+        train_step=TrainStep(fixed_teacher, model=model, teacher_model=teacher_model, tx=tx, config=config),
+        batches=device_batches(config, sources, tokenizer, first_step, frozen_text_features),
         evaluate=functools.partial(evaluate_state, predictor, test_sets, workdir, extra_metrics),
         checkpoints=checkpoints,
-        reporter=Reporter(workdir, first - len(recent_metrics), config.steps, main),
+        reporter=Reporter(workdir, first_step - len(recent_metrics), config.steps, main),
         profile=Profile(profiled_steps(config) if main else None, workdir / "profile"),
     )
 
 
-def create_state(config, model, *, pretrained: bool) -> tuple[TrainState, Any]:
+def open_train_sources(config: ConfigDict) -> list[Source]:
+    """Opens the training sources, without the samples that the config excludes."""
+    sources = [open_source(spec, config.data, "train") for spec in config.data.train]
+    sources = exclude_samples(sources, config.data.exclude)
+    distributed.check_same_on_hosts("the number of training samples", list(map(len, sources)))
+    return sources
+
+
+def create_or_restore_state(
+    config: ConfigDict, model: TwoTower, workdir: Path, checkpoints: CheckpointManager
+) -> tuple[TrainState, optax.GradientTransformation, list[dict[str, Any]]]:
+    """The state to start from. Its parameters come, in this order, from:
+
+        1. the newest checkpoint of `workdir` that is complete;
+        2. the pretrained towers that the config names, and for the rest at random from `config.seed`.
+
+    Returns:
+        The state, the optimiser, and the metrics of the steps since the last report.
+
+    Raises:
+        UserError: no checkpoint can be restored, or the newest one is beyond `config.steps`.
+    """
+    if checkpoints.latest_step() is None:
+        return *create_state(config, model, pretrained=True), []
+    state, tx = create_state(config, model, pretrained=False)
+    state = checkpoint.restore_newest(checkpoints, state)
+    step = int(state.step)
+    log.info("resuming from step %d in %s", step, workdir)
+    if step > config.steps:
+        raise UserError(f"config: steps is {config.steps}, but {workdir} is at step {step} already")
+    return state, tx, checkpoint.recent_metrics(workdir, step)
+
+
+def create_state(
+    config: ConfigDict, model: TwoTower, *, pretrained: bool
+) -> tuple[TrainState, optax.GradientTransformation]:
     """The state before the first step, replicated over this host's devices, and the optimiser.
 
     Args:
+        config: the whole config.
+        model: the student's.
         pretrained: whether to import the pretrained towers that the config names.
     """
     size, tokens = config.model.image.size, config.model.text.max_tokens
@@ -132,7 +164,7 @@ def create_state(config, model, *, pretrained: bool) -> tuple[TrainState, Any]:
     key, objective_params = jax.random.key(config.seed), init_params(config.objective)
     shapes = {**jax.eval_shape(model.init, key, *example)["params"], "objective": objective_params}
     tx = build_optimizer(config, shapes, config.steps)  # checks the patterns before any parameter is made
-    variables = jax.jit(model.init)(key, *example)
+    variables: Any = jax.jit(model.init)(key, *example)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     if pretrained:
         variables = import_towers(config, variables)
@@ -142,26 +174,32 @@ def create_state(config, model, *, pretrained: bool) -> tuple[TrainState, Any]:
     return distributed.replicate(state), tx  # placed as the step returns it, or it would be compiled twice
 
 
-def import_towers(config, variables: Tree) -> Tree:
+def import_towers(config: ConfigDict, variables: Tree) -> Tree:
     """Replaces the random towers by the pretrained ones that the config names."""
     image, text = config.model.image, config.model.text
     params, batch_stats = dict(variables["params"]), dict(variables["batch_stats"])
     if image.pretrained:
         tower = {"params": params["image"]["tower"], "batch_stats": batch_stats.get("image", {}).get("tower", {})}
-        tower = load_image(locate(image.pretrained), image.name, tower, image.size)
+        tower = load_image_tower(locate(image.pretrained), image.name, tower, image.size)
         params["image"] = {**params["image"], "tower": tower["params"]}
         if batch_stats:
             batch_stats["image"] = {"tower": tower["batch_stats"]}
     if text.pretrained:
-        tower = load_text(locate(text.pretrained), {"params": params["text"]["tower"]})
+        tower = load_text_tower(locate(text.pretrained), {"params": params["text"]["tower"]})
         params["text"] = {**params["text"], "tower": tower["params"]}
     return {"params": params, "batch_stats": batch_stats}
 
 
-def load_fixed_teacher(config, tokenizer) -> tuple[Any, Tree]:
-    """The model and the variables of the teacher of teacher.kind "checkpoint"; (None, {}) for other kinds."""
+def load_fixed_teacher(config: ConfigDict, model: TwoTower, tokenizer: Tokenizer) -> tuple[TwoTower, Tree]:
+    """The teacher's model and, for teacher.kind "checkpoint", its variables on the host.
+
+    For other kinds these are the student's model and {}.
+
+    Raises:
+        UserError: the teacher takes other tokens or images than the student.
+    """
     if config.teacher.kind != "checkpoint":
-        return None, {}
+        return model, {}
     teacher = Predictor.restore(config.teacher.workdir)
     if teacher.tokenizer.identity != tokenizer.identity:
         raise UserError(
@@ -190,12 +228,11 @@ def without_shared_towers(fixed_teacher: Tree, frozen_params: Tree) -> Tree:
 
 def trees_equal(a: Tree, b: Tree) -> bool:
     """Whether two trees have the same structure and equal arrays."""
-    if jax.tree.structure(a) != jax.tree.structure(b):
-        return False
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
+    return structures[0] == structures[1] and all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def log_setup(config, state: TrainState, sources) -> None:
+def log_setup(config: ConfigDict, state: TrainState, sources: Sequence[Source]) -> None:
     """Logs what is trained, and on what."""
     frozen = state.frozen_params
     tower = lambda m: (frozen.get(m) or state.params[m])["tower"]

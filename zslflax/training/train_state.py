@@ -1,14 +1,11 @@
 """The train state: all that a run carries from step to step, with the teacher's moving average."""
 
-from typing import Any
-
 import flax
 import jax
 import jax.numpy as jnp
+import optax
 
-from zslflax.models.partition import combine, partition
-
-Tree = Any  # a nested dict of arrays
+from zslflax.models.partition import MODALITIES, Tree, combine, partition
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -24,8 +21,8 @@ class TrainState(flax.struct.PyTreeNode):
         teacher_params: moving average of `params` without "objective"; {} unless teacher.kind is "ema".
         teacher_batch_stats: moving average of `batch_stats`.
         nonfinite_steps: int32 scalar, the number of steps that were skipped because they were not finite.
-        failed_step: int32 scalar, the non-finite step that was one too many, -1 if there is none. From then on the state
-            stays as it was before that step.
+        failed_step: int32 scalar, the first non-finite step that was not skipped, or -1. From then on the state stays
+            as it was before that step.
     """
 
     step: jax.Array
@@ -39,14 +36,16 @@ class TrainState(flax.struct.PyTreeNode):
     failed_step: jax.Array
 
 
-def create_train_state(variables: Tree, tx, *, ema: bool, frozen: tuple[str, ...]) -> TrainState:
-    """The state before the first step. The teacher starts as a copy of the student.
+def create_train_state(
+    variables: Tree, tx: optax.GradientTransformation, *, ema: bool, frozen: tuple[str, ...]
+) -> TrainState:
+    """The state before the first step. The EMA teacher starts as a copy of the student.
 
     Args:
         variables: {"params", "batch_stats"} of the model, with "objective" among the parameters.
         tx: the optimiser, from `build_optimizer`.
         ema: whether there is an EMA teacher.
-        frozen: the modalities whose tower is never trained; they have neither optimiser state nor average.
+        frozen: the modalities whose tower is never trained; it has neither optimiser state nor average.
     """
     params, frozen_params = partition(variables["params"], frozen)
     batch_stats = variables["batch_stats"]
@@ -65,8 +64,8 @@ def create_train_state(variables: Tree, tx, *, ema: bool, frozen: tuple[str, ...
 
 
 def towers(params: Tree) -> Tree:
-    """The parameters of the two towers and projections, without the objective's."""
-    return {modality: params[modality] for modality in ("image", "text")}
+    """The parameters of towers and projections, without the objective's."""
+    return {modality: params[modality] for modality in MODALITIES}
 
 
 def student_variables(state: TrainState) -> Tree:
@@ -75,7 +74,7 @@ def student_variables(state: TrainState) -> Tree:
 
 
 def teacher_variables(state: TrainState, fixed_teacher: Tree | None = None, batch_norm: str = "ema") -> Tree:
-    """The teacher's variables, {"params", "batch_stats"}: of the EMA, or of a fixed teacher from a checkpoint.
+    """The model's variables as the teacher, {"params", "batch_stats"}: the EMA, or a fixed teacher from a checkpoint.
 
     Args:
         state: the train state.
@@ -95,6 +94,12 @@ def update_ema(average: Tree, student: Tree, decay: float, updates: jax.Array) -
     """average ← d · average + (1 − d) · student, with d = min(decay, (1 + k) / (10 + k)) at the k-th update, from 1.
 
     The warm-up lets the average forget its random start, as TensorFlow's ExponentialMovingAverage does.
+
+    Args:
+        average: the teacher's arrays.
+        student: the student's, of the same structure.
+        decay: the largest d.
+        updates: k, an int32 scalar.
 
     >>> average = update_ema(jnp.float32(0.0), jnp.float32(1.0), decay=0.999, updates=jnp.int32(1))
     >>> round(float(average), 4)  # 1 − 2 / 11

@@ -1,22 +1,23 @@
-"""Labelled images in the formats in which their datasets come, and what is wrong with them."""
+"""Labelled images in the formats of their datasets, and the errors for faulty data."""
 
 import csv
 import io
 import logging
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.testing.shards import write_tar
 from zslflax.config import default_config
 from zslflax.data import images, pipeline
 from zslflax.data.images import BadSample
 from zslflax.data.sources.labelled import READERS, LabelledImages
 from zslflax.data.sources.opening import open_source
-from zslflax.evaluation.label_space import LabelSpace
+from zslflax.evaluation.label_space import read_label_space
 from zslflax.evaluation.metrics import zero_shot_metrics
+from zslflax.evaluation.results import flat_names
 
 DATA = default_config().data
 
@@ -33,8 +34,8 @@ def write(path, data: bytes | str):
     return path
 
 
-def contents(source) -> dict:
-    """What a source says of each image: labels as ids where it has them."""
+def read_labels(source) -> dict:
+    """The labels of each image, as ids if the source has ids, by (file name, grey value)."""
     records = [source[i] for i in range(len(source))]
     assert all(record["text"] == () for record in records)
     ids = source.classes or range(1000)
@@ -46,35 +47,38 @@ def contents(source) -> dict:
     }
 
 
-def test_folders_by_class(tmp_path):
+def test_subfolders_are_classes(tmp_path):
     for value, path in enumerate(["n02/x.JPEG", "n01/a.jpg", "n01/deep/b.png", "n10/c.webp"]):
         write(tmp_path / path, jpeg(50 * value))
     for path in ("n02/notes.txt", ".hidden/d.jpg", "readme.md"):
         write(tmp_path / path, b"")
     source = open_source(f"folder:{tmp_path}", DATA, "test")
     assert source.classes == ["n01", "n02", "n10"] and len(source) == 4
-    assert contents(source) == {("a.jpg", 50): {"n01"}, ("b.png", 100): {"n01"}, ("x.JPEG", 0): {"n02"}} | {
+    assert read_labels(source) == {("a.jpg", 50): {"n01"}, ("b.png", 100): {"n01"}, ("x.JPEG", 0): {"n02"}} | {
         ("c.webp", 150): {"n10"}
     }
     batch = next(pipeline.eval_batches(pickle.loads(pickle.dumps(source)), batch_size=4, image_size=8, resize=8))
     assert batch["label"] == [(0,), (0,), (1,), (2,)] and batch["valid"].all()
 
 
-def test_class_numbers_are_in_the_order_of_numbers(tmp_path):
+def test_numeric_class_ids_are_in_numerical_order(tmp_path):
     for name in ("0", "10", "2"):
         write(tmp_path / name / "a.jpg", jpeg(0))
     assert READERS["folder"](str(tmp_path)).classes == ["0", "2", "10"]
 
 
-def test_folders_without_images(tmp_path, caplog):
+def test_folders_without_images_or_classes(tmp_path, caplog):
     (tmp_path / "n01").mkdir()
     with pytest.raises(ValueError, match="none of the 1 subfolders .* has an image"):
         READERS["folder"](str(tmp_path))
     write(tmp_path / "n02" / "a.jpg", jpeg(0))
     with caplog.at_level(logging.WARNING):
-        assert READERS["folder"](str(tmp_path)).classes == ["n01", "n02"]  # a candidate, if never the truth
+        assert READERS["folder"](str(tmp_path)).classes == [
+            "n01",
+            "n02",
+        ]  # a class without images is a candidate nonetheless
     assert "1 classes of" in caplog.text and "(n01)" in caplog.text
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         READERS["folder"](str(tmp_path / "none"))
     with pytest.raises(ValueError, match="named by class in .*, found neither"):
         READERS["folder"](str(tmp_path / "n02"))
@@ -83,19 +87,10 @@ def test_folders_without_images(tmp_path, caplog):
         READERS["folder"](str(tmp_path))
 
 
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def test_tars_by_class(tmp_path):
-    write_tar(tmp_path / "n02.tar", {f"n02_{i}.JPEG": jpeg(10 * i) for i in range(3)})
-    write_tar(tmp_path / "n01.tar", {})  # the classes' order is that of their ids, images or not
-    write_tar(tmp_path / "n03.tar", {"n03_7.JPEG": jpeg(200)})
+def test_tars_are_classes(tmp_path):
+    write_tar(tmp_path / "n02.tar", [(f"n02_{i}.JPEG", jpeg(10 * i)) for i in range(3)])
+    write_tar(tmp_path / "n01.tar", [])  # a class counts even without images
+    write_tar(tmp_path / "n03.tar", [("n03_7.JPEG", jpeg(200))])
     source = open_source(f"folder:{tmp_path}", DATA, "test")
     assert source.classes == ["n01", "n02", "n03"]
     assert [source[i]["label"] for i in range(len(source))] == [(1,), (1,), (1,), (2,)]
@@ -105,9 +100,9 @@ def test_tars_by_class(tmp_path):
     assert again[3] == source[3]
 
 
-def test_a_tar_that_cannot_be_read_moves_no_other_class(tmp_path):
+def test_an_unreadable_tar_does_not_change_the_labels_of_other_classes(tmp_path):
     for i in range(20):
-        write_tar(tmp_path / f"n{i:02}.tar", {f"n{i:02}_0.JPEG": jpeg(10 * i)})
+        write_tar(tmp_path / f"n{i:02}.tar", [(f"n{i:02}_0.JPEG", jpeg(10 * i))])
     (tmp_path / "n05.tar").write_bytes(b"<html>not found</html>" * 100)
     source = open_source(f"folder:{tmp_path}", DATA, "test")
     assert len(source.classes) == 20
@@ -120,20 +115,20 @@ def test_csv_of_paths_and_labels(tmp_path):
     text = "split,path,labels\ntest,a.jpg,n2 n1\ntest,in/b.jpg,\ntest,c.jpg, n1 n1\ntest,c.jpg,n3\n"
     source = open_source(f"csv:{write(tmp_path / 'x.csv', text)}", DATA, "test")
     assert source.classes == ["n1", "n2", "n3"] and source.excluded == {"missing_images": 0}
-    assert contents(source) == {
+    assert read_labels(source) == {
         ("a.jpg", 0): {"n1", "n2"},
         ("b.jpg", 50): set(),
         ("c.jpg", 100): {"n1", "n3"},
     }
-    # One ";" anywhere and blanks belong to the ids.
+    # With any ";" in the column, ids may contain blanks.
     text = "path,labels\r\na.jpg,hot dog; owl\r\nd.jpg,hot dog\r\n"
     source = READERS["csv"](str(write(tmp_path / "y.csv", text)))
-    assert contents(source) == {("a.jpg", 0): {"hot dog", "owl"}, ("d.jpg", 150): {"hot dog"}}
+    assert read_labels(source) == {("a.jpg", 0): {"hot dog", "owl"}, ("d.jpg", 150): {"hot dog"}}
     source = READERS["csv"](str(write(tmp_path / "z.csv", "path,labels\na.jpg,10\nd.jpg,9\n")))
     assert source.classes == ["9", "10"]
 
 
-def test_csv_with_faults(tmp_path, caplog):
+def test_faulty_csv(tmp_path, caplog):
     write(tmp_path / "a.jpg", jpeg(0))
 
     def read(text):
@@ -180,10 +175,10 @@ def open_images(folder, rows=OPEN_IMAGES):
     return f"open_images:{folder / 'images'},{folder / 'labels.csv'}"
 
 
-def test_open_images_tells_labels_from_negatives(tmp_path, caplog):
+def test_open_images_distinguishes_labels_and_negatives(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         source = open_source(open_images(tmp_path), DATA, "test")
-    assert contents(source) == {
+    assert read_labels(source) == {
         ("0001eeaf4aed83f9.jpg", 0): {"/m/0cmf2"},
         ("000595fe6fee6369.jpg", 50): {"/m/015p6"},
         ("00075905539074f2.jpg", 100): set(),
@@ -194,7 +189,7 @@ def test_open_images_tells_labels_from_negatives(tmp_path, caplog):
     assert "1 labels of" in caplog.text and "count as neither" in caplog.text
 
 
-def test_open_images_with_faults(tmp_path):
+def test_faulty_open_images(tmp_path):
     def read(*rows):
         return open_source(open_images(tmp_path, [*OPEN_IMAGES[:1], *rows]), DATA, "test")
 
@@ -211,7 +206,7 @@ def test_open_images_with_faults(tmp_path):
         open_source(spec, DATA, "test")
     with pytest.raises(FileNotFoundError, match="there is no file .*none.csv; expected open_images:FOLDER"):
         open_source(f"open_images:{tmp_path},none.csv", DATA, "test")
-    with pytest.raises(FileNotFoundError, match="none is no folder; expected open_images:FOLDER"):
+    with pytest.raises(FileNotFoundError, match="none is not a folder; expected open_images:FOLDER"):
         open_source("open_images:none,none.csv", DATA, "test")
     with pytest.raises(ValueError, match="expected open_images:FOLDER,LABELS.csv, found"):
         open_source(f"open_images:{tmp_path}", DATA, "test")
@@ -245,32 +240,32 @@ def test_ml_images(tmp_path):
         READERS["ml_images"](f"{tmp_path / 'images'},{file}")
 
 
-def test_labels_alone_train_nothing(tmp_path):
+def test_labelled_images_are_refused_for_training(tmp_path):
     for reader in READERS:
         with pytest.raises(ValueError, match="has labels and no captions, which training needs"):
             open_source(f"{reader}:{tmp_path}", DATA, "train")
 
 
-def test_a_file_that_vanishes_is_a_bad_sample(tmp_path):
+def test_a_file_that_vanishes_raises_bad_sample(tmp_path):
     source = LabelledImages([tmp_path / "gone.jpg"], [(0,)], ["cat"])
     with pytest.raises(BadSample, match="its file cannot be read: No such file") as caught:
         source[0]
     assert caught.value.name == str(tmp_path / "gone.jpg")
 
 
-def test_open_images_from_its_files_to_figures(tmp_path):
+def test_open_images_from_files_to_metrics(tmp_path):
     source = open_source(open_images(tmp_path), DATA, "test")
     descriptions = "/m/zz,Never seen\n/m/04rky,Mammal\n/m/0cmf2,Airplane\n/m/015p6,Bird\n"
     file = write(tmp_path / "class-descriptions.csv", descriptions)
-    space = LabelSpace.read(classes=str(file), own=source.classes)
+    space = read_label_space(classes=str(file), source_classes=source.classes)
     labels, outside = space.relabel(source.labels, source.classes)
     negatives, _ = space.relabel(source.negatives, source.classes)
-    assert [[space.names[c] for c in of_image] for of_image in labels] == [["Airplane"], ["Bird"], []]
+    assert [[space.class_names[c] for c in of_image] for of_image in labels] == [["Airplane"], ["Bird"], []]
     assert negatives == [(3,), (), (1,)] and outside == 0
     class_emb = np.eye(4, dtype=np.float32)
     image_emb = np.array([[0, 0, 1, 2], [0, 0, 0, 1], [9, 9, 9, 9]], np.float32)
-    found = zero_shot_metrics(image_emb, class_emb, labels, negatives=negatives, ks=(1, 2))
+    found = flat_names(zero_shot_metrics(image_emb, class_emb, labels, negatives=negatives, ks=(1, 2)))
     assert found["hit@1"] == 0.5 and found["hit@2"] == 1.0
     assert (found["labelled"], found["unlabelled"]) == (2, 1)
-    # Of birds alone, where the first image is none and scores 2, and the second is one and scores 1.
+    # Only the class bird counts: the first image is not a bird and scores 2, the second is one and scores 1.
     assert found["mAP"] == 0.5

@@ -1,6 +1,7 @@
-"""The built-in source: what its shards hold, read back with tarfile and by the project's own reader."""
+"""The built-in source: the contents of its shards, read with tarfile and with the project's own reader."""
 
 import collections
+import dataclasses
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ import pytest
 
 from zslflax.data.images import decode
 from zslflax.data.sources import shapes
+from zslflax.data.sources.shapes_drawing import PlacedShape, coverage
 from zslflax.data.sources.webdataset import WebDataset
 
 TRAIN, TEST, NOISE = 3_000, 600, 0.25
@@ -28,10 +30,10 @@ def words(text):
     return re.findall(r"[a-z]+", text.lower())
 
 
-def read(folder, split):
-    """Samples by key, in order, without the project's own reader."""
+def read_samples(shards, split):
+    """The files of each sample by extension, by key in order, read without the project's own reader."""
     samples = collections.defaultdict(dict)
-    for path in sorted(folder.path.glob(f"{split}-*.tar")):
+    for path in sorted(shards.path.glob(f"{split}-*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
@@ -41,27 +43,27 @@ def read(folder, split):
     return dict(samples)
 
 
-def digests(path):
+def file_hashes(path):
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(path.iterdir())}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return shapes.ensure(tmp_path_factory.mktemp("shapes"), train=TRAIN, test=TEST, noise=NOISE)
+def shards(tmp_path_factory):
+    return shapes.ensure_shards(tmp_path_factory.mktemp("shapes"), train=TRAIN, test=TEST, noise=NOISE)
 
 
 @pytest.fixture(scope="module")
-def train(folder):
-    return read(folder, "train")
+def train(shards):
+    return read_samples(shards, "train")
 
 
 @pytest.fixture(scope="module")
-def test(folder):
-    return read(folder, "test")
+def test(shards):
+    return read_samples(shards, "test")
 
 
 def says_no_more_than(caption, objects):
-    """Whether every colour, shape and pair that a caption names belongs to the objects."""
+    """Whether every colour, shape and class in a caption belongs to the objects, given by their class names."""
     shown = {tuple(name.split()) for name in objects}
     named = words(caption)
     pairs = re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b", caption)
@@ -75,31 +77,31 @@ def says_no_more_than(caption, objects):
     )
 
 
-def test_names_pair_every_colour_with_every_shape():
-    assert shapes.NAMES == [f"{c} {s}" for c in COLOURS for s in SHAPES]
+def test_class_names_combine_every_colour_with_every_shape():
+    assert shapes.CLASS_NAMES == [f"{c} {s}" for c in COLOURS for s in SHAPES]
     assert len(COLOURS) >= 10 and len(SHAPES) >= 12
-    assert len(shapes.SYNONYMS) == len(shapes.NAMES) == len(set(shapes.SYNONYMS))
+    assert len(shapes.SYNONYMS) == len(shapes.CLASS_NAMES) == len(set(shapes.SYNONYMS))
     assert all("{}" in template for template in shapes.TEMPLATES)
 
 
-def test_a_fifth_of_the_pairs_is_unseen_and_every_word_has_seen_partners():
-    assert len(set(shapes.UNSEEN)) == len(shapes.UNSEEN) == len(shapes.NAMES) // 5
-    unseen = [shapes.NAMES[i].split() for i in shapes.UNSEEN]
+def test_a_fifth_of_the_classes_is_unseen_spread_over_all_colours_and_shapes():
+    assert len(set(shapes.UNSEEN)) == len(shapes.UNSEEN) == len(shapes.CLASS_NAMES) // 5
+    unseen = [shapes.CLASS_NAMES[i].split() for i in shapes.UNSEEN]
     assert set(collections.Counter(c for c, _ in unseen).values()) <= {2, 3}
     assert set(collections.Counter(s for _, s in unseen).values()) == {2}
 
 
-def test_training_shows_and_tells_only_seen_pairs(train):
+def test_training_images_and_captions_have_only_seen_classes(train):
     objects = {name for sample in train.values() for name in sample["json"]["objects"]}
-    assert objects == {name for i, name in enumerate(shapes.NAMES) if i not in shapes.UNSEEN}
-    unseen = [shapes.NAMES[i].split() for i in shapes.UNSEEN]
+    assert objects == {name for i, name in enumerate(shapes.CLASS_NAMES) if i not in shapes.UNSEEN}
+    unseen = [shapes.CLASS_NAMES[i].split() for i in shapes.UNSEEN]
     forbidden = "|".join(rf"\b{c} {s}\b|\b{s} (?:that is|in) {c}\b" for c, s in unseen)
     captions = [sample["txt"].decode() for sample in train.values()]
     assert not [c for c in captions if re.search(forbidden, c)]
     assert set(COLOURS) | set(SHAPES) <= {w for c in captions for w in words(c)}
 
 
-def test_captions_agree_with_what_is_shown(train, test):
+def test_captions_agree_with_their_images(train, test):
     for sample in train.values():
         about = sample["json"]
         assert sample["txt"].decode() == about["caption"]
@@ -121,7 +123,7 @@ def test_captions_vary(train):
     assert not [c for c in captions if re.search(r"\ba [aeiou]|\ban [^aeiou]", c)]
 
 
-def test_noise_is_the_share_of_captions_of_other_training_images(train):
+def test_noise_is_the_share_of_captions_from_other_training_images(train):
     own = {sample["json"]["true_caption"] for sample in train.values()}
     mismatched = [sample["json"] for sample in train.values() if sample["json"]["mismatched"]]
     assert len(mismatched) == round(NOISE * TRAIN)
@@ -130,127 +132,126 @@ def test_noise_is_the_share_of_captions_of_other_training_images(train):
     assert wrong > 0.75 * len(mismatched)  # a few fit by chance
 
 
-def test_noise_changes_captions_alone(folder, train, tmp_path):
-    clean = read(shapes.ensure(tmp_path, train=20, test=1), "train")
+def test_noise_changes_only_captions(train, tmp_path):
+    clean = read_samples(shapes.ensure_shards(tmp_path, train=20, test=1), "train")
     for key, sample in clean.items():
         assert sample["jpg"] == train[key]["jpg"]
         assert sample["json"]["true_caption"] == train[key]["json"]["true_caption"]
         assert not sample["json"]["mismatched"]
 
 
-def test_test_images_carry_all_labels_and_cover_every_name(test):
+def test_test_samples_have_all_labels_and_cover_every_class(test):
     labels = [[int(i) for i in sample["cls"].decode().split()] for sample in test.values()]
-    assert [[shapes.NAMES[i] for i in ids] for ids in labels] == [s["json"]["objects"] for s in test.values()]
+    assert [[shapes.CLASS_NAMES[i] for i in ids] for ids in labels] == [s["json"]["objects"] for s in test.values()]
     assert {len(ids) for ids in labels} == {1, 2, 3} and all(len(set(ids)) == len(ids) for ids in labels)
-    assert {i for ids in labels for i in ids} == set(range(len(shapes.NAMES)))
+    assert {i for ids in labels for i in ids} == set(range(len(shapes.CLASS_NAMES)))
 
 
-def test_the_reader_of_shards_reads_them(folder, train, test):
-    source = WebDataset(folder.train, require_captions=True)
+def test_webdataset_reads_the_shards(shards, train, test):
+    source = WebDataset(shards.train, require_captions=True)
     assert len(source) == TRAIN
     record = source[TRAIN - 1]
     sample = train[record["name"].rpartition(":")[2]]
     assert record["text"] == (sample["txt"].decode(),) and record["image"] == sample["jpg"]
-    assert record["label"] == ()  # training has captions, no labels
-    source = WebDataset(folder.test)
+    assert record["label"] == ()  # training samples have captions and no labels
+    source = WebDataset(shards.test)
     assert [source[i]["label"] for i in range(TEST)] == [
         tuple(int(i) for i in s["cls"].decode().split()) for s in test.values()
     ]
     assert decode(source[0]["image"]).shape == (32, 32, 3)
 
 
-def test_synonyms_use_words_that_captions_never_use(train, test):
+def test_synonyms_use_no_words_of_captions(train, test):
     known = {w for s in [*train.values(), *test.values()] for w in words(s["txt"].decode())}
-    known |= {w for n in shapes.NAMES for w in words(n)}
+    known |= {w for n in shapes.CLASS_NAMES for w in words(n)}
     assert not known & {w for n in shapes.SYNONYMS for w in words(n)}
 
 
-def test_objects_are_visible_apart_and_of_their_colour(test):
+def test_shapes_are_visible_apart_and_of_their_colour(test):
     for i, sample in enumerate(list(test.values())[:200]):
-        objects = shapes.describe(0, "test", i).objects
-        assert [shapes.NAMES[o.name] for o in objects] == sample["json"]["objects"]
-        picture = decode(sample["jpg"]).astype(float)
-        whole = shapes.SIDES[len(objects)]
-        for k, thing in enumerate(objects):
-            assert whole[0] <= thing.side <= whole[1]
-            alpha = shapes.coverage(thing, 32)
-            larger = shapes.coverage(shapes.Placed(thing.name, 0.5, 0.5, thing.side, thing.angle), 32)
-            visible = alpha * np.prod([1 - shapes.coverage(o, 32) for o in objects[k + 1 :]], axis=0)
-            assert visible.sum() > 0.75 * larger.sum()
-            colour = np.median(picture[visible > 0.99], axis=0) if (visible > 0.99).sum() > 8 else None
+        placed = shapes.describe_image(0, "test", i).shapes
+        assert [shapes.CLASS_NAMES[shape.label] for shape in placed] == sample["json"]["objects"]
+        image = decode(sample["jpg"]).astype(float)
+        smallest, largest = shapes.SIDES[len(placed)]
+        for k, shape in enumerate(placed):
+            assert smallest <= shape.side <= largest
+            centred = coverage(dataclasses.replace(shape, x=0.5, y=0.5), 32)
+            visible = coverage(shape, 32) * np.prod([1 - coverage(other, 32) for other in placed[k + 1 :]], axis=0)
+            assert visible.sum() > 0.75 * centred.sum()
+            colour = np.median(image[visible > 0.99], axis=0) if (visible > 0.99).sum() > 8 else None
             if colour is not None:
                 distances = [math.dist(colour, rgb) for rgb in shapes.COLOURS.values()]
-                assert COLOURS[int(np.argmin(distances))] == shapes.NAMES[thing.name].split()[0]
+                assert COLOURS[int(np.argmin(distances))] == shapes.CLASS_NAMES[shape.label].split()[0]
 
 
-def test_shapes_differ_whatever_their_rotation():
-    """At 32 pixels, every pair of shapes differs in a good part of their area at the best of 72 rotations."""
-    pictures = {
-        s: [shapes.coverage(shapes.Placed(i, 0.5, 0.5, 0.4, 2 * math.pi * a / 72), 32) for a in range(72)]
+def test_shapes_differ_at_every_rotation():
+    """At 32 pixels, two shapes differ in a good part of their area at all of 72 rotations."""
+    drawn = {
+        s: [coverage(PlacedShape(i, 0.5, 0.5, 0.4, 2 * math.pi * a / 72), 32) for a in range(72)]
         for i, s in enumerate(SHAPES)
     }
     for a in SHAPES:
         for b in SHAPES[: SHAPES.index(a)]:
-            still, turned = pictures[a][0], np.stack(pictures[b])
-            overlap = np.minimum(still, turned).sum((1, 2)) / np.maximum(still, turned).sum((1, 2))
+            fixed, rotated = drawn[a][0], np.stack(drawn[b])
+            overlap = np.minimum(fixed, rotated).sum((1, 2)) / np.maximum(fixed, rotated).sum((1, 2))
             assert overlap.max() < 0.86, (a, b, overlap.max())
 
 
-def test_the_same_bytes_whatever_the_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(scenes, "SHARD_SIZE", 7)
+def test_the_bytes_do_not_depend_on_the_number_of_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "SHARD_SIZE", 7)
     options = {"train": 40, "test": 10, "size": 32, "noise": 0.5, "seed": 3}
     for threads in (1, 5):
         (tmp_path / str(threads)).mkdir()
         random.seed(threads)
-        shapes.write(tmp_path / str(threads), options, threads)
-    first = digests(tmp_path / "1")
-    assert len(first) == 6 + 2 + 1 and first == digests(tmp_path / "5")
+        shapes.write_shards(tmp_path / str(threads), options, threads)
+    first = file_hashes(tmp_path / "1")
+    assert len(first) == 6 + 2 + 1 and first == file_hashes(tmp_path / "5")
     (tmp_path / "other").mkdir()
-    shapes.write(tmp_path / "other", {**options, "seed": 4}, 1)
-    assert not set(first.values()) & set(digests(tmp_path / "other").values())
+    shapes.write_shards(tmp_path / "other", {**options, "seed": 4}, 1)
+    assert not set(first.values()) & set(file_hashes(tmp_path / "other").values())
 
 
-def test_shards_are_written_once_in_a_folder_per_parameters(tmp_path, monkeypatch):
+def test_shards_are_written_once_in_a_folder_for_each_set_of_options(tmp_path, monkeypatch):
     small = {"train": 5, "test": 3}
-    first = shapes.ensure(tmp_path / "new" / "root", **small)
+    first = shapes.ensure_shards(tmp_path / "new" / "root", **small)
     others = [{**small, "noise": 0.5}, {**small, "seed": 1}, {**small, "size": 40}, {"train": 5, "test": 4}]
-    assert len({first.path, *(shapes.ensure(first.path.parent, **o).path for o in others)}) == 5
-    monkeypatch.setattr(scenes, "write", None)
-    assert shapes.ensure(tmp_path / "new" / "root", **small) == first
+    assert len({first.path, *(shapes.ensure_shards(first.path.parent, **o).path for o in others)}) == 5
+    monkeypatch.setattr(shapes, "write_shards", None)
+    assert shapes.ensure_shards(tmp_path / "new" / "root", **small) == first
 
 
 def test_a_damaged_folder_is_written_again(tmp_path):
-    first = shapes.ensure(tmp_path, train=5, test=3)
-    whole = digests(first.path)
+    first = shapes.ensure_shards(tmp_path, train=5, test=3)
+    whole = file_hashes(first.path)
     (first.path / shapes.MARKER).unlink()
     (first.path / "train-00000.tar").write_bytes(b"half")
-    assert digests(shapes.ensure(tmp_path, train=5, test=3).path) == whole
+    assert file_hashes(shapes.ensure_shards(tmp_path, train=5, test=3).path) == whole
 
 
 WRITER = """
 import sys
-from zslflax.data import scenes
+from zslflax.data.sources import shapes
 shapes.SHARD_SIZE = 50
-print(shapes.ensure(sys.argv[1], train=int(sys.argv[2]), test=50).path)
+print(shapes.ensure_shards(sys.argv[1], train=int(sys.argv[2]), test=50).path)
 """
 
 
-def writer(root, train):
+def start_writer(root, train):
     return subprocess.Popen(
         [sys.executable, "-c", WRITER, str(root), str(train)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
-def test_two_writers_at_once_both_end_well(tmp_path):
-    results = [(w, *w.communicate(timeout=60)) for w in [writer(tmp_path, 300), writer(tmp_path, 300)]]
+def test_two_writers_may_write_at_once(tmp_path):
+    results = [(w, *w.communicate(timeout=60)) for w in [start_writer(tmp_path, 300), start_writer(tmp_path, 300)]]
     assert [w.returncode for w, _, _ in results] == [0, 0], results
     (path,) = {out for _, out, _ in results}
     assert [str(p) for p in tmp_path.iterdir()] == [path.decode().strip()]  # no temporary folder is left
     assert (tmp_path / path.decode().strip() / shapes.MARKER).exists()
 
 
-def test_a_killed_writers_leftovers_are_ignored_and_later_removed(tmp_path, monkeypatch):
-    process = writer(tmp_path, 200_000)
+def test_the_temporary_folder_of_a_killed_writer_is_ignored_and_later_removed(tmp_path, monkeypatch):
+    process = start_writer(tmp_path, 200_000)
     deadline = time.time() + 30
     while not list(tmp_path.glob(".*/train-00001.tar")) and time.time() < deadline:
         time.sleep(0.02)
@@ -259,15 +260,15 @@ def test_a_killed_writers_leftovers_are_ignored_and_later_removed(tmp_path, monk
     (leftover,) = tmp_path.iterdir()
     assert leftover.name.startswith(".") and not (leftover / shapes.MARKER).exists()
     abandoned = tmp_path / f"{leftover.name.rpartition('-')[0]}-0.tmp"
-    assert shapes.ensure(tmp_path, train=5, test=3).path != leftover
-    assert leftover.exists()  # another set of parameters
-    wanted = tmp_path / leftover.name.removeprefix(".").rpartition("-")[0]
-    shapes.remove_stale(wanted)
-    assert leftover.exists()  # its writer might be at work still
+    assert shapes.ensure_shards(tmp_path, train=5, test=3).path != leftover
+    assert leftover.exists()  # of another set of options
+    folder = tmp_path / leftover.name.removeprefix(".").rpartition("-")[0]
+    shapes.remove_stale(folder)
+    assert leftover.exists()  # its writer may still be at work
     abandoned.mkdir()
     for f in [*leftover.iterdir(), leftover]:
         os.utime(f, (0, 0))
-    shapes.remove_stale(wanted)
+    shapes.remove_stale(folder)
     assert not leftover.exists() and abandoned.exists()
 
 
@@ -275,7 +276,7 @@ def test_a_killed_writers_leftovers_are_ignored_and_later_removed(tmp_path, monk
     "wrong",
     [{"train": 0}, {"test": 0}, {"size": 8}, {"noise": 1.5}, {"train": 1, "noise": 0.5}, {"seed": -1}],
 )
-def test_parameters_out_of_range_are_refused(tmp_path, wrong):
-    with pytest.raises(ValueError, match="scenes: "):
-        shapes.ensure(tmp_path, **{"train": 5, "test": 3, **wrong})
+def test_options_out_of_range_are_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match="shapes: "):
+        shapes.ensure_shards(tmp_path, **{"train": 5, "test": 3, **wrong})
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Datasets that tensorflow_datasets wrote, which takes no TensorFlow, are read as raw records."""
+"""Datasets written by tensorflow_datasets, for which it does not need TensorFlow, are read as records."""
 
 import concurrent.futures
 import io
@@ -21,7 +21,7 @@ def jpeg(i: int) -> bytes:
 
 
 def write(folder, features, examples, *, file_format="array_record", config=None, version="1.0.0"):
-    """Writes examples by split with a builder of tfds' own."""
+    """Writes a dataset of the given examples of each split with a tfds builder."""
     import tensorflow_datasets as tfds
 
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -73,7 +73,7 @@ def by_caption(source):
     return {record["text"]: record for record in (source[i] for i in range(len(source)))}
 
 
-def test_nested_captions_and_labels_as_in_coco_captions(tmp_path):
+def test_nested_captions_and_labels_are_found_as_in_coco_captions(tmp_path):
     write(tmp_path, coco, {"train": map(coco_example, range(5)), "test": map(coco_example, range(2))})
     source = TfdsSource("tiny", "train", tmp_path)
     assert len(source) == 5 and len(TfdsSource("tiny", "test", tmp_path)) == 2
@@ -81,7 +81,7 @@ def test_nested_captions_and_labels_as_in_coco_captions(tmp_path):
     records = by_caption(source)
     for i in range(5):
         record = records[tuple(f"é {i} {k}" for k in range(i))]
-        assert record["image"] == jpeg(i)  # the bytes that were written, not decoded and not encoded again
+        assert record["image"] == jpeg(i)  # the very bytes that were written
         assert record["label"] == (i, 8)
         assert all(type(c) is int for c in record["label"]) and all(type(t) is str for t in record["text"])
     assert [source[i]["name"].rpartition(":") for i in (0, 4)] == [
@@ -90,7 +90,7 @@ def test_nested_captions_and_labels_as_in_coco_captions(tmp_path):
     ]
 
 
-def test_flat_features_of_other_names(tmp_path):
+def test_flat_features_are_found_under_other_names(tmp_path):
     rows = [{"photo": io.BytesIO(jpeg(i)), "caption": f"c{i}", "label": i % 2, "coarse": 0} for i in range(4)]
     write(tmp_path, flat, {"train": rows})
     source = TfdsSource("tiny", "train[:50%]", tmp_path)
@@ -102,7 +102,7 @@ def test_flat_features_of_other_names(tmp_path):
     assert source.classes == ["a", "b"]
 
 
-def test_pixels_and_captions_reach_the_batches(tmp_path):
+def test_images_and_captions_reach_the_batches(tmp_path):
     write(tmp_path, coco, {"test": map(coco_example, range(5))})
     source = TfdsSource("tiny", "test", tmp_path)
     batches = list(pipeline.eval_batches(source, batch_size=3, image_size=8, resize=8, threads=2))
@@ -112,7 +112,7 @@ def test_pixels_and_captions_reach_the_batches(tmp_path):
         np.testing.assert_allclose(image, 40 * i, atol=2)
 
 
-def test_the_newest_version_or_the_one_asked_for(tmp_path):
+def test_the_newest_version_is_read_unless_another_is_named(tmp_path):
     for version in ("1.0.0", "1.10.0", "1.9.0"):
         rows = [{"photo": io.BytesIO(jpeg(1)), "caption": version, "label": 0, "coarse": 0}]
         write(tmp_path, flat, {"train": rows}, version=version)
@@ -120,7 +120,7 @@ def test_the_newest_version_or_the_one_asked_for(tmp_path):
     assert TfdsSource("tiny:1.9.0", "train", tmp_path)[0]["text"] == ("1.9.0",)
 
 
-def test_configs(tmp_path):
+def test_a_config_must_be_named_where_there_are_several(tmp_path):
     for config in ("small", "large"):
         rows = [{"photo": io.BytesIO(jpeg(1)), "caption": config, "label": 0, "coarse": 0}]
         write(tmp_path, flat, {"train": rows}, config=config)
@@ -129,8 +129,8 @@ def test_configs(tmp_path):
         TfdsSource("tiny", "train", tmp_path)
 
 
-def test_tfrecords_alone_give_the_command_that_converts_them(tmp_path):
-    """Written as ArrayRecord and then described as TFRecord, which tfds writes with TensorFlow only."""
+def test_the_error_for_tfrecords_has_the_command_that_converts_them(tmp_path):
+    """The dataset is written as ArrayRecord and then renamed, because tfds needs TensorFlow to write TFRecord."""
     write(tmp_path, flat, {"train": [{"photo": io.BytesIO(jpeg(1)), "caption": "x", "label": 0, "coarse": 0}]})
     folder = tmp_path / "tiny" / "1.0.0"
     info = folder / "dataset_info.json"
@@ -144,17 +144,17 @@ def test_tfrecords_alone_give_the_command_that_converts_them(tmp_path):
 
 
 def test_array_records_beside_tfrecords_are_read(tmp_path):
-    """As tfds convert_format leaves a dataset that was prepared as TFRecord."""
+    """The state in which tfds convert_format leaves a dataset that was prepared as TFRecord."""
     rows = [{"photo": io.BytesIO(jpeg(1)), "caption": "x", "label": 0, "coarse": 0}]
     write(tmp_path, flat, {"train": rows})
     info = tmp_path / "tiny" / "1.0.0" / "dataset_info.json"
-    described = json.loads(info.read_text())
-    described |= {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
-    info.write_text(json.dumps(described))
+    fields = json.loads(info.read_text())
+    fields |= {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
+    info.write_text(json.dumps(fields))
     assert TfdsSource("tiny", "train", tmp_path)[0]["text"] == ("x",)
 
 
-def test_records_are_read_by_several_threads_and_processes(tmp_path):
+def test_a_pickled_source_is_read_by_several_threads(tmp_path):
     write(tmp_path, coco, {"test": map(coco_example, range(1, 40))})
     source = pickle.loads(pickle.dumps(TfdsSource("tiny", "test", tmp_path)))
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -162,7 +162,7 @@ def test_records_are_read_by_several_threads_and_processes(tmp_path):
     assert sorted(len(record["text"]) for record in records) == list(range(1, 40))
 
 
-def test_what_is_not_there_is_named(tmp_path):
+def test_errors_name_what_is_missing_and_what_exists(tmp_path):
     with pytest.raises(ValueError, match="only: none(.|\n)*tfds build tiny .*--file_format=array_record"):
         TfdsSource("tiny", "train", tmp_path)
     write(tmp_path, lambda f: {"caption": f.Text()}, {"train": [{"caption": "x"}]})
@@ -181,7 +181,7 @@ def test_training_needs_captions(tmp_path):
         TfdsSource("tiny", "train", tmp_path, require_captions=True)
 
 
-def test_none_of_this_imports_tensorflow(tmp_path):
+def test_reading_does_not_import_tensorflow(tmp_path):
     write(tmp_path, flat, {"train": [{"photo": io.BytesIO(jpeg(1)), "caption": "x", "label": 0, "coarse": 0}]})
     assert images.decode(TfdsSource("tiny", "train", tmp_path)[0]["image"]).shape == (9, 9, 3)
     assert "tensorflow" not in sys.modules

@@ -1,183 +1,208 @@
-"""Labelled images in their datasets' formats: folders and tars by class, CSV, Open Images, ML-Images."""
+"""Labelled images in the formats of their datasets: folders and tars by class, CSV, Open Images, ML-Images."""
 
 import collections
-import csv
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from zslflax.data.images import BadSample
+from zslflax.data.images import BadSample, has_image_extension
+from zslflax.data.sources.base import Record, Source
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
+from zslflax.files import read_columns, read_text
 
 log = logging.getLogger("zslflax")
+T = TypeVar("T")
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-SHOWN = 3  # examples in a message
+MAX_EXAMPLES = 3  # in a message
 
 
 class LabelledImages:
-    """Raw records of image files, as `zslflax.data.pipeline.open_source` describes them, without captions.
+    """Image files with labels and no captions, a `Source`.
 
-    Attributes:
-        classes: ids of the classes, which labels count; None: labels are numbers in a list that others have.
-        negatives: n tuples of the classes that were looked for on an image and not found, or None.
+    Args:
+        paths: of n images.
+        labels: n tuples of the indices of the true classes.
+        classes: ids of the classes, or None: labels are indices into a list that others have.
+        negatives: n tuples of the classes that are known not to be on the image, or None.
         excluded: how many images or annotations were left out, by reason.
     """
 
-    def __init__(self, paths, labels, classes=None, negatives=None, excluded=None):
+    def __init__(
+        self,
+        paths: Iterable[str | Path],
+        labels: Iterable[tuple[int, ...]],
+        classes: list[str] | None = None,
+        negatives: Sequence[tuple[int, ...]] | None = None,
+        excluded: Mapping[str, int] | None = None,
+    ):
         self.paths, self.labels, self.classes = list(map(str, paths)), list(labels), classes
         self.negatives, self.excluded = negatives, dict(excluded or {})
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:
         name = self.paths[index]
         try:
             image = Path(name).read_bytes()
-        except OSError as failure:
-            error = BadSample(f"its file cannot be read: {failure.strerror}")
-            error.name = name
-            raise error from failure
-        return {"image": image, "text": (), "label": self.labels[index], "name": name}
+        except OSError as error:
+            raise BadSample(f"its file cannot be read: {error.strerror}", name=name) from error
+        return Record(image=image, text=(), label=self.labels[index], name=name)
+
+    def names(self) -> Iterator[str]:
+        """Yields the paths of all images."""
+        return iter(self.paths)
 
 
 class ClassTars:
-    """Raw records of a folder of tars that each hold the images of one class: n01440764.tar, ….
+    """A folder of tars that each hold the images of one class (n01440764.tar, …), a `Source`.
 
     Attributes:
-        classes: the tars' names without .tar, which labels count.
+        classes: the tars' names without .tar.
     """
+
+    negatives: list[tuple[int, ...]] | None = None
+    excluded: dict[str, int] = {}
 
     def __init__(self, tars: Sequence[Path]):
         self.shards = WebDataset([str(tar) for tar in tars])
-        self.classes = [tar.stem for tar in tars]
-        number = {str(tar): label for label, tar in enumerate(tars)}
-        self.labels = [number[path] for path in self.shards.paths]  # a tar that cannot be read is not among them
+        self.classes: list[str] | None = [tar.stem for tar in tars]
+        class_of_tar = {str(tar): label for label, tar in enumerate(tars)}
+        self.labels = [class_of_tar[path] for path in self.shards.paths]  # a tar that cannot be read is left out
 
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, index: int) -> dict:
-        return self.shards[index] | {"label": (self.labels[self.shards.shard_of(index)],)}
+    def __getitem__(self, index: int) -> Record:
+        record = self.shards[index]
+        record["label"] = (self.labels[self.shards.shard_of(index)],)
+        return record
+
+    def names(self) -> Iterator[str]:
+        """Yields the names of all records."""
+        return self.shards.names()
 
 
 def read_folder(spec: str) -> LabelledImages | ClassTars:
-    """Of FOLDER: images in its subfolders, or in its tars, which are named by class id and in that order."""
+    """Reads "FOLDER": a subfolder or a tar for each class, named by its id; the classes are in the order of ids."""
     folder = Path(spec).expanduser()
     if not folder.is_dir():
-        raise MissingFileError(f"{folder} is no folder: expected one with a subfolder or tar for each class")
+        raise MissingFileError(f"{folder} is not a folder: expected one with a subfolder or tar for each class")
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    subfolders = in_order({entry.name: entry for entry in entries if entry.is_dir()})
-    tars = in_order({entry.stem: entry for entry in entries if entry.suffix == ".tar"})
+    subfolders = sorted_by_id({entry.name: entry for entry in entries if entry.is_dir()})
+    tars = sorted_by_id({entry.stem: entry for entry in entries if entry.suffix == ".tar"})
     if bool(subfolders) == bool(tars):
         found = f"both: {subfolders[0].name}, {tars[0].name}" if tars else "neither"
         raise UserError(f"expected subfolders or tars named by class in {folder}, found {found}")
     if tars:
         return ClassTars(tars)
-    of_class = [images_in(subfolder) for subfolder in subfolders]
+    of_class = [find_images(subfolder) for subfolder in subfolders]
     if empty := [subfolder.name for subfolder, paths in zip(subfolders, of_class) if not paths]:
-        log.warning("%d classes of %s have no image%s", len(empty), folder, examples(empty))
-    paths = [path for paths in of_class for path in paths]
-    if not paths:
+        log.warning("%d classes of %s have no image%s", len(empty), folder, format_examples(empty))
+    images = [path for paths in of_class for path in paths]
+    if not images:
         raise UserError(f"none of the {len(subfolders)} subfolders of {folder} has an image")
     labels = [(label,) for label, paths in enumerate(of_class) for _ in paths]
-    return LabelledImages(paths, labels, [subfolder.name for subfolder in subfolders])
+    return LabelledImages(images, labels, [subfolder.name for subfolder in subfolders])
 
 
 def read_csv(spec: str) -> LabelledImages:
-    """Of FILE.csv: columns `path`, relative to the file's folder, and `labels`, none or more class ids.
+    """Reads "FILE.csv": columns `path`, relative to the file's folder, and `labels`, none or more class ids.
 
-    Ids are separated by ";" if there is any in the column, or else by blanks. Rows of the same path are
-    united. The classes are all ids that occur, in their order.
+    Ids are separated by ";" if the column has any ";", or else by blanks. Rows with the same path are merged. The
+    classes are all ids that occur, in their order.
     """
     file = Path(spec).expanduser()
     rows = list(read_columns(file, ("path", "labels")))
     separator = ";" if any(";" in labels for _, (_, labels) in rows) else None
-    ids = collections.defaultdict(dict)
+    ids_of_path: dict[str, dict[str, None]] = collections.defaultdict(dict)  # dicts as ordered sets
     for line, (path, labels) in rows:
         if not path:
             raise UserError(f"{file}, line {line}: the path is empty")
-        ids[path] |= dict.fromkeys(i.strip() for i in labels.split(separator) if i.strip())
-    paths = {path: file.parent / path for path in ids}
-    present = existing(paths, f"the folder of {file}")
-    classes = in_order({i: i for of_image in ids.values() for i in of_image})
-    number = {i: label for label, i in enumerate(classes)}
+        ids_of_path[path] |= dict.fromkeys(i.strip() for i in labels.split(separator) if i.strip())
+    paths = {path: file.parent / path for path in ids_of_path}
+    present = existing_keys(paths, f"the folder of {file}")
+    classes = sorted_by_id({i: i for ids in ids_of_path.values() for i in ids})
+    label_of_id = {i: label for label, i in enumerate(classes)}
     return LabelledImages(
         [paths[path] for path in present],
-        [tuple(number[i] for i in ids[path]) for path in present],
+        [tuple(label_of_id[i] for i in ids_of_path[path]) for path in present],
         classes,
         excluded={"missing_images": len(paths) - len(present)},
     )
 
 
 def read_open_images(spec: str) -> LabelledImages:
-    """Of FOLDER,LABELS.csv: Open Images' human-verified labels of images FOLDER/…/IMAGEID.jpg.
+    """Reads "FOLDER,LABELS.csv": Open Images' human-verified labels of images FOLDER/…/IMAGEID.jpg.
 
-    LABELS.csv is a *-annotations-human-imagelabels.csv with columns ImageID, LabelName (a MID) and
-    Confidence: 1 is a label, 0 a negative. Where people disagree on a label of an image, it is neither.
+    LABELS.csv is a *-annotations-human-imagelabels.csv with the columns ImageID, LabelName (a MID) and Confidence: 1
+    for a label, 0 for a negative. Where people disagree about a label of an image, it counts as neither.
     """
-    folder, file = two_paths(spec, "open_images:FOLDER,LABELS.csv")
-    found = {}
-    for path in images_in(folder):
-        if (other := found.setdefault(Path(path).stem, path)) != path:
+    folder, file = existing_folder_and_file(spec, "open_images:FOLDER,LABELS.csv")
+    path_of_id: dict[str, str] = {}
+    for path in find_images(folder):
+        if (other := path_of_id.setdefault(Path(path).stem, path)) != path:
             raise UserError(f"two files are called by the same image id: {other} and {path}")
-    judged, missing, number = collections.defaultdict(lambda: (set(), set())), set(), {}
+    # By image: the labels that people deny, and those that they affirm.
+    verdicts: dict[str, tuple[set[int], set[int]]] = collections.defaultdict(lambda: (set(), set()))
+    missing: set[str] = set()
+    label_of_mid: dict[str, int] = {}
     for line, (image, mid, confidence) in read_columns(file, ("ImageID", "LabelName", "Confidence")):
         if confidence not in ("0", "1", "0.0", "1.0"):
             raise UserError(
                 f"{file}, line {line}: the confidence is {confidence!r}, expected a person's verdict, 1 or 0; "
-                "labels that a machine made are no truth to measure by"
+                "machine-generated labels cannot serve as ground truth"
             )
         if not image or not mid:
             raise UserError(f"{file}, line {line}: the {'label' if image else 'image'} is empty")
-        label = number.setdefault(mid, len(number))
-        if image in found:
-            judged[image][confidence.startswith("1")].add(label)
+        label = label_of_mid.setdefault(mid, len(label_of_mid))
+        if image in path_of_id:
+            verdicts[image][confidence.startswith("1")].add(label)
         else:
             missing.add(image)
-    report(len(missing), len(missing) + len(judged), sorted(missing), str(folder))
-    disputed = sum(len(no & yes) for no, yes in judged.values())
+    report_missing(len(missing), len(missing) + len(verdicts), sorted(missing), str(folder))
+    disputed = sum(len(denied & affirmed) for denied, affirmed in verdicts.values())
     if disputed:
         log.warning("%d labels of %s are both affirmed and denied, and count as neither", disputed, file)
     return LabelledImages(
-        [found[image] for image in judged],
-        [tuple(sorted(yes - no)) for no, yes in judged.values()],
-        list(number),
-        negatives=[tuple(sorted(no - yes)) for no, yes in judged.values()],
+        [path_of_id[image] for image in verdicts],
+        [tuple(sorted(affirmed - denied)) for denied, affirmed in verdicts.values()],
+        list(label_of_mid),
+        negatives=[tuple(sorted(denied - affirmed)) for denied, affirmed in verdicts.values()],
         excluded={"missing_images": len(missing), "disputed_labels": disputed},
     )
 
 
 def read_ml_images(spec: str) -> LabelledImages:
-    """Of FOLDER,LIST.txt: Tencent ML-Images' annotation list of images in FOLDER.
+    """Reads "FOLDER,LIST.txt": an annotation list of Tencent ML-Images, of images in FOLDER.
 
-    A line is an image's file or URL, and CLASS:CONFIDENCE after blanks or tabs, where the class is the number
-    of a line, from 0, of dictionary_and_semantic_hierarchy.txt, which is given as the classes. All classes of
-    an image are labels, whatever their confidence (0.8 to 1 in the lists that it was seen in). Of a URL …/A/B
-    the file is B, or A_B, as the dataset's own downloaders call it.
+    A line has an image's file or URL, and CLASS:CONFIDENCE after blanks or tabs. CLASS is the number of a line, from
+    0, of dictionary_and_semantic_hierarchy.txt, which the config gives as the classes. All classes of an image are
+    labels, whatever their confidence (0.8 to 1 in the published lists). The file of a URL …/A/B is B or A_B, the names
+    that the dataset's own downloaders give it.
     """
-    folder, file = two_paths(spec, "ml_images:FOLDER,LIST.txt")
-    paths, labels = {}, {}
-    with open(file, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not (fields := line.split()):
-                continue
-            image, parts = fields[0], fields[0].split("/")
-            if image in labels:
-                raise UserError(f"{file}, line {number}: {image} comes a second time")
-            paths[image] = folder / (parts[-1] if "://" in image else image)
-            if "://" in image and not paths[image].is_file():
-                paths[image] = folder / "_".join(parts[-2:])
-            labels[image] = tuple(dict.fromkeys(class_number(field, file, number) for field in fields[1:]))
-    present = existing(paths, str(folder))
+    folder, file = existing_folder_and_file(spec, "ml_images:FOLDER,LIST.txt")
+    paths: dict[str, Path] = {}
+    labels: dict[str, tuple[int, ...]] = {}
+    for line, content in enumerate(read_text(file).split("\n"), start=1):
+        if not (fields := content.split()):
+            continue
+        image, parts = fields[0], fields[0].split("/")
+        if image in labels:
+            raise UserError(f"{file}, line {line}: {image} comes a second time")
+        paths[image] = folder / (parts[-1] if "://" in image else image)
+        if "://" in image and not paths[image].is_file():
+            paths[image] = folder / "_".join(parts[-2:])
+        labels[image] = tuple(dict.fromkeys(parse_class(field, file, line) for field in fields[1:]))
+    present = existing_keys(paths, str(folder))
     missing = {"missing_images": len(paths) - len(present)}
     return LabelledImages([paths[i] for i in present], [labels[i] for i in present], excluded=missing)
 
 
-READERS = {
+READERS: dict[str, Callable[[str], Source]] = {
     "folder": read_folder,
     "csv": read_csv,
     "open_images": read_open_images,
@@ -185,81 +210,68 @@ READERS = {
 }
 
 
-def class_number(field: str, file: Path, line: int) -> int:
-    label, _, confidence = field.partition(":")
+def parse_class(field: str, file: Path, line: int) -> int:
+    """The class in "CLASS:CONFIDENCE" or "CLASS", a field of a line of an annotation list."""
+    text, _, confidence = field.partition(":")
     try:
         if not 0 < float(confidence or 1) <= 1:
             raise ValueError
-        if (label := int(label)) < 0:
+        if (label := int(text)) < 0:
             raise ValueError
     except ValueError:
         raise UserError(f"{file}, line {line}: found {field!r}, expected CLASS:CONFIDENCE, such as 5193:0.9") from None
     return label
 
 
-def two_paths(spec: str, form: str) -> tuple[Path, Path]:
-    """A folder and a file that exist."""
+def existing_folder_and_file(spec: str, form: str) -> tuple[Path, Path]:
+    """The two paths in "FOLDER,FILE", which must exist.
+
+    Args:
+        spec: to parse.
+        form: of the whole specification, for messages.
+    """
     parts = [Path(part).expanduser() for part in spec.split(",")]
     if len(parts) != 2:
         raise UserError(f"expected {form}, found {spec!r}")
     if not parts[0].is_dir():
-        raise MissingFileError(f"{parts[0]} is no folder; expected {form}")
+        raise MissingFileError(f"{parts[0]} is not a folder; expected {form}")
     if not parts[1].is_file():
         raise MissingFileError(f"there is no file {parts[1]}; expected {form}")
     return parts[0], parts[1]
 
 
-def read_columns(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yields the line's number and these columns' fields of every row of a CSV with a header."""
-    if not file.is_file():
-        raise MissingFileError(f"there is no file {file}")
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines)
-        header = [name.strip() for name in next(reader, [])]
-        if missing := [column for column in columns if column not in header]:
-            raise UserError(f"{file} has no column {', '.join(missing)}; found: {', '.join(header) or 'nothing'}")
-        at = [header.index(column) for column in columns]
-        for row in reader:
-            if len(row) == len(header):
-                yield reader.line_num, [row[i].strip() for i in at]
-            elif row:
-                raise UserError(f"{file}, line {reader.line_num} has {len(row)} fields, the header {len(header)}")
+def sorted_by_id(of_id: dict[str, T]) -> list[T]:
+    """The values in the order of their ids: as numbers if all ids are whole numbers, or else as strings."""
+    if all(i.isascii() and i.isdigit() for i in of_id):
+        return [of_id[i] for i in sorted(of_id, key=lambda i: (int(i), i))]
+    return [of_id[i] for i in sorted(of_id)]
 
 
-def in_order(of_id: dict[str, object]) -> list:
-    """The values in the order of their ids: by number where all ids are whole numbers, or else as strings."""
-    numbers = all(i.isascii() and i.isdigit() for i in of_id)
-    return [of_id[i] for i in sorted(of_id, key=(lambda i: (int(i), i)) if numbers else None)]
+def find_images(folder: Path) -> list[str]:
+    """The paths of all files below a folder that are named like images, sorted."""
+    files = (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
+    return sorted(filter(has_image_extension, files))
 
 
-def images_in(folder: Path) -> list[str]:
-    """All images below a folder, by their extensions, in the order of their paths."""
-    return sorted(
-        os.path.join(path, name)
-        for path, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(EXTENSIONS)
-    )
-
-
-def existing(paths: dict[str, Path], where: str) -> list[str]:
-    """The keys of the paths where there is a file; says how many are missing."""
+def existing_keys(paths: dict[str, Path], where: str) -> list[str]:
+    """The keys of the paths at which there is a file; the number of missing files is logged."""
     present = [key for key, path in paths.items() if path.is_file()]
     kept = set(present)
-    report(len(paths) - len(present), len(paths), [key for key in paths if key not in kept], where)
+    report_missing(len(paths) - len(present), len(paths), [key for key in paths if key not in kept], where)
     return present
 
 
-def report(missing: int, total: int, keys: Sequence[str], where: str) -> None:
+def report_missing(missing: int, total: int, keys: Sequence[str], where: str) -> None:
+    """Logs how many annotated images are missing; raises a MissingFileError if none is left."""
     if missing == total:
         raise MissingFileError(
-            f"none of the {total} annotated images is in {where}{examples(keys)}"
+            f"none of the {total} annotated images is in {where}{format_examples(keys)}"
             if total
             else f"there are no annotations of images in {where}"
         )
     if missing:
-        log.warning("%d of %d annotated images are not in %s%s", missing, total, where, examples(keys))
+        log.warning("%d of %d annotated images are not in %s%s", missing, total, where, format_examples(keys))
 
 
-def examples(keys: Sequence[str]) -> str:
-    return f" ({', '.join(keys[:SHOWN])}{', …' if len(keys) > SHOWN else ''})" if keys else ""
+def format_examples(keys: Sequence[str]) -> str:
+    return f" ({', '.join(keys[:MAX_EXAMPLES])}{', …' if len(keys) > MAX_EXAMPLES else ''})" if keys else ""

@@ -2,29 +2,28 @@
 
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from zslflax.data.sources import labelled, shapes
+from zslflax.data.sources.base import Source
 from zslflax.data.sources.tfds import TfdsSource
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import UserError
 
 
-def open_source(spec: str, data_config, split: str):
-    """Opens a source of raw records.
+def open_source(spec: str, data_config: ConfigDict, split: str) -> Source:
+    """Opens a data source.
 
     Args:
-        spec: "shapes", the built-in procedural source; "tfds:NAME/SPLIT"; of labelled images without captions
-            "folder:FOLDER", "csv:FILE", "open_images:FOLDER,LABELS.csv" and "ml_images:FOLDER,LIST.txt", see
-            `zslflax.data.sources.labelled`; or else the pattern of tar shards.
-        data_config: the config's field `data`, for `tfds_dir` and `scenes`.
-        split: "train" or "test", of "shapes"; others say it in their spec, and need captions for "train".
+        spec: "shapes", the built-in procedural source; "tfds:NAME/SPLIT"; labelled images without captions,
+            "folder:FOLDER", "csv:FILE", "open_images:FOLDER,LABELS.csv" or "ml_images:FOLDER,LIST.txt"
+            (`zslflax.data.sources.labelled`); or else a pattern of tar shards.
+        data_config: the config's field `data`, for `tfds_dir` and `shapes`.
+        split: "train" or "test". For "shapes" it selects the data; other specs name their data, and must have
+            captions for "train".
 
-    Returns:
-        A source: `len(source)` records, where `source[i]` is a dict of `image` (encoded bytes, or uint8
-        [height, width, 3]), `text` (a tuple of captions), `label` (a tuple of true classes) and `name`
-        ("SHARD:KEY"), or raises `BadSample`, if possible with the sample's name as its attribute `name`.
-        It may have these attributes, or None in their place: `classes`, the ids that labels count;
-        `negatives`, n tuples of the classes that an image is known not to show; and `excluded`, how many of
-        its images or annotations it left out, by reason.
+    Raises:
+        UserError: there is no such source, or it cannot serve the split.
     """
     if split not in ("train", "test"):
         raise UserError(f"split is {split!r}, expected 'train' or 'test'")
@@ -33,30 +32,30 @@ def open_source(spec: str, data_config, split: str):
     return openers.get(prefix, open_shards)(spec, data_config, split)
 
 
-def open_shapes(spec: str, data_config, split: str):
-    """The built-in source, written where it is missing."""
+def open_shapes(spec: str, data_config: ConfigDict, split: str) -> Source:
+    """The built-in source; its shards are written where they are missing."""
     c = data_config.shapes
     root = Path(c.root).expanduser()
-    written = shapes.ensure(root, train=c.train, test=c.test, size=c.size, noise=c.noise, seed=c.seed)
-    return WebDataset({"train": written.train, "test": written.test}[split])
+    shards = shapes.ensure_shards(root, train=c.train, test=c.test, size=c.size, noise=c.noise, seed=c.seed)
+    return WebDataset({"train": shards.train, "test": shards.test}[split])
 
 
-def open_tfds(spec: str, data_config, split: str):
+def open_tfds(spec: str, data_config: ConfigDict, split: str) -> Source:
     """A dataset of tensorflow_datasets: "tfds:coco_captions/train", "tfds:NAME/CONFIG:VERSION/SPLIT"."""
-    name, _, part = spec.removeprefix("tfds:").rpartition("/")
-    if not (spec.startswith("tfds:") and name and part):
+    name, _, tfds_split = spec.removeprefix("tfds:").rpartition("/")
+    if not (spec.startswith("tfds:") and name and tfds_split):
         raise UserError(f"the source {spec!r} is not of the form tfds:NAME/SPLIT, such as tfds:coco_captions/train")
-    return TfdsSource(name, part, data_dir=data_config.tfds_dir or None, require_captions=split == "train")
+    return TfdsSource(name, tfds_split, data_dir=data_config.tfds_dir or None, require_captions=split == "train")
 
 
-def open_labelled(spec: str, data_config, split: str):
-    """Labelled images in the format that the prefix names."""
-    reader, _, where = spec.partition(":")
+def open_labelled(spec: str, data_config: ConfigDict, split: str) -> Source:
+    """Labelled images in the format that the prefix of the specification names."""
+    reader, _, location = spec.partition(":")
     if split == "train":
         raise UserError(f"the source {spec!r} has labels and no captions, which training needs")
-    return labelled.READERS[reader](where)
+    return labelled.READERS[reader](location)
 
 
-def open_shards(spec: str, data_config, split: str):
-    """Tar shards, in img2dataset's layout."""
+def open_shards(spec: str, data_config: ConfigDict, split: str) -> Source:
+    """Tar shards in img2dataset's layout."""
     return WebDataset(spec, require_captions=split == "train")

@@ -1,62 +1,77 @@
-"""Training samples that are left out by name."""
+"""Training samples that are left out by name (`data.exclude`)."""
 
-import csv
+import itertools
 import logging
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from zslflax.data.sources.base import Record, Source
 from zslflax.errors import UserError
+from zslflax.files import read_columns
 
 log = logging.getLogger("zslflax")
 
 
 class Subset:
-    """A source's records at some of its numbers; can be pickled where the source can."""
-
-    def __init__(self, source: Sequence, numbers: np.ndarray):
-        self.source, self.numbers = source, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.source[int(self.numbers[index])]
-
-
-def exclude_samples(sources: Sequence, file: str) -> list:
-    """The sources without the samples that a file names; how many are left out is logged.
+    """Some of a source's records, itself a `Source`.
 
     Args:
-        sources: whose `names()` are those of their records, in order.
-        file: a CSV with a header and a column `name`, such as `zslflax.noise` writes; "" leaves nothing out.
+        source: of all records.
+        indices: int [n], ascending, of the records to keep.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        self.source, self.indices = source, indices
+
+    @property
+    def classes(self) -> list[str] | None:
+        return self.source.classes
+
+    @property
+    def negatives(self) -> Sequence[tuple[int, ...]] | None:
+        negatives = self.source.negatives
+        return None if negatives is None else [negatives[index] for index in self.indices]
+
+    @property
+    def excluded(self) -> Mapping[str, int]:
+        return self.source.excluded
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[int(self.indices[index])]
+
+    def names(self) -> Iterator[str]:
+        """Yields the names of the kept records in order, without reading the records."""
+        kept = np.zeros(len(self.source), bool)
+        kept[self.indices] = True
+        return itertools.compress(self.source.names(), kept)
+
+
+def exclude_samples(sources: Sequence[Source], path: str) -> list[Source]:
+    """The sources without the samples that a file names. The number of excluded samples is logged.
+
+    Args:
+        sources: the training data.
+        path: a CSV file with a header and a column `name`, such as `zslflax.noise` writes; "" excludes nothing.
 
     Raises:
-        ValueError: no column `name`, or none of the names is one of the sources'.
+        MissingFileError, UserError: the file cannot be read, has no column `name`, or names no sample of the sources.
     """
-    if not file:
+    if not path:
         return list(sources)
-    with open(Path(file).expanduser(), newline="", encoding="utf-8-sig") as lines:
-        table = csv.DictReader(lines)
-        if "name" not in (table.fieldnames or ()):
-            raise UserError(f"data.exclude: {file} has the columns {table.fieldnames}, expected one called name")
-        excluded = {row["name"] for row in table}
-    remaining = []
+    excluded = {name for _, (name,) in read_columns(path, ["name"])}
+    remaining: list[Source] = []
     for source in sources:
-        kept = np.array([name not in excluded for name in source.names()], bool)
+        kept = np.array([name.strip() not in excluded for name in source.names()], bool)
         remaining.append(source if kept.all() else Subset(source, np.flatnonzero(kept)))
     before, after = sum(map(len, sources)), sum(map(len, remaining))
     if excluded and before == after:
         raise UserError(
-            f"data.exclude: none of the {len(excluded)} names in {file} is in data.train, with names like "
-            f"{next(iter(sources[0].names()))!r}, those of the file like {min(excluded)!r}"
+            f"data.exclude: none of the {len(excluded)} names in {path} is in data.train, which has names like "
+            f"{next(iter(sources[0].names()))!r}; the file has names like {min(excluded)!r}"
         )
-    log.info(
-        "%d of %d training samples are left out, of the %d that %s names",
-        before - after,
-        before,
-        len(excluded),
-        file,
-    )
+    log.info("excluded %d of %d training samples; %s names %d", before - after, before, path, len(excluded))
     return remaining

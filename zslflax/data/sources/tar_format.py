@@ -1,4 +1,8 @@
-"""Tar files, as far as finding their members goes: ustar, pax and GNU, by whoever wrote them."""
+"""Finds the members of tar files, in the ustar, pax and GNU formats.
+
+The standard library's tarfile takes three times as long (`benchmarks/shards.py` measures both), which delays the first
+start on a dataset: both hold Python's lock, so that threads do not help, and millions of members take minutes.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -9,104 +13,112 @@ from zslflax.errors import UserError
 log = logging.getLogger("zslflax")
 
 BLOCK = 512
-LONGEST_NAME = 4096  # bytes; Linux's
-LONGEST_EXTRA = 1 << 20  # bytes of a pax header, which may have access lists and the like
-LARGEST = 1 << 40  # bytes of a member: file systems refuse positions far beyond any file
-UNREADABLE = -1  # the offset of a member whose bytes are not its file's
+MAX_NAME = 4096  # bytes; Linux's
+MAX_EXTENDED_HEADER = 1 << 20  # bytes of a pax header, which may hold access lists and the like
+MAX_MEMBER = 1 << 40  # bytes; file systems refuse positions far beyond any file
+SPARSE = -1  # in place of the offset of a sparse member: its bytes are not those of its file
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 
 
-def members(file: BinaryIO, path: str) -> Iterator[tuple[bytes, int, int]]:
-    """Yields (name, offset, size) of a tar file's regular files; the offset `UNREADABLE` if one is sparse.
+class BadHeader(Exception):
+    """A header is damaged; the message says why."""
 
-    A tenth of what `tarfile` needs, which makes minutes for millions of members.
+
+def iter_members(file: BinaryIO, path: str) -> Iterator[tuple[bytes, int, int]]:
+    """Yields (name, offset, size) of the regular files in a tar file; the offset of a sparse one is `SPARSE`.
+
+    Reads headers only. The end of the file may be missing: this is logged.
 
     Args:
-        file: is read from its beginning on, headers only.
-        path: for messages.
+        file: the tar file, at its beginning.
+        path: its name, for messages.
 
     Raises:
-        ValueError: compressed, no tar file, or damaged in the middle. A file that ends early is only logged.
+        UserError: the file is compressed, is not a tar file, or is damaged in the middle.
     """
-    at, name, size, sparse = 0, None, None, False
+    position, name, size, sparse = 0, None, None, False  # the last three come from headers that extend the next one
     while True:
-        file.seek(at)
+        file.seek(position)
         header = file.read(BLOCK)
         if len(header) < BLOCK:
-            log.warning("the shard %s is truncated: the mark of its end is missing", path)
+            log.warning("the shard %s is truncated: its end marker is missing", path)
             return
         if header[0] == 0 and not any(header):
             return
-        kind, body = header[156:157], at + BLOCK
+        kind, body = header[156:157], position + BLOCK
         try:
-            stored = stored_size(header)
-            if kind in b"xL":  # for the next member, a pax header or GNU's long name
-                extra = read_extra(file, stored)
+            stored = parse_size(header)
+            if kind in b"xL":  # x: a pax header for the next member, L: GNU's long name of it
+                extension = read_extended_header(file, stored)
                 if kind == b"L":
-                    name = until_nul(extra)
-                elif b"path=" in extra or b"size=" in extra or b"GNU.sparse." in extra:
-                    records = pax_records(extra)
+                    name = until_nul(extension)
+                elif b"path=" in extension or b"size=" in extension or b"GNU.sparse." in extension:
+                    records = parse_pax_records(extension)
                     name = records.get(b"GNU.sparse.name", records.get(b"path", name))
-                    size = decimal(records[b"size"]) if b"size" in records else size
+                    size = parse_decimal(records[b"size"]) if b"size" in records else size
                     sparse = any(key.startswith(b"GNU.sparse.") for key in records)
             elif kind in b"07\0S":
                 stored = stored if size is None else size
-                name = name or plain_name(header)
-                if len(name) > LONGEST_NAME:
-                    raise UserError(f"a name of {len(name)} bytes")
-                if kind == b"S":  # GNU's older form: more blocks of where the holes are
-                    sparse, body = True, end_of_map(file, header, body)
-                yield name, UNREADABLE if sparse else body, stored
+                name = name or parse_name(header)
+                if len(name) > MAX_NAME:
+                    raise BadHeader(f"a name of {len(name)} bytes")
+                if kind == b"S":  # GNU's older sparse format, in which further blocks may list the holes
+                    sparse, body = True, skip_sparse_map(file, header, body)
+                yield name, SPARSE if sparse else body, stored
                 name, size, sparse = None, None, False
-            elif kind not in b"Kg":  # K and g are headers too, which say nothing of use
-                # Links, devices and folders have no contents, whatever the header says.
+            elif kind not in b"Kg":  # K (a link's long target) and g (defaults for pax headers) are not needed
+                # Links, devices and folders have no contents, whatever size their header gives.
                 stored = 0 if kind in b"123456" else stored if size is None else size
                 name, size, sparse = None, None, False
-        except ValueError as error:
-            raise UserError(not_a_tar(path, header, at, error)) from None
-        at = body + -(-stored // BLOCK) * BLOCK
+        except BadHeader as error:
+            raise UserError(damage_message(path, header, position, error)) from None
+        position = body + -(-stored // BLOCK) * BLOCK
 
 
-def stored_size(header: bytes) -> int:
+def parse_size(header: bytes) -> int:
     """The size of a member's contents.
 
     Raises:
-        ValueError: this is no header, by its sum.
+        BadHeader: the checksum is wrong: this is not a header.
     """
-    if number(header[148:156]) not in checksums(header):
-        raise UserError("no header of a member")
-    return number(header[124:136])
+    if parse_number(header[148:156]) not in checksums(header):
+        raise BadHeader("the checksum is wrong")
+    return parse_number(header[124:136])
 
 
 def checksums(header: bytes) -> tuple[int, int]:
-    """The sum of a header's bytes but for its own field, and as tars with signed characters summed."""
+    """The sum of a header's bytes with its checksum field blank, with unsigned bytes and with signed ones."""
     counted = header[:148] + b" " * 8 + header[156:]
     total = sum(counted)
     return total, total - 256 * sum(byte > 127 for byte in counted) if not counted.isascii() else total
 
 
-def number(field: bytes) -> int:
-    """A number in octal digits, or in GNU's binary form.
+def parse_number(field: bytes) -> int:
+    """The value of a number field: octal digits, or GNU's binary form.
 
     Raises:
-        ValueError: neither, negative, or larger than any file.
+        BadHeader: it is neither, or negative, or more than `MAX_MEMBER`.
     """
     if field[0] == 0x80:
         value = int.from_bytes(field[1:], "big")
     else:
         digits = until_nul(field).strip()
         if digits.strip(b"01234567"):
-            raise UserError(f"{field!r} is no number")
+            raise BadHeader(f"{field!r} is not a number")
         value = int(digits or b"0", 8)
-    if value > LARGEST:
-        raise UserError(f"a size of {value} bytes")
+    if value > MAX_MEMBER:
+        raise BadHeader(f"a size of {value} bytes")
     return value
 
 
-def decimal(digits: bytes) -> int:
-    """A number in decimal digits, of a pax record."""
-    if not digits.isdigit() or len(digits) > 19 or int(digits) > LARGEST:
-        raise UserError(f"{digits[:40]!r} is no size")
+def parse_decimal(digits: bytes) -> int:
+    """The value of the decimal digits in a pax record.
+
+    Raises:
+        BadHeader: they are not digits, or more than `MAX_MEMBER`.
+    """
+    if not digits.isdigit() or len(digits) > 19 or int(digits) > MAX_MEMBER:
+        raise BadHeader(f"{digits[:40]!r} is not a size")
     return int(digits)
 
 
@@ -114,38 +126,42 @@ def until_nul(field: bytes) -> bytes:
     return field.partition(b"\0")[0]
 
 
-def plain_name(header: bytes) -> bytes:
+def parse_name(header: bytes) -> bytes:
     name = until_nul(header[:100])
-    prefix = until_nul(header[345:500]) if header[257:263] == b"ustar\0" else b""  # GNU has times there
+    prefix = until_nul(header[345:500]) if header[257:263] == b"ustar\0" else b""  # GNU's format has times there
     return prefix + b"/" + name if prefix else name
 
 
-def read_extra(file: BinaryIO, size: int) -> bytes:
-    """The body of a header of headers; empty where the file ends in it, of which the next header tells."""
-    if size > LONGEST_EXTRA:
-        raise UserError(f"a header of {size} bytes")
-    body = file.read(size)
-    return body if len(body) == size else b""
+def read_extended_header(file: BinaryIO, size: int) -> bytes:
+    """The contents of a header that extends the next one; empty if the file ends within, which its reader notices."""
+    if size > MAX_EXTENDED_HEADER:
+        raise BadHeader(f"a header of {size} bytes")
+    contents = file.read(size)
+    return contents if len(contents) == size else b""
 
 
-def pax_records(body: bytes) -> dict[bytes, bytes]:
-    """Parses "LENGTH KEY=VALUE\\n…", where the length counts the whole record."""
-    records, at = {}, 0
-    while at < len(body) and body[at] != 0:
-        blank = body.find(b" ", at, at + 20)
+def parse_pax_records(contents: bytes) -> dict[bytes, bytes]:
+    """Parses "LENGTH KEY=VALUE\\n…", where the length counts the whole record.
+
+    >>> parse_pax_records(b"14 path=a.jpg\\n11 size=42\\n")
+    {b'path': b'a.jpg', b'size': b'42'}
+    """
+    records, position = {}, 0
+    while position < len(contents) and contents[position] != 0:
+        blank = contents.find(b" ", position, position + 20)
         if blank < 0:
-            raise UserError("a pax record without its length")
-        length = decimal(body[at:blank])
-        end = at + length
-        if end <= blank + 1 or end > len(body) or body[end - 1 : end] != b"\n":
-            raise UserError(f"a pax record of {length} bytes that does not end there")
-        key, _, value = body[blank + 1 : end - 1].partition(b"=")
-        records[key], at = value, end
+            raise BadHeader("a pax record without its length")
+        length = parse_decimal(contents[position:blank])
+        end = position + length
+        if end <= blank + 1 or end > len(contents) or contents[end - 1 : end] != b"\n":
+            raise BadHeader(f"a pax record of {length} bytes that does not end there")
+        key, _, value = contents[blank + 1 : end - 1].partition(b"=")
+        records[key], position = value, end
     return records
 
 
-def end_of_map(file: BinaryIO, header: bytes, body: int) -> int:
-    """Where the contents of a GNU sparse member begin, after the blocks that continue its map."""
+def skip_sparse_map(file: BinaryIO, header: bytes, body: int) -> int:
+    """Where the contents of a GNU sparse member begin: after the blocks that continue its list of holes."""
     file.seek(body)
     more = header[482]
     while more:
@@ -156,11 +172,19 @@ def end_of_map(file: BinaryIO, header: bytes, body: int) -> int:
     return body
 
 
-def not_a_tar(path: str, header: bytes, at: int, why: Exception) -> str:
-    if at:
-        expected = f"expected the header of a member ({why})"
-        return f"the shard {path} is damaged at byte {at}: {expected}; fetch it again"
+def damage_message(path: str, header: bytes, position: int, reason: Exception) -> str:
+    """Says why a file cannot be read as a tar file, and what to do.
+
+    Args:
+        path: of the file.
+        header: the block that is not a header.
+        position: of the block in the file, bytes.
+        reason: why it is not a header.
+    """
+    if position:
+        expected = f"expected the header of a member ({reason})"
+        return f"the shard {path} is damaged at byte {position}: {expected}; fetch it again"
     for start, compression in COMPRESSIONS.items():
         if header.startswith(start):
             return f"the shard {path} is compressed ({compression}), but shards are read in place: unpack it"
-    return f"{path} is no tar file: it starts with {header[:16]!r}"
+    return f"{path} is not a tar file: it starts with {header[:16]!r}"

@@ -1,10 +1,12 @@
-"""Image-caption datasets of tensorflow_datasets, read from ArrayRecord files without TensorFlow."""
+"""Datasets of tensorflow_datasets, read from ArrayRecord files without TensorFlow."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from zslflax.data.sources.base import Record
 from zslflax.errors import UserError
 
 CAPTION_NAMES = ("caption", "captions", "text", "texts")
@@ -12,33 +14,36 @@ LABEL_NAMES = ("label", "labels")
 
 
 class TfdsSource:
-    """Raw records of a prepared TFDS dataset, as `zslflax.data.pipeline.open_source` describes them.
+    """The records of a prepared TFDS dataset, a `Source`.
 
-    The features are found by kind and name: the image (`image` where there are several); the captions in
-    `caption`, `captions`, `text` or `texts`, a text or a sequence of texts, or one level deeper as in
-    coco_captions' `captions: {text}`; the label in the class label, or sequence of them, called `label` or
-    `labels`, or else the only one there is, at the top or one level deeper. Class labels below 0 mean
+    Features are recognised by type and name. The image is the only image, or the one called `image`. The captions are
+    the text, or sequence of texts, called `caption`, `captions`, `text` or `texts`, at the top level or one level
+    deeper, as in coco_captions' `captions: {text}`. The label is the class label, or sequence of class labels, called
+    `label` or `labels`, or else the only one, at the top level or one level deeper. Class labels below 0 mean
     unlabelled and are left out.
 
-    Attributes:
-        classes: the names of the label's classes, which for ImageNet are WordNet's ids; None where it has only
-            numbers, or there is no label.
-
     Args:
-        name: "NAME", "NAME/CONFIG", each with ":VERSION" if not the newest is meant.
+        name: "NAME" or "NAME/CONFIG", with ":VERSION" for a version other than the newest.
         split: "train", "test", or a slice, "train[:10%]".
-        data_dir: the folder that holds the folder NAME; None: $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
-        require_captions: whether features without captions are an error.
+        data_dir: the folder that has the folder NAME; None: $TFDS_DATA_DIR, or else ~/tensorflow_datasets.
+        require_captions: whether a dataset without captions is an error.
+
+    Attributes:
+        classes: the names of the label's classes, which for ImageNet are WordNet ids; None where the dataset has no
+            label, or only numbers its classes.
 
     Raises:
-        ValueError: no such prepared dataset or split, no image, no captions, or TFRecord files alone; the
-            message has the command of tfds that helps.
+        UserError: there is no such prepared dataset or split, no image or no captions, or there are only TFRecord
+            files; the message has the `tfds` command that helps.
     """
 
-    def __init__(self, name: str, split: str, data_dir: str | None = None, *, require_captions: bool = False):
+    negatives: list[tuple[int, ...]] | None = None
+    excluded: dict[str, int] = {}
+
+    def __init__(self, name: str, split: str, data_dir: str | Path | None = None, *, require_captions: bool = False):
         import tensorflow_datasets as tfds
 
-        folder = find_folder(name, Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
+        folder = find_dataset_folder(name, Path(data_dir or tfds.core.constants.DATA_DIR).expanduser())
         builder = tfds.builder_from_directory(folder)
         array_record = tfds.core.file_adapters.FileFormat.ARRAY_RECORD
         formats = builder.info.available_file_formats()
@@ -53,37 +58,38 @@ class TfdsSource:
             raise UserError(f"{folder} has no split {split!r}; it has {', '.join(builder.info.splits)}")
         features = builder.info.features
         self.name = f"tfds:{name}/{split}"
-        self.image = find_image(features, folder)
-        self.caption, self.label = find_captions(features), find_labels(features)
-        self.classes = class_names(dict(walk(features))[self.label]) if self.label else None
-        if require_captions and not self.caption:
+        self.image_feature = find_image(features, folder)
+        self.caption_path, self.label_path = find_captions(features), find_labels(features)
+        label_feature = dict(walk_features(features)).get(self.label_path)
+        self.classes = None if label_feature is None else named_classes(label_feature)
+        if require_captions and not self.caption_path:
             raise UserError(
                 f"{folder} has no captions among its features {', '.join(features)}; "
                 f"expected text that is called {', '.join(CAPTION_NAMES)}"
             )
         self.records = builder.as_data_source(
-            split=split, decoders={self.image: tfds.decode.SkipDecoding()}, file_format=array_record
+            split=split, decoders={self.image_feature: tfds.decode.SkipDecoding()}, file_format=array_record
         )
 
     def __len__(self) -> int:
         return len(self.records)
 
+    def __getitem__(self, index: int) -> Record:
+        record = self.records[index]
+        captions = flatten(value_at(record, self.caption_path))
+        text = tuple(c.decode(errors="replace") if isinstance(c, bytes) else str(c) for c in captions)
+        label = tuple(dict.fromkeys(int(c) for c in flatten(value_at(record, self.label_path)) if c >= 0))
+        return Record(image=record[self.image_feature], text=text, label=label, name=f"{self.name}:{index}")
+
     def names(self) -> Iterator[str]:
-        """Yields the records' names, in order."""
+        """Yields the names of all records in order."""
         return (f"{self.name}:{index}" for index in range(len(self)))
 
-    def __getitem__(self, index: int) -> dict:
-        record = self.records[index]
-        captions = flatten(follow(record, self.caption))
-        text = tuple(c.decode(errors="replace") if isinstance(c, bytes) else str(c) for c in captions)
-        label = tuple(dict.fromkeys(int(c) for c in flatten(follow(record, self.label)) if c >= 0))
-        return {"image": record[self.image], "text": text, "label": label, "name": f"{self.name}:{index}"}
 
+def find_dataset_folder(name: str, root: Path) -> Path:
+    """The folder of a version of a prepared dataset: ROOT/NAME[/CONFIG]/VERSION.
 
-def find_folder(name: str, root: Path) -> Path:
-    """The folder of a prepared dataset's version: ROOT/NAME[/CONFIG]/VERSION.
-
-    Found by its files and not by tfds.builder, whose code for many datasets needs TensorFlow.
+    It is found by its files, not by tfds.builder, whose code for many datasets needs TensorFlow.
     """
     path, _, version = name.partition(":")
     folders = [info.parent for info in (root / path).rglob("dataset_info.json") if is_version(info.parent.name)]
@@ -102,10 +108,21 @@ def find_folder(name: str, root: Path) -> Path:
 
 
 def is_version(name: str) -> bool:
+    """Whether a folder is named like a version.
+
+    >>> is_version("1.0.0"), is_version("1.0"), is_version("small")
+    (True, False, False)
+    """
     return len(parts := name.split(".")) == 3 and all(part.isdigit() for part in parts)
 
 
-def find_image(features, folder: Path) -> str:
+def find_image(features: Any, folder: Path) -> str:
+    """The name of the image feature.
+
+    Args:
+        features: a tfds FeaturesDict.
+        folder: of the dataset, for messages.
+    """
     import tensorflow_datasets as tfds
 
     found = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
@@ -117,52 +134,53 @@ def find_image(features, folder: Path) -> str:
     return "image" if "image" in found else found[0]
 
 
-def find_captions(features) -> tuple[str, ...]:
-    """The path of the captions among the features, () if there are none."""
-    paths = [path for path, feature in walk(features) if path[-1] in CAPTION_NAMES and is_text(feature)]
+def find_captions(features: Any) -> tuple[str, ...]:
+    """The path of the captions in a FeaturesDict; () if there are none."""
+    paths = [path for path, feature in walk_features(features) if path[-1] in CAPTION_NAMES and is_text(feature)]
     return min(paths, key=lambda path: (len(path), CAPTION_NAMES.index(path[-1])), default=())
 
 
-def find_labels(features) -> tuple[str, ...]:
-    """The path of the class labels among the features, () if there are none or it is not clear which."""
+def find_labels(features: Any) -> tuple[str, ...]:
+    """The path of the class labels in a FeaturesDict; () if there are none or it is not clear which."""
     import tensorflow_datasets as tfds
 
-    paths = [path for path, feature in walk(features) if isinstance(feature, tfds.features.ClassLabel)]
+    paths = [path for path, feature in walk_features(features) if isinstance(feature, tfds.features.ClassLabel)]
     for depth in (1, 2):
-        there = [path for path in paths if len(path) == depth]
-        called = [path for path in there if path[-1] in LABEL_NAMES]
-        if len(called or there) == 1:
-            return (called or there)[0]
+        candidates = [path for path in paths if len(path) == depth]
+        named = [path for path in candidates if path[-1] in LABEL_NAMES]
+        if len(named or candidates) == 1:
+            return (named or candidates)[0]
     return ()
 
 
-def class_names(label) -> list[str] | None:
-    """The names of a class label, None if it has only a number of classes, which are then called "0", "1", …"""
-    names = list(label.names)
+def named_classes(label_feature: Any) -> list[str] | None:
+    """The names of a ClassLabel's classes; None if tfds made them up: "0", "1", …"""
+    names = list(label_feature.names)
     return None if names == [str(i) for i in range(len(names))] else names
 
 
-def walk(features, prefix: tuple[str, ...] = ()):
-    """Yields (path, feature) of all features, sequences replaced by what they hold."""
+def walk_features(features: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields (path, feature) of all features in a FeaturesDict; in place of a sequence, what it holds."""
     import tensorflow_datasets as tfds
 
     for name, feature in features.items():
         while isinstance(feature, tfds.features.Sequence):
             feature = feature.feature
         if isinstance(feature, tfds.features.FeaturesDict):
-            yield from walk(feature, (*prefix, name))
+            yield from walk_features(feature, (*prefix, name))
         else:
             yield (*prefix, name), feature
 
 
-def is_text(feature) -> bool:
+def is_text(feature: Any) -> bool:
+    """Whether a feature holds strings."""
     import tensorflow_datasets as tfds
 
     return isinstance(feature, tfds.features.Text) or np.dtype(feature.np_dtype).kind in "OSU"
 
 
-def follow(record, path: tuple[str, ...]):
-    """What lies at a path; nothing at the empty one."""
+def value_at(record: Any, path: tuple[str, ...]) -> Any:
+    """The value at a path of names in a nested record; [] for the empty path."""
     if not path:
         return []
     for name in path:
@@ -170,7 +188,11 @@ def follow(record, path: tuple[str, ...]):
     return record
 
 
-def flatten(value) -> list:
-    """The leaves of nested lists and arrays."""
+def flatten(value: Any) -> list[Any]:
+    """The leaves of nested lists and arrays.
+
+    >>> flatten([[1, 2], np.array([3])])
+    [1, 2, 3]
+    """
     value = value.tolist() if isinstance(value, np.ndarray) else value
     return [leaf for item in value for leaf in flatten(item)] if isinstance(value, (list, tuple)) else [value]

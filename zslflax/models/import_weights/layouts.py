@@ -1,44 +1,67 @@
-"""How PyTorch checkpoints name the weights that the towers have."""
+"""Layouts of published checkpoints: the name of each weight of a tower in torchvision, timm and Hugging Face."""
 
 import re
 from collections.abc import Callable
 from typing import NamedTuple
+
+Names = str | tuple[str, ...]  # several names for weights that are one in the tower (query, key and value)
 
 
 class Layout(NamedTuple):
     """How a family of checkpoints names its weights.
 
     Attributes:
-        anchor: a name that each has; what comes before it is the checkpoint's prefix.
-        module: from a module's path in the tower, such as "block_0/mlp/fc1", to its name there; a tuple of
-            names for weights that are one in the tower (query, key and value).
+        anchor: the name of a weight that each of these checkpoints has. Whatever precedes it is the prefix of all
+            names in the checkpoint.
+        module: maps the path of a module in the tower, such as "block_0/mlp/fc1", to its name in the checkpoint.
     """
 
     anchor: str
-    module: Callable[[str], str | tuple[str, ...]]
+    module: Callable[[str], Names]
 
 
 def torchvision_resnet(path: str) -> str:
+    """Returns torchvision's name of a ResNet's module.
+
+    >>> torchvision_resnet("layer2_0/downsample_conv")
+    'layer2.0.downsample.0'
+    """
     path = re.sub(r"layer(\d+)_(\d+)/", r"layer\1/\2/", path)
     return path.replace("downsample_conv", "downsample/0").replace("downsample_bn", "downsample/1").replace("/", ".")
 
 
 def hf_resnet(path: str) -> str:
+    """Returns Hugging Face's name of a ResNet's module.
+
+    >>> hf_resnet("layer2_0/downsample_conv")
+    'encoder.stages.1.layers.0.shortcut.convolution'
+    """
     *block, module = path.split("/")
     kind = "convolution" if "conv" in module else "normalization"
     if not block:
         return f"embedder.embedder.{kind}"
-    stage, index = re.fullmatch(r"layer(\d+)_(\d+)", block[0]).groups()
+    stage, index = block[0].removeprefix("layer").split("_")
     part = "shortcut" if module.startswith("downsample") else f"layer.{int(module[-1]) - 1}"
     return f"encoder.stages.{int(stage) - 1}.layers.{index}.{part}.{kind}"
 
 
 def timm_vit(path: str) -> str:
+    """Returns timm's name of a ViT's module.
+
+    >>> timm_vit("block_3/attention/qkv")
+    'blocks.3.attn.qkv'
+    """
     names = {"patch_embed": "patch_embed.proj", "position": "pos_embed", "attention/out": "attn.proj"}
-    return renamed(path, names).replace("block_", "blocks.").replace("attention/", "attn.").replace("/", ".")
+    path = rename_module(path, names).replace("block_", "blocks.")
+    return path.replace("attention/", "attn.").replace("/", ".")
 
 
-def hf_vit(path: str) -> str | tuple[str, ...]:
+def hf_vit(path: str) -> Names:
+    """Returns Hugging Face's name of a ViT's module.
+
+    >>> hf_vit("block_3/mlp/fc1")
+    'encoder.layer.3.intermediate.dense'
+    """
     names = {
         "patch_embed": "embeddings.patch_embeddings.projection",
         "cls_token": "embeddings.cls_token",
@@ -51,10 +74,15 @@ def hf_vit(path: str) -> str | tuple[str, ...]:
         "norm2": "layernorm_after",
         "norm": "layernorm",
     }
-    return query_key_value(renamed(path, names).replace("block_", "encoder.layer.").replace("/", "."))
+    return query_key_value(rename_module(path, names).replace("block_", "encoder.layer.").replace("/", "."))
 
 
-def hf_bert(path: str) -> str | tuple[str, ...]:
+def hf_bert(path: str) -> Names:
+    """Returns Hugging Face's name of a module of BERT or RoBERTa.
+
+    >>> hf_bert("layer_3/norm1")
+    'encoder.layer.3.attention.output.LayerNorm'
+    """
     names = {
         "word": "embeddings.word_embeddings",
         "position": "embeddings.position_embeddings",
@@ -67,16 +95,19 @@ def hf_bert(path: str) -> str | tuple[str, ...]:
         "mlp/fc2": "output.dense",
         "norm2": "output.LayerNorm",
     }
-    return query_key_value(renamed(path, names).replace("layer_", "encoder.layer.").replace("/", "."))
+    return query_key_value(rename_module(path, names).replace("layer_", "encoder.layer.").replace("/", "."))
 
 
-def renamed(path: str, names: dict[str, str]) -> str:
-    """`path` with the part after the block's number looked up in `names`."""
-    block, name = re.fullmatch(r"((?:block|layer)_\d+/)?(.*)", path).groups()
-    return (block or "") + names.get(name, name)
+def rename_module(path: str, names: dict[str, str]) -> str:
+    """Replaces a path, or what follows "block_3/" or "layer_3/" in it, by its entry in `names`, if it has one."""
+    block, _, module = path.partition("/")
+    if re.fullmatch(r"(block|layer)_\d+", block):
+        return f"{block}/{names.get(module, module)}"
+    return names.get(path, path)
 
 
-def query_key_value(name: str) -> str | tuple[str, ...]:
+def query_key_value(name: str) -> Names:
+    """Expands `{}` in a name to the three projections of an attention that the tower has as one."""
     return tuple(name.format(part) for part in ("query", "key", "value")) if "{}" in name else name
 
 
@@ -86,7 +117,7 @@ TIMM_VIT = Layout("patch_embed.proj.weight", timm_vit)
 HF_VIT = Layout("embeddings.patch_embeddings.projection.weight", hf_vit)
 HF_BERT = Layout("embeddings.word_embeddings.weight", hf_bert)
 
-LEAVES = {
+LEAVES = {  # name of a variable in a linen module: its name in PyTorch
     "kernel": "weight",
     "scale": "weight",
     "embedding": "weight",
@@ -96,10 +127,15 @@ LEAVES = {
 }
 
 
-def source_names(layout: Layout, path: tuple[str, ...]) -> tuple[str, ...]:
-    """The checkpoint's names, without prefix, of the weights that make up the tower's value at `path`."""
+def published_names(layout: Layout, path: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the names, without prefix, of the published weights that make up the variable at `path` of a tower.
+
+    >>> published_names(TIMM_VIT, ("block_0", "norm1", "scale"))
+    ('blocks.0.norm1.weight',)
+    """
     *modules, leaf = path
-    if leaf not in LEAVES:  # a parameter of the tower itself
-        return (layout.module("/".join(path)),)
-    names = layout.module("/".join(modules))
-    return tuple(f"{name}.{LEAVES[leaf]}" for name in ((names,) if isinstance(names, str) else names))
+    if leaf in LEAVES:
+        names, end = layout.module("/".join(modules)), f".{LEAVES[leaf]}"
+    else:  # a parameter of the tower itself, such as "cls_token"
+        names, end = layout.module("/".join(path)), ""
+    return tuple(name + end for name in ((names,) if isinstance(names, str) else names))

@@ -1,4 +1,4 @@
-"""Finds the folder of a published model: a local folder, an installed package's, or the Hugging Face Hub's."""
+"""Finds the folder of a published model on this machine, in an installed package, or on the Hugging Face Hub."""
 
 import importlib.util
 import re
@@ -8,15 +8,15 @@ from zslflax.errors import MissingFileError
 
 
 def locate(name: str) -> Path:
-    """The folder of a published model.
+    """Returns the folder of a published model.
 
     Args:
-        name: an existing folder; `package:MODULE/FOLDER`, a folder in an installed package, which is not
-            imported; or an id on the Hugging Face Hub, whose safetensors, json and tokenizer files are
-            downloaded unless they are in its cache.
+        name: an existing folder; `package:MODULE/FOLDER`, a folder in an installed package, which is not imported; or
+            an id on the Hugging Face Hub, whose safetensors, JSON and tokenizer files are downloaded unless they are
+            in the cache.
 
     Raises:
-        FileNotFoundError: no such folder or package, and the Hub does not have it or can't be reached.
+        MissingFileError: there is no such folder or package, and the Hub does not have it or cannot be reached.
     """
     if name.startswith("package:"):
         return locate_in_package(name)
@@ -28,20 +28,21 @@ def locate(name: str) -> Path:
             f"{name!r} is no folder here; expected a folder, package:MODULE/FOLDER or a Hub id such as "
             "microsoft/resnet-50"
         )
-    import huggingface_hub  # takes 0.3 s, and most runs read a folder
+    import huggingface_hub  # the import takes 0.3 s, and most runs read a local folder
 
     try:
         files = ["*.safetensors", "*.json", "vocab.txt", "merges.txt"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
-    except OSError as error:  # refused by the Hub, connection lost, or not in the cache
+    except OSError as error:  # the Hub refused, the connection failed, or the model is not in the cache
         raise MissingFileError(
             f"{name!r} is no folder here, and the Hugging Face Hub did not give it. Check the spelling; "
-            "where the Hub can't be reached, copy the model's folder here and name that. "
+            "where the Hub cannot be reached, copy the model's folder here and name that. "
             f"{type(error).__name__}: {error}"
         ) from error
 
 
 def locate_in_package(name: str) -> Path:
+    """Returns the folder called `package:MODULE/FOLDER` of an installed package, without importing it."""
     module, _, rest = name.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:

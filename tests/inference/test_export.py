@@ -1,0 +1,114 @@
+"""Exported models: what the folder has, that it predicts the same, and which folders are refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from zslflax.inference import export
+from zslflax.inference.predictor import Predictor
+from zslflax.inference.restore import build_model
+
+CLASS_NAMES = ["red circle", "blue square", "a cat"]
+
+
+def test_an_exported_model_computes_exactly_the_same(predictor, exported, images):
+    again = Predictor.restore(exported)
+    assert again.step == 6 and again.tokenizer.identity == predictor.tokenizer.identity
+    np.testing.assert_array_equal(again.encode_image(images), predictor.encode_image(images))
+    np.testing.assert_array_equal(again.encode_text(CLASS_NAMES), predictor.encode_text(CLASS_NAMES))
+    assert again.classify(images, CLASS_NAMES) == predictor.classify(images, CLASS_NAMES)  # with the run's prompts
+    shapes = {name: x.shape for name, x in load_file(exported / export.WEIGHTS).items()}
+    assert shapes["params/objective/log_logit_scale"] == () and shapes["params/text/projection/kernel"] == (
+        16,
+        8,
+    )
+    files = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
+    tokenizer = {f"text_encoder/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "identity.json")}
+    assert files == {"README.md", "config.json", "model.safetensors"} | tokenizer
+
+
+def test_an_export_has_no_paths_of_the_machine_that_trained_it(finished, exported, scenes_root):
+    assert str(scenes_root) in (finished / "config.json").read_text()
+    for path in exported.rglob("*.*"):
+        assert str(scenes_root) not in path.read_text(errors="replace")
+        assert str(finished) not in path.read_text(errors="replace")
+
+
+def test_an_export_can_be_exported_and_moved(predictor, exported, tmp_path):
+    Predictor.restore(exported).export(tmp_path / "second")
+    shutil.move(tmp_path / "second", tmp_path / "third")
+    again = Predictor.restore(str(tmp_path / "third"))
+    np.testing.assert_array_equal(again.encode_text(CLASS_NAMES), predictor.encode_text(CLASS_NAMES))
+    with pytest.raises(FileExistsError, match="third is not empty"):
+        again.export(tmp_path / "third")
+
+
+def test_the_sizes_of_a_pretrained_encoder_are_exported(tiny, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes |= {"vocab_size": 30_522, "max_position_embeddings": 12, "type_vocab_size": 2, "model_type": "bert"}
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps(sizes))
+    tiny.model.text.pretrained = str(tmp_path / "encoder")
+    tiny.model.image.pretrained = str(tmp_path / "tower")
+    model, tokenizer = build_model(tiny)
+    image, text = np.zeros((1, 16, 16, 3), np.uint8), np.zeros((1, 12), np.int32)
+    variables = jax.jit(model.init)(jax.random.key(0), image, text, text == 0)
+    predictor = Predictor(tiny, model, variables, tokenizer)
+    predictor.export(tmp_path / "exported")
+    assert str(tmp_path) not in (tmp_path / "exported" / "config.json").read_text()
+    shutil.rmtree(tmp_path / "encoder")
+    again = Predictor.restore(tmp_path / "exported")
+    assert (16, 24) in {x.shape for x in jax.tree.leaves(again.variables["params"]["text"]["tower"])}
+    np.testing.assert_array_equal(again.encode_text(CLASS_NAMES), predictor.encode_text(CLASS_NAMES))
+
+
+def test_an_exported_folder_loads_without_orbax_torch_or_tensorflow(exported):
+    program = (
+        "import sys; from zslflax.models import vit; vit.VITS['vit_nano4'] = (8, 16, 1, 2)\n"
+        "from zslflax import Predictor\n"
+        "Predictor.restore(sys.argv[1]).encode_text('a cat')\n"
+        "print({name.partition('.')[0] for name in sys.modules} & "
+        "{'orbax', 'torch', 'tensorflow', 'tensorflow_datasets', 'grain', 'transformers'})"
+    )
+    result = subprocess.run([sys.executable, "-c", program, exported], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("kind", ["run", "exported"])
+def test_a_changed_or_unidentified_tokenizer_is_refused(finished, exported, tmp_path, kind):
+    folder = shutil.copytree({"run": finished, "exported": exported}[kind], tmp_path / "copy")
+    path = folder / "text_encoder" / "tokenizer.json"
+    rules = json.loads(path.read_text())
+    vocabulary = rules["model"]["vocab"]
+    vocabulary["cat"], vocabulary["dog"] = vocabulary["dog"], vocabulary["cat"]
+    path.write_text(json.dumps(rules))
+    with pytest.raises(ValueError, match="not the one that the model was trained with"):
+        Predictor.restore(folder)
+    (folder / "text_encoder" / "identity.json").unlink()
+    with pytest.raises(FileNotFoundError, match="identity.json is missing"):
+        Predictor.restore(folder)
+
+
+def test_folders_without_a_model_missing_steps_and_damaged_files_are_refused(exported, finished, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json: expected the --workdir of a training run, or an exp"):
+        Predictor.restore(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint of step 2; found steps 3, 6"):
+        Predictor.restore(finished, step=2)
+    for wrong in ({"step": 4}, {"use": "student"}):
+        with pytest.raises(ValueError, match="no steps and no student"):
+            Predictor.restore(exported, **wrong)
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    weights = (folder / export.WEIGHTS).read_bytes()
+    (folder / export.WEIGHTS).write_bytes(weights[:-10])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        Predictor.restore(folder)
+    save_file({"x": np.zeros(1)}, folder / export.WEIGHTS)
+    (folder / "config.json").write_text('{"model_type": "resnet"}')
+    with pytest.raises(ValueError, match="no model that zslflax exported"):
+        Predictor.restore(folder)

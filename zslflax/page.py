@@ -1,0 +1,170 @@
+"""A page in the browser that classifies an image by any class names, and finds the images that fit a sentence.
+
+The page needs no network and sends nothing to other hosts. It serves no file of the folder that it searches, only small
+copies of the images found.
+"""
+
+import html
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from zslflax import figures
+from zslflax.data.images import IMAGE_EXTENSIONS, BadSample, decode, has_image_extension
+from zslflax.errors import UserError
+from zslflax.inference.image_input import read_image
+from zslflax.inference.predictor import Predictor
+
+log = logging.getLogger("zslflax")
+MAX_UPLOAD = "20mb"
+MAX_CLASS_NAMES, MAX_CHARACTERS = 1_000, 500  # class names at once, and characters of a class name or a sentence
+SHOWN_CLASSES, SHOWN_IMAGES = 20, 12  # best class names of an image, and images of a search
+SIDE = 256  # of images on the page, pixels
+KEPT = 3_600  # seconds until an upload is removed; all are removed when the program ends
+CHUNK = 1_024  # images of the folder that are in memory at once
+HINT = "Type class names, with commas between them."
+BAR = (
+    '<div class="row"><span class="name">{}</span><span class="score">{:.3f}</span>'
+    '<div class="track"><div class="bar" style="width: {:.1f}%"></div></div></div>'
+)
+CSS = """
+footer { display: none !important }
+#found .grid-wrap { overflow-y: auto }
+.bars .row { display: grid; grid-template-columns: 1fr auto; margin-bottom: 10px }
+.bars .name { overflow-wrap: anywhere }
+.bars .score { font-variant-numeric: tabular-nums; opacity: 0.7 }
+.bars .track { grid-column: 1 / 3; background: var(--background-fill-secondary) }
+.bars .bar { background: var(--color-accent) }
+.bars .track, .bars .bar { height: 10px; border-radius: 5px }
+"""
+
+
+def serve_page(predictor: Predictor, folder: Path | None, host: str, port: int) -> None:
+    """Serves the page until the program is interrupted.
+
+    Args:
+        predictor: the model.
+        folder: whose images can be searched, or None.
+        host: to serve on; "127.0.0.1" answers this machine only.
+        port: to serve on.
+
+    Raises:
+        UserError: the folder has no readable image.
+    """
+    blocks = build_page(predictor, folder)
+    _, url, _ = blocks.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=MAX_UPLOAD,
+        css=CSS,
+        theme=gr.themes.Base(font="system-ui", font_mono="monospace"),
+        footer_links=[],
+        ssr_mode=False,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    log.info("the page is at %s; Ctrl-C ends it", url)
+    blocks.block_thread()
+
+
+def build_page(predictor: Predictor, folder: Path | None) -> gr.Blocks:
+    """Builds the page, with a search if there is a folder."""
+
+    def classify(upload: str | None, text: str) -> tuple[Image.Image, str]:
+        if not upload:
+            refuse("Drop an image first.")
+        try:
+            image = decode(Path(upload).read_bytes())
+        except BadSample as error:
+            refuse(f"This file can't be used: {error}.")
+        names = parse_class_names(text)
+        answer = format_bars(predictor.classify(image, names, top_k=SHOWN_CLASSES)[0]) if names else HINT
+        return figures.fit_image(image, SIDE), answer
+
+    def search(query: str) -> list[tuple[Image.Image, str]]:
+        if not query.strip() or len(query) > MAX_CHARACTERS:
+            refuse(f"Type a sentence of at most {MAX_CHARACTERS} characters.")
+        answer = [(paths[i], score) for i, score in predictor.search(query, image_emb, top_k=SHOWN_IMAGES)]
+        return [(figures.fit_image(read_image(path), SIDE), f"{path.name}  {score:.3f}") for path, score in answer]
+
+    with gr.Blocks(title="zslflax", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as blocks:
+        gr.Markdown(f"## Classify an image\nwith {predictor.config.name} at step {predictor.step:,}")
+        with gr.Row():
+            with gr.Column():
+                upload = gr.File(label="Image", file_types=["image"], height=150, elem_id="upload")
+                example = "red circle, blue fish, …"
+                names = gr.Textbox(label="Class names", placeholder=example, lines=3, elem_id="names")
+                button = gr.Button("Classify", variant="primary", elem_id="classify")
+            with gr.Column():
+                shown = gr.Image(show_label=False, interactive=False, height=250, buttons=[], elem_id="shown")
+                scores = gr.HTML(elem_id="scores")
+        events = [upload.upload, names.submit, button.click]
+        # One call of the model at a time.
+        gr.on(events, classify, [upload, names], [shown, scores], concurrency_limit=1, concurrency_id="model")
+        upload.clear(lambda: (None, ""), None, [shown, scores])
+        if folder is not None:
+            paths, image_emb = embed_folder(predictor, folder)
+            gr.Markdown(f"## Find images\namong the {len(paths):,} in {folder.name}")
+            example = "a red circle next to a blue fish"
+            query = gr.Textbox(label="Sentence (Enter searches)", placeholder=example, max_lines=1, elem_id="query")
+            found = gr.Gallery(show_label=False, columns=6, height="auto", buttons=[], elem_id="found")
+            query.submit(search, query, found, concurrency_limit=1, concurrency_id="model")
+    return blocks
+
+
+def embed_folder(predictor: Predictor, folder: Path) -> tuple[list[Path], np.ndarray]:
+    """Embeds the readable images below a folder; the others are logged.
+
+    Returns:
+        The paths, and the embeddings fp32 [n, d].
+
+    Raises:
+        UserError: there is no readable image.
+    """
+    candidates = sorted(path for path in folder.rglob("*") if has_image_extension(path))
+    paths, image_emb = [], []
+    for start in range(0, len(candidates), CHUNK):
+        prepared = []
+        for path in candidates[start : start + CHUNK]:
+            try:
+                prepared.append(predictor.preprocess(path))
+                paths.append(path)
+            except (BadSample, OSError) as error:
+                log.warning("left out %s", error)
+        if prepared:
+            image_emb.append(predictor.encode_image(np.stack(prepared)))
+    if not paths:
+        raise UserError(f"{folder} has no readable image ({', '.join(IMAGE_EXTENSIONS)})")
+    log.info("%d of %d images in %s can be searched", len(paths), len(candidates), folder)
+    return paths, np.concatenate(image_emb)
+
+
+def parse_class_names(text: str) -> list[str]:
+    """Splits class names at commas and line ends, and keeps each once; unlike `read_class_names` it never opens a file.
+
+    >>> parse_class_names("a cat, a dog,\\na cat")
+    ['a cat', 'a dog']
+    """
+    names = list(dict.fromkeys(name.strip() for name in re.split(r"[,\n]", text) if name.strip()))
+    if len(names) > MAX_CLASS_NAMES or max(map(len, names), default=0) > MAX_CHARACTERS:
+        refuse(f"At most {MAX_CLASS_NAMES:,} class names of {MAX_CHARACTERS} characters each.")
+    return names
+
+
+def format_bars(rows: Sequence[tuple[str, float]]) -> str:
+    """Formats names with their scores and bars as HTML."""
+    lengths = figures.bar_lengths([score for _, score in rows])
+    parts = [BAR.format(html.escape(name), s, 100 * length) for (name, s), length in zip(rows, lengths)]
+    return f'<div class="bars">{"".join(parts)}</div>'
+
+
+def refuse(message: str) -> NoReturn:
+    """Shows a message on the page; the server continues."""
+    raise gr.Error(message, print_exception=False)
