@@ -23,7 +23,7 @@ def default_config() -> ConfigDict:
     c.seed = 0  # seed of the initial parameters, the sample order, augmentation and dropout
     c.batch_size = 512  # pairs per step, over all devices and hosts
     # Pairs that a device embeds at a time, a divisor of its share of the batch; 0: its whole share. Fewer pairs need
-    # less memory and one more forward pass. The update stays that of the whole batch, except that batch normalisation
+    # less memory, but one more forward pass. The update stays that of the whole batch, except that batch normalisation
     # uses the statistics of a micro-batch (GradCache, arXiv 2101.06983).
     c.micro_batch = 0
     c.steps = 10_000  # steps in the run; the data repeats, `steps` alone ends the run
