@@ -188,7 +188,7 @@ def test_caption_lengths_are_counted_over_all_hosts(hosts, monkeypatch):
     total = sum(count([Captions(30), Captions(5)], h) for h in range(hosts))
     read = [i for i in (*range(30), *range(5)) if i % 5 != 4]
     np.testing.assert_array_equal(total, np.bincount([i % 7 + 1 for i in read], minlength=TOKENS + 1))
-    monkeypatch.setattr("zslflax.data.packing.COUNTED_CAPTIONS", 10)
+    monkeypatch.setattr("zslflax.data.caption_lengths.COUNTED_CAPTIONS", 10)
     assert 3 <= sum(count([Captions(1000)], h).sum() for h in range(hosts)) <= 10
 
 

@@ -110,5 +110,5 @@ def test_folders_without_a_model_missing_steps_and_damaged_files_are_refused(exp
         Predictor.restore(folder)
     save_file({"x": np.zeros(1)}, folder / export.WEIGHTS)
     (folder / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(ValueError, match="no model that zslflax exported"):
+    with pytest.raises(ValueError, match="config.json is not a config of zslflax; found the fields model_type"):
         Predictor.restore(folder)

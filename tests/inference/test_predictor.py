@@ -64,7 +64,7 @@ def test_every_kind_of_image_is_converted_to_rgb(predictor, tmp_path):
 
 def test_inputs_that_are_no_images_are_refused(predictor, tmp_path):
     (tmp_path / "text.jpg").write_text("not an image")
-    with pytest.raises(ValueError, match=r"text.jpg: it is no image"):
+    with pytest.raises(ValueError, match=r"text.jpg: the data is not an image"):
         predictor.encode_image(tmp_path / "text.jpg")
     with pytest.raises(FileNotFoundError, match="nowhere.jpg"):
         predictor.encode_image([str(tmp_path / "nowhere.jpg")])
