@@ -68,12 +68,12 @@ def import_variables(model, torch_model, folder):
     for name, tower in (("image", torch_model.image), ("text", torch_model.text)):
         (folder / name).mkdir(exist_ok=True)
         save({key: x.contiguous() for key, x in tower.state_dict().items()}, folder / name / "model.safetensors")
-    image = load.fill(
+    image = load.load_variables(
         folder / "image",
         {"params": params["image"]["tower"], "batch_stats": stats},
         (TORCHVISION_RESNET, HF_RESNET),
     )
-    text = load.load_text(folder / "text", {"params": params["text"]["tower"]})
+    text = load.load_text_tower(folder / "text", {"params": params["text"]["tower"]})
     linear = lambda x: {"kernel": x.weight.detach().numpy().T.copy(), "bias": x.bias.detach().numpy().copy()}
     params = {
         "image": {"tower": image["params"], "projection": linear(torch_model.project_image)},
@@ -98,7 +98,7 @@ def test_both_have_the_same_losses_student_and_teacher(require, benchmark, tmp_p
     theirs = torch_student(require, c)
     model = build_two_tower(c.model, axis_name=AXIS)
     tower = ResNet(BLOCKS, True, stem_width=STEM, axis_name=AXIS)
-    model = model.clone(image=two_tower.Side(tower, nn.Dense(c.model.embed_dim)))
+    model = model.clone(image=two_tower.ProjectedTower(tower, nn.Dense(c.model.embed_dim)))
     start = import_variables(model, theirs.student, tmp_path)
     ours = benchmark.Step(c, model, start, benchmark.packed(batch))
     inputs = importlib.import_module("step_torch").from_numpy(batch["image"], batch["text"], batch["text_mask"], "cpu")
