@@ -1,16 +1,18 @@
 """Webdataset tar shards in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json), read in place in any order."""
 
+import hashlib
 import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from zslflax.data import storage
 from zslflax.data.images import IMAGE_EXTENSIONS, BadSample
-from zslflax.data.sources.base import Record
+from zslflax.data.sources.base import Annotations, Record, hash_values
 from zslflax.data.sources.shard_patterns import expand_patterns
 from zslflax.data.sources.tar_format import SPARSE
 from zslflax.data.sources.tar_index import TarIndex, load_indexes
@@ -96,6 +98,29 @@ class WebDataset:
         assert image is not None
         return Record(image=image, text=captions, label=labels, name=name)
 
+    def read_annotations(self, index: int) -> Annotations:
+        """Reads a sample's text, JSON and label, and not its image."""
+        shard = self.shard_of(index)
+        name = self.sample_name(shard, index)
+        try:
+            _, text, fields, label = self.read_members(shard, index, (TEXT, JSON, LABEL))
+            captions, labels = parse_captions_and_labels(text, fields, label)
+        except BadSample as error:
+            error.name = name
+            raise
+        return Annotations(text=captions, label=labels, name=name)
+
+    def fingerprint(self) -> str:
+        """Of the shards' names, sizes and versions, and of where the images are in them.
+
+        A moved folder keeps its fingerprint; the same file at another address does not.
+        """
+        digest = hashlib.sha256(np.ascontiguousarray(self.offsets[:, IMAGE]).tobytes())
+        digest.update(np.ascontiguousarray(self.sizes[:, IMAGE]).tobytes())
+        names = [path if storage.is_remote(path) else Path(path).name for path in self.paths]
+        shards = list(zip(map(storage.without_credentials, names), self.fingerprints, map(len, self.keys)))
+        return hash_values("shards", shards, digest.hexdigest())
+
     def sample_name(self, shard: int, index: int) -> str:
         """SHARD:KEY."""
         key = self.keys[shard][index - self.starts[shard]]
@@ -106,14 +131,16 @@ class WebDataset:
         for shard, (start, stop) in enumerate(itertools.pairwise(self.starts.tolist())):
             yield from (self.sample_name(shard, index) for index in range(start, stop))
 
-    def read_members(self, shard: int, index: int) -> list[bytes | None]:
-        """The contents of a sample's image, text, JSON and label; None for a member that it lacks.
+    def read_members(
+        self, shard: int, index: int, columns: Sequence[int] = (IMAGE, TEXT, JSON, LABEL)
+    ) -> list[bytes | None]:
+        """The contents of a sample's image, text, JSON and label; None for what it lacks or `columns` leave out.
 
         Raises:
             BadSample: a member is sparse, larger than `MAX_SIZE`, or cut off by the end of the shard.
         """
         offsets, sizes = self.offsets[index].tolist(), self.sizes[index].tolist()
-        present = [column for column, size in enumerate(sizes) if size >= 0]
+        present = [column for column in columns if sizes[column] >= 0]
         spans = [(offsets[column], sizes[column]) for column in present]
         for column, (offset, size) in zip(present, spans, strict=True):
             if offset == SPARSE:
