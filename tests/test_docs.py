@@ -78,12 +78,12 @@ def test_the_map_lists_every_module():
     assert listed == modules
 
 
-def test_the_examples_of_using_a_model_run(finished, tiny, tmp_path, monkeypatch):
+def test_the_examples_of_using_a_model_run(finished_workdir, tiny_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("image.jpg", "other.jpg"):
         Image.new("RGB", (24, 24), "red").save(name)
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(finished)
+    (tmp_path / "runs" / "demo").symlink_to(finished_workdir)
     for document in (ROOT / "README.md", ROOT / "docs" / "serving.md"):
         for block in python_blocks(document):
             exec(block, {})

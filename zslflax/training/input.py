@@ -11,9 +11,11 @@ from ml_collections import ConfigDict
 
 from zslflax import distributed
 from zslflax.data import packing, pipeline
+from zslflax.data.caption_lengths import count_lengths
 from zslflax.data.features import TextFeatures
 from zslflax.data.image_features import ImageFeatures, with_image_features
 from zslflax.data.preprocess import Batch
+from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
 from zslflax.training.optimizer import FOREVER
 
@@ -22,7 +24,7 @@ log = logging.getLogger("zslflax")
 
 def device_batches(
     config: ConfigDict,
-    sources: Sequence[Any],
+    sources: Sequence[Source],
     tokenizer: Tokenizer,
     start_step: int,
     text_features: TextFeatures | None,
@@ -51,7 +53,7 @@ def device_batches(
 
 
 def host_batches(
-    config: ConfigDict, sources: Sequence[Any], tokenizer: Tokenizer, start_step: int, views: int = 0
+    config: ConfigDict, sources: Sequence[Source], tokenizer: Tokenizer, start_step: int, views: int = 0
 ) -> Iterator[Batch]:
     """This host's share of the batches from a step on; with `views`, of positions of images instead of images."""
     return pipeline.train_batches(
@@ -88,20 +90,20 @@ def feature_batches(
     yield from host_batches(config, sources, tokenizer, max(start_step, images_from))
 
 
-def with_text_features(batches: Iterator[Batch], text_features: TextFeatures) -> Iterator[dict[str, Any]]:
+def with_text_features(batches: Iterator[Batch], text_features: TextFeatures) -> Iterator[Batch]:
     """Adds the output of a frozen text tower to batches."""
     for batch in batches:
         yield batch | {"text_features": text_features(batch["text"], batch["text_mask"])}
 
 
 def with_packed_text(
-    config: ConfigDict, sources: Sequence[Any], tokenizer: Tokenizer, batches: Iterator[Batch]
+    config: ConfigDict, sources: Sequence[Source], tokenizer: Tokenizer, batches: Iterator[Batch]
 ) -> Iterator[Batch]:
     """Packs the captions of each micro-batch into as few rows as the lengths of the training captions allow."""
     options: dict[str, Any] = dict(
         seed=config.seed, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    counts = packing.count_lengths(sources, config.data.weights, tokenizer, threads=config.data.threads, **options)
+    counts = count_lengths(sources, config.data.weights, tokenizer, threads=config.data.threads, **options)
     counts = distributed.gather_hosts(counts[None]).sum(axis=0)  # the same shape on all hosts
     per_device, length = config.batch_size // jax.device_count(), config.model.text.pack_length
     captions = config.micro_batch or per_device
