@@ -3,9 +3,9 @@
     python -m zslflax.features --config=configs/lit_dinov2_minilm.py --config.data.train='cc3m/{00000..00331}.tar'
     python -m zslflax.main --config=configs/lit_dinov2_minilm.py --config.data.train='cc3m/{00000..00331}.tar'
 
-The first command is the expensive one: 2.9 million images once through DINOv2 ViT-B/14. The second trains two linear layers
-without reading an image, as in LiT (Zhai et al. 2022, arXiv 2111.07991) and ShareLock (arXiv 2410.07173). The features take
-4.5 GB of images (768 numbers in float16 each) and 2.3 GB of captions.
+The first command is the expensive one: 2.9 million images once through DINOv2 ViT-B/14. The second trains two linear
+layers without reading an image, as in LiT (arXiv 2111.07991) and ShareLock (arXiv 2410.07173). The features take 4.5 GB
+for images (768 numbers in float16 each) and 2.3 GB for captions.
 """
 
 from zslflax.config import default_config, eval_set, set_objective

@@ -25,7 +25,6 @@ from zslflax.models.two_tower import TwoTower
 from zslflax.training.optimizer import FOREVER, frozen_until
 from zslflax.training.train_state import TrainState
 
-
 # Fields of config.model.image that change no feature, or stand in the identity of features by another name.
 NOT_OF_FEATURES = ("pretrained", "mean", "std", "remat", "projection", "allow_other_statistics")
 
