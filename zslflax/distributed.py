@@ -98,17 +98,21 @@ def prefetch_to_devices(batches: Iterator[Any], size: int = 2) -> Iterator[tuple
 
 
 def map_over_devices(function: Callable[..., Tree]) -> Callable[..., Tree]:
-    """Maps function(variables, arrays) over this process's devices, which exchange nothing.
+    """Maps function(replicated, arrays) over this process's devices, which exchange nothing.
 
-    The mapped function takes variables that are replicated and arrays as `shard` returns them.
+    The mapped function takes a tree as `replicate` returns it, and arrays as `shard` returns them.
     """
     return jax.pmap(function, in_axes=(None, 0), devices=jax.local_devices())
 
 
-def map_in_batches(function: Callable[..., jax.Array], variables: Tree, arrays: Tree, size: int) -> np.ndarray:
-    """Applies a function from `map_over_devices` to arrays [n, …] in batches of `size`.
+def map_in_batches(function: Callable[..., jax.Array], replicated: Tree, arrays: Tree, size: int) -> np.ndarray:
+    """Applies a function from `map_over_devices` to arrays [n, …] in batches of one shape.
 
-    The last batch is filled up with copies of the last row, so that all batches have one shape.
+    Args:
+        function: takes (replicated, arrays [devices, size / devices, …]) and returns an array of the same leading axes.
+        replicated: its first argument.
+        arrays: a tree of arrays on the host. The last batch is filled up with copies of the last row.
+        size: rows in a batch, a multiple of the number of this process's devices.
 
     Returns:
         The function's outputs [n, …], on the host.
@@ -116,7 +120,7 @@ def map_in_batches(function: Callable[..., jax.Array], variables: Tree, arrays: 
     outputs, total = [], len(jax.tree.leaves(arrays)[0])
     for start in range(0, total, size):
         rows = np.minimum(np.arange(start, start + size), total - 1)
-        output = np.asarray(function(variables, shard(jax.tree.map(lambda x, rows=rows: x[rows], arrays))))
+        output = np.asarray(function(replicated, shard(jax.tree.map(lambda x, rows=rows: x[rows], arrays))))
         outputs.append(output.reshape(size, *output.shape[2:]))
     return np.concatenate(outputs)[:total]
 

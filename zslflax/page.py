@@ -113,7 +113,7 @@ def build_page(predictor: Predictor, folder: Path | None) -> gr.Blocks:
             paths, image_emb = embed_folder(predictor, folder)
             gr.Markdown(f"## Find images\namong the {len(paths):,} in {folder.name}")
             example = "a red circle next to a blue fish"
-            query = gr.Textbox(label="Sentence, Enter", placeholder=example, max_lines=1, elem_id="query")
+            query = gr.Textbox(label="Sentence (Enter searches)", placeholder=example, max_lines=1, elem_id="query")
             found = gr.Gallery(show_label=False, columns=6, height="auto", buttons=[], elem_id="found")
             query.submit(search, query, found, concurrency_limit=1, concurrency_id="model")
     return blocks

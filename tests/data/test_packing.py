@@ -9,8 +9,8 @@ from tests.testing.captions import TOKENS, padded
 from zslflax.config import default_config
 from zslflax.config_checks import validate
 from zslflax.data import packing
+from zslflax.data.caption_lengths import count_lengths
 from zslflax.data.images import BadSample
-from zslflax.data.packing import count_lengths
 from zslflax.data.text import Tokenizer
 from zslflax.models.import_weights.locate import locate
 from zslflax.training import loop

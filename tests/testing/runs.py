@@ -15,10 +15,10 @@ from zslflax.training.metrics import MEASURED
 from zslflax.training.train_state import TrainState
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what measures time."""
+def read_metrics(workdir: Path, measured: bool = False) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without the metrics that measure time unless `measured`."""
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith(MEASURED)} for line in found]
+    return [{k: v for k, v in line.items() if measured or not k.endswith(MEASURED)} for line in found]
 
 
 def read_state(workdir: Path, step: int) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 
 from zslflax import distributed
 from zslflax.data import packing, pipeline
+from zslflax.data.caption_lengths import count_lengths
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.preprocess import Batch
+from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
 from zslflax.models.two_tower import TwoTower
 from zslflax.training.train_state import TrainState
@@ -22,7 +24,7 @@ log = logging.getLogger("zslflax")
 
 def device_batches(
     config: ConfigDict,
-    sources: Sequence[Any],
+    sources: Sequence[Source],
     tokenizer: Tokenizer,
     start_step: int,
     text_features: TextFeatures | None,
@@ -44,7 +46,9 @@ def device_batches(
     return distributed.prefetch_to_devices(batches)
 
 
-def host_batches(config: ConfigDict, sources: Sequence[Any], tokenizer: Tokenizer, start_step: int) -> Iterator[Batch]:
+def host_batches(
+    config: ConfigDict, sources: Sequence[Source], tokenizer: Tokenizer, start_step: int
+) -> Iterator[Batch]:
     """This host's share of the batches from a step on."""
     return pipeline.train_batches(
         sources,
@@ -73,20 +77,20 @@ def cached_text_features(config: ConfigDict, model: TwoTower, state: TrainState)
     return TextFeatures(model, variables, capacity, frozen=True)
 
 
-def with_text_features(batches: Iterator[Batch], text_features: TextFeatures) -> Iterator[dict[str, Any]]:
+def with_text_features(batches: Iterator[Batch], text_features: TextFeatures) -> Iterator[Batch]:
     """Adds the output of a frozen text tower to batches."""
     for batch in batches:
         yield batch | {"text_features": text_features(batch["text"], batch["text_mask"])}
 
 
 def with_packed_text(
-    config: ConfigDict, sources: Sequence[Any], tokenizer: Tokenizer, batches: Iterator[Batch]
+    config: ConfigDict, sources: Sequence[Source], tokenizer: Tokenizer, batches: Iterator[Batch]
 ) -> Iterator[Batch]:
     """Packs the captions of each micro-batch into as few rows as the lengths of the training captions allow."""
     options: dict[str, Any] = dict(
         seed=config.seed, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    counts = packing.count_lengths(sources, config.data.weights, tokenizer, threads=config.data.threads, **options)
+    counts = count_lengths(sources, config.data.weights, tokenizer, threads=config.data.threads, **options)
     counts = distributed.gather_hosts(counts[None]).sum(axis=0)  # the same shape on all hosts
     per_device, length = config.batch_size // jax.device_count(), config.model.text.pack_length
     captions = config.micro_batch or per_device

@@ -17,6 +17,7 @@ from orbax.checkpoint import CheckpointManager
 from zslflax import checkpoint, distributed
 from zslflax.config import profiled_steps
 from zslflax.data.features import TextFeatures
+from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
 from zslflax.data.text import Tokenizer
@@ -115,7 +116,7 @@ def set_up(
     )
 
 
-def open_train_sources(config: ConfigDict) -> list[Any]:
+def open_train_sources(config: ConfigDict) -> list[Source]:
     """Opens the training sources, without the samples that the config excludes."""
     sources = [open_source(spec, config.data, "train") for spec in config.data.train]
     sources = exclude_samples(sources, config.data.exclude)
@@ -231,7 +232,7 @@ def trees_equal(a: Tree, b: Tree) -> bool:
     return structures[0] == structures[1] and all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def log_setup(config: ConfigDict, state: TrainState, sources: Sequence[Any]) -> None:
+def log_setup(config: ConfigDict, state: TrainState, sources: Sequence[Source]) -> None:
     """Logs what is trained, and on what."""
     frozen = state.frozen_params
     tower = lambda m: (frozen.get(m) or state.params[m])["tower"]
