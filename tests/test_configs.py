@@ -16,6 +16,7 @@ def test_a_shipped_config_trains_two_steps_when_it_is_shrunk(path, tiny_config, 
     """With its own optimiser, objective, precision and freezing; smaller towers, fewer and smaller images."""
     monkeypatch.setitem(resnet.RESNETS, "resnet50", ((1, 1), True))
     monkeypatch.setitem(vit.VITS, "vit_b16", (16, 32, 1, 2))
+    monkeypatch.setitem(vit.DINOV2, "dinov2_b14", (16, 32, 1, 2))
     c = load_config(path)
     resolve_templates(c)
     validate(c)

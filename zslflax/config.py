@@ -52,8 +52,11 @@ def model_fields() -> ConfigDict:
     c = ConfigDict()
     c.embed_dim = 768  # d, width of the joint space (OTTER's release)
     c.image = ConfigDict()
-    # resnet18|34|50|101|_nano, mobilenet_v2, efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4
+    # Tower: resnet18|34|50|101|_nano, mobilenet_v2, efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4,
+    # dinov2_s14|_b14|_l14, dinov2_s14_reg|…
     c.image.name = "resnet50"
+    # Output of a ViT: cls (the class token) | mean (of the patches) | cls_mean (both, dino.txt); "": the tower's own.
+    c.image.pool = ""
     # Weights in safetensors format: a folder, package:MODULE/FOLDER, or a Hugging Face Hub id; "" for random weights.
     c.image.pretrained = ""
     c.image.size = 224  # pixels, height and width

@@ -35,12 +35,12 @@ def center_crops(monkeypatch):
     monkeypatch.setattr(TrainTransform, "augment", crop)
 
 
-def assert_close_runs(expected, workdir, atol):
-    """The last state and all metrics agree."""
+def assert_close_runs(expected, workdir, atol, without=()):
+    """The last state and all metrics but some agree."""
     assert_close(read_state(expected, 6)["params"], read_state(workdir, 6)["params"], atol)
     for a, b in zip(read_metrics(expected), read_metrics(workdir), strict=True):
         assert a.keys() == b.keys()
-        for name in a:
+        for name in a.keys() - without:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
@@ -98,7 +98,8 @@ def test_a_tower_that_is_frozen_until_a_step_is_trained_on_images_from_then_on(c
     assert max(jax.tree.leaves(changes)) > 1e-3
     config.features.folder = ""
     loop.train(config, tmp_path / "computed")
-    assert_close_runs(tmp_path / "computed", tmp_path / "kept", atol=2e-5)
+    # The norm counts the gradient of a tower that is frozen for now, which is not computed where its features are kept.
+    assert_close_runs(tmp_path / "computed", tmp_path / "kept", atol=2e-5, without={"train/grad_norm"})
     config.features.folder = str(tmp_path / "features")
     with pytest.MonkeyPatch.context() as context:  # resumes where images are read, and where features are
         act_at_batch(context, 6, lambda: (_ for _ in ()).throw(KeyboardInterrupt))

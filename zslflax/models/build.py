@@ -14,14 +14,14 @@ from zslflax.models.import_weights.locate import locate
 from zslflax.models.mobilenet import MOBILENETS, MobileNet
 from zslflax.models.resnet import RESNETS, ResNet
 from zslflax.models.two_tower import ProjectedTower, TwoTower
-from zslflax.models.vit import VITS, ViT
+from zslflax.models.vit import DINOV2, POOLS, REGISTERS, VITS, ViT
 
 
 def build_two_tower(config: ConfigDict, *, dtype: Any = jnp.float32, axis_name: str | None = None) -> TwoTower:
     """Builds the model that the `model` section of a config describes.
 
     Args:
-        config: `embed_dim`, `image.{name, mean, std, remat}`, and
+        config: `embed_dim`, `image.{name, pool, mean, std, remat}`, and
             `text.{pretrained, dropout, max_tokens, scratch, remat, projection}`.
         dtype: of the computation inside the towers.
         axis_name: the mapped axis over which batch statistics are synchronised.
@@ -42,7 +42,7 @@ def build_two_tower(config: ConfigDict, *, dtype: Any = jnp.float32, axis_name: 
             f"{config.embed_dim}; set model.embed_dim={bert.width} or model.text.projection=True"
         )
     text_projection = nn.Dense(config.embed_dim) if config.text.projection else None
-    image = image_tower(config.image.name, dtype, axis_name, config.image.remat)
+    image = image_tower(config.image.name, dtype, axis_name, config.image.remat, config.image.pool)
     return TwoTower(
         image=ProjectedTower(image, nn.Dense(config.embed_dim)),
         text=ProjectedTower(Bert(bert, dtype, config.text.remat), text_projection),
@@ -51,18 +51,19 @@ def build_two_tower(config: ConfigDict, *, dtype: Any = jnp.float32, axis_name: 
     )
 
 
-def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool) -> nn.Module:
-    """Builds the image tower called `name`.
+def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool: str = "") -> nn.Module:
+    """Builds the image tower called `name`; `pool` is that of a `ViT`, or "" for the tower's own.
 
     >>> image_tower("vit_b16", jnp.bfloat16, None, remat=False).width
     768
 
     Raises:
-        UserError: there is no such tower; names the nearest one.
+        UserError: there is no such tower; names the nearest one. Or the tower has no such pool.
     """
     resnet = partial(ResNet, dtype=dtype, axis_name=axis_name, remat=remat)
     mobilenet = partial(MobileNet, dtype=dtype, axis_name=axis_name, remat=remat)
-    vit = partial(ViT, dtype=dtype, remat=remat)
+    vit = partial(ViT, dtype=dtype, remat=remat, pool=pool or "cls")
+    dinov2 = partial(vit, layer_scale=True)
     towers: dict[str, nn.Module] = {
         "resnet18": resnet(*RESNETS["resnet18"]),
         "resnet34": resnet(*RESNETS["resnet34"]),
@@ -80,12 +81,22 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool) -> nn
         "vit_s16": vit(*VITS["vit_s16"]),
         "vit_b16": vit(*VITS["vit_b16"]),
         "vit_b32": vit(*VITS["vit_b32"]),
+        "dinov2_s14": dinov2(*DINOV2["dinov2_s14"]),
+        "dinov2_b14": dinov2(*DINOV2["dinov2_b14"]),
+        "dinov2_l14": dinov2(*DINOV2["dinov2_l14"]),
+        "dinov2_s14_reg": dinov2(*DINOV2["dinov2_s14"], registers=REGISTERS),
+        "dinov2_b14_reg": dinov2(*DINOV2["dinov2_b14"], registers=REGISTERS),
+        "dinov2_l14_reg": dinov2(*DINOV2["dinov2_l14"], registers=REGISTERS),
     }
     if name not in towers:
         raise UserError(
             f"model.image.name is {name!r}; expected one of {', '.join(towers)}; nearest: {nearest_names(name, towers)}"
         )
-    return towers[name]
+    tower = towers[name]
+    if pool and not (isinstance(tower, ViT) and pool in POOLS):
+        pools = f'"" or one of {", ".join(POOLS)}' if isinstance(tower, ViT) else '"": it averages over the image'
+        raise UserError(f"model.image.pool is {pool!r}; expected of {name} {pools}")
+    return tower
 
 
 def text_config(config: ConfigDict) -> BertConfig:
