@@ -109,6 +109,11 @@ def check_data(config: ConfigDict) -> None:
     low, high = data.crop_scale
     expect(0 < low <= high <= 1, f"data.crop_scale is {(low, high)}, expected 0 < smallest ≤ largest ≤ 1, of the area")
     expect(
+        data.request_timeout > 0 and data.read_timeout > 0,
+        f"data.request_timeout is {data.request_timeout} and data.read_timeout {data.read_timeout}, expected seconds "
+        "above 0",
+    )
+    expect(
         0 <= data.max_bad_fraction <= 1,
         f"data.max_bad_fraction is {data.max_bad_fraction}, expected a share, from 0 to 1",
     )

@@ -13,6 +13,28 @@ from typing import Any, Literal
 from zslflax.errors import MissingFileError, StorageError, UserError
 
 
+def expand_user(path: str | Path) -> Path:
+    """A path in which "~" is replaced by the home folder.
+
+    Raises:
+        UserError: there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} is in the home folder, but HOME is not set and this user has none; set HOME, or give another path"
+        ) from error
+
+
+def cache_folder() -> Path | None:
+    """The folder for what can be made again, ~/.cache/zslflax; None where there is no home folder."""
+    try:
+        return Path.home() / ".cache" / "zslflax"
+    except RuntimeError:
+        return None
+
+
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turns an OSError, such as a full disk or a missing permission, into a `StorageError` that names the path."""
@@ -67,7 +89,7 @@ def read_text(path: str | Path) -> str:
         UserError: the file is not UTF-8.
         StorageError: the file cannot be read.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -20,7 +20,7 @@ CHANGEABLE = (
     *("eval.", "log_every", "checkpoint.", "data.threads", "data.workers", "compilation"),
     *("profile_steps", "model.image.remat", "model.text.remat"),
     # Thresholds that a stopped run may have to raise before it can continue.
-    *("data.max_bad_fraction", "optimizer.max_nonfinite_steps"),
+    *("data.max_bad_fraction", "optimizer.max_nonfinite_steps", "data.request_timeout", "data.read_timeout"),
 )
 
 
