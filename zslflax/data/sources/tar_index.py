@@ -85,7 +85,7 @@ def raise_missing(missing: Sequence[str], total: int) -> None:
     raise MissingFileError(f"{len(missing)} of {total} shards are missing:{names}{hint}")
 
 
-def load_index(path: str, limits: ReadLimits) -> TarIndex:
+def load_index(path: str, limits: ReadLimits = DEFAULT_LIMITS) -> TarIndex:
     """The stored index of a tar file; a new one if there is none that fits the file."""
     fingerprint = storage.read_fingerprint(path, limits)
     places = index_places(path)
