@@ -38,6 +38,7 @@ def default_config() -> ConfigDict:
     c.model = model_fields()
     c.objective = objective_fields()
     c.teacher = teacher_fields()
+    c.features = features_fields()
     c.optimizer = optimizer_fields()
     c.data = data_fields()
     c.eval = eval_fields()
@@ -51,7 +52,8 @@ def model_fields() -> ConfigDict:
     c = ConfigDict()
     c.embed_dim = 768  # d, width of the joint space (OTTER's release)
     c.image = ConfigDict()
-    c.image.name = "resnet50"  # resnet18|34|50|101|_nano, vit_ti16|_s16|_b16|_b32|_nano4
+    # resnet18|34|50|101|_nano, mobilenet_v2, efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4
+    c.image.name = "resnet50"
     # Weights in safetensors format: a folder, package:MODULE/FOLDER, or a Hugging Face Hub id; "" for random weights.
     c.image.pretrained = ""
     c.image.size = 224  # pixels, height and width
@@ -69,7 +71,8 @@ def model_fields() -> ConfigDict:
     # A learnt linear layer after the tower; False: none, where the tower is as wide as embed_dim (OTTER's release).
     c.text.projection = True
     c.text.remat = False  # as image.remat
-    # Captions whose features are kept in memory, where the text tower is always frozen; 0: features are not kept.
+    # Captions whose features are kept in memory, where the text tower is always frozen and features.folder is "";
+    # 0: features are not kept.
     c.text.cached_captions = 0
     # Sizes of a BERT with random weights; vocab_size must be at least the tokenizer's (BERT base, arXiv 1810.04805).
     c.text.scratch = ConfigDict({"layers": 12, "width": 768, "heads": 12, "vocab_size": 30_522})
@@ -109,6 +112,20 @@ def teacher_fields() -> ConfigDict:
     # release) | ema: the average of the student's running statistics | student: the student's running statistics.
     c.batch_norm = "batch"
     c.workdir = ""  # kind "checkpoint": the workdir of a finished run, whose newest checkpoint is the teacher
+    return c
+
+
+def features_fields() -> ConfigDict:
+    """`config.features`: outputs of towers that are always frozen, computed once and kept on disk."""
+    c = ConfigDict()
+    # Folder that runs share. Steps then read no images: an always frozen image tower sees one crop of each image, or
+    # `views` random ones. "": towers run in each step, on a new random crop of each image.
+    c.folder = ""
+    c.dtype = "float16"  # in which features are kept: float16 | bfloat16 | float32
+    # Inputs that are computed of each training image. 1: the crop of evaluation. More: random crops by
+    # data.crop_scale and data.flip, of which each visit draws one.
+    c.views = 1
+    c.seed = 0  # of the random crops; runs with other values of `seed` then share their features
     return c
 
 

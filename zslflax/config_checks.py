@@ -41,15 +41,26 @@ def check_choices(config: ConfigDict) -> None:
     one_of("objective.name", config.objective.name, OBJECTIVES)
     one_of("teacher.kind", config.teacher.kind, ("ema", "checkpoint", "none"))
     one_of("teacher.batch_norm", config.teacher.batch_norm, ("batch", "ema", "student"))
+    one_of("features.dtype", config.features.dtype, ("float16", "bfloat16", "float32"))
     one_of("optimizer.name", config.optimizer.name, ("sgd", "adamw", "lamb"))
     one_of("compute_dtype", config.compute_dtype, ("bfloat16", "float32"))
 
 
 def check_ranges(config: ConfigDict) -> None:
     """Numbers of steps and samples, and of what the optimiser tolerates."""
-    for field in ("steps", "batch_size", "log_every", "eval.every", "eval.batch_size", "checkpoint.every"):
+    for field in (
+        "steps",
+        "batch_size",
+        "log_every",
+        "eval.every",
+        "eval.batch_size",
+        "checkpoint.every",
+        "features.views",
+    ):
         value = get_field(config, field)
         expect(value > 0, f"{field} is {value}, expected a positive number")
+    views = config.features.views
+    expect(views > 0, f"features.views is {views}, expected 1 (the crop of evaluation) or more random crops")
     for field in ("micro_batch", "optimizer.max_nonfinite_steps"):
         value = get_field(config, field)
         expect(value >= 0, f"{field} is {value}, expected 0 or a positive number")

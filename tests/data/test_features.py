@@ -76,7 +76,7 @@ def test_the_cache_holds_no_more_than_its_capacity(counted):
     features, calls = counted
     tokens, mask = texts(80)
     first = features(tokens, mask)
-    assert len(features.slots) == 50 and len(features.cache) == 50
+    assert len(features.store.slots) == 50 and len(features.store.cache) == 50
     before = len(calls)
     np.testing.assert_array_equal(features(tokens, mask), first)
     assert len(calls) > before  # the other texts are computed again

@@ -13,7 +13,16 @@ import grain
 import numpy as np
 from absl import flags
 
-from zslflax.data.preprocess import ORDER_STREAM, Batch, CaptionTokenizer, EvalTransform, TrainTransform, Transform
+from zslflax.data.preprocess import (
+    ORDER_STREAM,
+    AnnotationTransform,
+    Batch,
+    CaptionTokenizer,
+    CaptionTransform,
+    EvalTransform,
+    TrainTransform,
+    Transform,
+)
 from zslflax.data.sources.base import Source
 from zslflax.errors import UserError
 
@@ -36,6 +45,7 @@ def train_batches(
     flip: bool = True,
     threads: int = 0,
     workers: int = 0,
+    views: int = 0,
 ) -> Iterator[Batch]:
     """This host's share of an infinite sequence of training batches, from a step on.
 
@@ -57,12 +67,13 @@ def train_batches(
         flip: whether to mirror half of the images left to right.
         threads: that read and decode, in each worker; 0: `default_threads()`.
         workers: processes; 0: threads of this process. Workers are spawned, so the program needs a `__main__` guard.
+        views: of each image, whose features are kept; images are then not read. 0: images are read.
 
     Yields:
         `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `valid` bool [b] and `errors`, a
         tuple of (name, message). A sample that cannot be read or has no caption is not valid and has an error. Its
         image is zeros and its text is padding; the first token is in `text_mask`, which keeps a mean over tokens
-        finite.
+        finite. With `views`, there are `source`, `index` and `view` int64 [b] instead of `image`.
 
     Raises:
         UserError: there are fewer samples than a batch has; the hosts cannot share a batch evenly; or, while
@@ -77,7 +88,9 @@ def train_batches(
     if batch_size % process_count:
         raise UserError(f"batch_size is {batch_size}, which {process_count} hosts cannot share evenly")
     per_host = batch_size // process_count
-    transform = TrainTransform(tuple(sources), tokenizer, image_size, seed, (crop_scale[0], crop_scale[1]), flip)
+    transform: Transform = CaptionTransform(tuple(sources), tokenizer, seed, views)
+    if not views:
+        transform = TrainTransform(tuple(sources), tokenizer, image_size, seed, (crop_scale[0], crop_scale[1]), flip)
     order = TrainOrder(global_order(sizes, weights, seed), batch_size, per_host * process_index)
     steps = range(start_step, sys.maxsize // batch_size)
     return load_batches(order, transform, per_host, steps, threads, workers, give_up_after=GIVE_UP_AFTER)
@@ -92,6 +105,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 0,
+    read_images: bool = True,
 ) -> Iterator[Batch]:
     """All samples once, in order. Host h of H loads the samples h, h + H, …; all hosts get equally many batches.
 
@@ -102,6 +116,7 @@ def eval_batches(
         resize: shorter side of an image before its centre crop, pixels.
         process_index, process_count: h and H.
         threads: that read and decode; 0: `default_threads()`.
+        read_images: whether the batches have images.
 
     Yields:
         `image` uint8 [b, s, s, 3], `valid` bool [b] (False: padding or unreadable), `index` int64 [b] (position in
@@ -116,7 +131,7 @@ def eval_batches(
         raise UserError("the evaluation data has no samples")
     if resize < image_size:
         raise UserError(f"resize is {resize} pixels, expected at least the image's size, {image_size}")
-    transform = EvalTransform(source, image_size, resize)
+    transform: Transform = EvalTransform(source, image_size, resize) if read_images else AnnotationTransform(source)
     order = EvalOrder(len(source), batch_size, process_index, process_count)
     steps = -(-len(source) // (batch_size * process_count))
     give_up_after = min(GIVE_UP_AFTER, len(source))

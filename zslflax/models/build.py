@@ -11,6 +11,7 @@ from zslflax.errors import UserError, nearest_names
 from zslflax.files import read_json
 from zslflax.models.bert import Bert, BertConfig
 from zslflax.models.import_weights.locate import locate
+from zslflax.models.mobilenet import MOBILENETS, MobileNet
 from zslflax.models.resnet import RESNETS, ResNet
 from zslflax.models.two_tower import ProjectedTower, TwoTower
 from zslflax.models.vit import VITS, ViT
@@ -60,6 +61,7 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool) -> nn
         UserError: there is no such tower; names the nearest one.
     """
     resnet = partial(ResNet, dtype=dtype, axis_name=axis_name, remat=remat)
+    mobilenet = partial(MobileNet, dtype=dtype, axis_name=axis_name, remat=remat)
     vit = partial(ViT, dtype=dtype, remat=remat)
     towers: dict[str, nn.Module] = {
         "resnet18": resnet(*RESNETS["resnet18"]),
@@ -67,6 +69,12 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool) -> nn
         "resnet50": resnet(*RESNETS["resnet50"]),
         "resnet101": resnet(*RESNETS["resnet101"]),
         "resnet_nano": resnet((1, 1, 1), False, stem_width=32, small=True),  # 8 layers, 0.3 million parameters
+        "mobilenet_v2": mobilenet(MOBILENETS["mobilenet_v2"]),
+        "efficientnet_lite0": mobilenet(MOBILENETS["efficientnet_lite0"]),
+        "efficientnet_lite1": mobilenet(MOBILENETS["efficientnet_lite1"]),
+        "efficientnet_lite2": mobilenet(MOBILENETS["efficientnet_lite2"]),
+        "efficientnet_lite3": mobilenet(MOBILENETS["efficientnet_lite3"]),
+        "efficientnet_lite4": mobilenet(MOBILENETS["efficientnet_lite4"]),
         "vit_nano4": vit(*VITS["vit_nano4"]),
         "vit_ti16": vit(*VITS["vit_ti16"]),
         "vit_s16": vit(*VITS["vit_s16"]),

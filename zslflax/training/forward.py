@@ -74,7 +74,8 @@ def no_grad_outputs(
 ) -> tuple[dict[str, jax.Array], Embeddings | None]:
     """What needs no gradient: the frozen towers' outputs by modality, and the teacher's embeddings.
 
-    The teacher shares the outputs of those of its towers that are the student's frozen ones. Its embeddings are None
+    A tower is frozen forever, or for now, where the batch has its outputs. The teacher shares the outputs of those of
+    its towers that are the student's frozen ones. Its embeddings are None
     for an objective without a teacher.
     """
     student = student_variables(state)
@@ -82,7 +83,8 @@ def no_grad_outputs(
         modality: batch[f"{modality}_features"]
         if f"{modality}_features" in batch
         else tower_features(model, student, batch, modality, train=False)[0]
-        for modality in state.frozen_params
+        for modality in MODALITIES
+        if modality in state.frozen_params or f"{modality}_features" in batch
     }
     if not OBJECTIVES[config.objective.name].needs_teacher:
         return features, None

@@ -31,7 +31,8 @@ from zslflax.models.import_weights.locate import locate
 from zslflax.models.partition import Tree, partition
 from zslflax.models.two_tower import TwoTower
 from zslflax.training.evaluate import evaluate_state
-from zslflax.training.input import cached_text_features, device_batches
+from zslflax.training.frozen_features import FrozenFeatures, open_features
+from zslflax.training.input import device_batches
 from zslflax.training.metrics import Profile, Reporter
 from zslflax.training.optimizer import build_optimizer, frozen_towers
 from zslflax.training.step import TrainStep
@@ -96,9 +97,9 @@ def set_up(
     log_setup(config, state, sources)
 
     fixed_teacher = distributed.replicate(without_shared_towers(fixed_teacher, state.frozen_params))
-    if text_features is None:
-        text_features = cached_text_features(config, model, state)
-    frozen_text_features = text_features if "text" in state.frozen_params else None
+    features = open_features(config, model, tokenizer, state, sources, [test_set.source for test_set in test_sets])
+    check_teacher_needs_no_images(config, features, fixed_teacher)
+    text_features = text_features or features.text
     predictor = Predictor(config, model, None, tokenizer, text_features=text_features)
     main = distributed.is_main()
     return Run(
@@ -107,12 +108,29 @@ def set_up(
         first_step=first_step,
         recent_metrics=recent_metrics,
         train_step=TrainStep(fixed_teacher, model=model, teacher_model=teacher_model, tx=tx, config=config),
-        batches=device_batches(config, sources, tokenizer, first_step, frozen_text_features),
-        evaluate=functools.partial(evaluate_state, predictor, test_sets, workdir, extra_metrics),
+        batches=device_batches(
+            config,
+            sources,
+            tokenizer,
+            first_step,
+            text_features if features.text_frozen else None,
+            features.train_images,
+            features.images_from,
+        ),
+        evaluate=functools.partial(evaluate_state, predictor, test_sets, workdir, extra_metrics, features.of_images),
         checkpoints=checkpoints,
         reporter=Reporter(workdir, first_step - len(recent_metrics), config.steps, main),
         profile=Profile(profiled_steps(config) if main else None, workdir / "profile"),
     )
+
+
+def check_teacher_needs_no_images(config: ConfigDict, features: FrozenFeatures, fixed_teacher: Tree) -> None:
+    """Raises a UserError where steps read no images and the teacher has an image tower of its own."""
+    if features.train_images and "tower" in fixed_teacher.get("params", {}).get("image", {}):
+        raise UserError(
+            f"features.folder is {config.features.folder!r}, so that steps read no images, but the teacher in "
+            f"{config.teacher.workdir} has another image tower, which needs them; set features.folder=''"
+        )
 
 
 def open_train_sources(config: ConfigDict) -> list[Any]:

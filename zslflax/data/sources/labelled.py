@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from zslflax.data.images import BadSample, has_image_extension
-from zslflax.data.sources.base import Record, Source
+from zslflax.data.sources.base import Annotations, Record, Source, hash_values
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
 from zslflax.files import read_columns, read_text
@@ -50,7 +50,15 @@ class LabelledImages:
             image = Path(name).read_bytes()
         except OSError as error:
             raise BadSample(f"its file cannot be read: {error.strerror}", name=name) from error
-        return Record(image=image, text=(), label=self.labels[index], name=name)
+        return Record(image=image, **self.read_annotations(index))
+
+    def read_annotations(self, index: int) -> Annotations:
+        """The labels of an image; reads no file."""
+        return Annotations(text=(), label=self.labels[index], name=self.paths[index])
+
+    def fingerprint(self) -> str:
+        """Of the paths, sizes and modification times of all images."""
+        return hash_values("files", [(path, *file_version(path)) for path in self.paths])
 
     def names(self) -> Iterator[str]:
         """Yields the paths of all images."""
@@ -81,9 +89,28 @@ class ClassTars:
         record["label"] = (self.labels[self.shards.shard_of(index)],)
         return record
 
+    def read_annotations(self, index: int) -> Annotations:
+        """The class of an image; reads no image."""
+        annotations = self.shards.read_annotations(index)
+        annotations["label"] = (self.labels[self.shards.shard_of(index)],)
+        return annotations
+
+    def fingerprint(self) -> str:
+        """Of the tars."""
+        return self.shards.fingerprint()
+
     def names(self) -> Iterator[str]:
         """Yields the names of all records."""
         return self.shards.names()
+
+
+def file_version(path: str) -> tuple[int, int]:
+    """The size of a file and its modification time in nanoseconds; -1 where there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def read_folder(spec: str) -> LabelledImages | ClassTars:

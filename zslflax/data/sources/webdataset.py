@@ -1,22 +1,22 @@
 """Webdataset tar shards in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json), read in place in any order."""
 
-import functools
 import hashlib
 import itertools
 import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import numpy as np
 
 from zslflax.data import storage
-from zslflax.data.addresses import without_credentials
+from zslflax.data.addresses import is_remote, without_credentials
 from zslflax.data.images import IMAGE_EXTENSIONS, BadSample
 from zslflax.data.remote_files import Fingerprint
 from zslflax.data.retries import DEFAULT_LIMITS, ReadLimits
-from zslflax.data.sources.base import Record
+from zslflax.data.sources.base import Annotations, Record, hash_values
 from zslflax.data.sources.index_file import TarIndex
 from zslflax.data.sources.sample_files import captions_in_json, parse_captions_and_labels, parse_json
 from zslflax.data.sources.shard_patterns import expand_patterns
@@ -115,22 +115,19 @@ class WebDataset:
         )
         return {"no_image": sum(counts)}
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A digest of the shards' names and sizes, and of the names, sizes and times of the files in them."""
-        digest = hashlib.sha256()
+    def files(self) -> list[tuple[str, int, int, str]]:
+        """Each shard's name, bytes and samples, and a digest of the names, sizes and times of the files in it.
+
+        Unlike `fingerprint`, this is the same for copies of the shards, whatever their own times.
+        """
+        found = []
         for shard, (start, stop) in enumerate(itertools.pairwise(self.starts.tolist())):
-            name = without_credentials(self.paths[shard]).rpartition("/")[2]
-            digest.update(repr((name, self.fingerprints[shard][1], stop - start)).encode())
+            digest = hashlib.sha256()
             for array in (self.keys[shard], self.offsets[start:stop], self.sizes[start:stop], self.headers[start:stop]):
                 digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
-
-    def files(self) -> list[tuple[str, int, int]]:
-        """The name, the bytes and the samples of each shard."""
-        names = [without_credentials(path).rpartition("/")[2] for path in self.paths]
-        sizes = [fingerprint[1] for fingerprint in self.fingerprints]
-        return list(zip(names, sizes, map(len, self.keys), strict=True))
+            name = without_credentials(self.paths[shard]).rpartition("/")[2]
+            found.append((name, self.fingerprints[shard][1], stop - start, digest.hexdigest()[:16]))
+        return found
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -151,6 +148,29 @@ class WebDataset:
         assert image is not None
         return Record(image=image, text=captions, label=labels, name=name)
 
+    def read_annotations(self, index: int) -> Annotations:
+        """Reads a sample's text, JSON and label, and not its image."""
+        shard = self.shard_of(index)
+        name = self.sample_name(shard, index)
+        try:
+            _, text, fields, label, texts = self.read_members(shard, index, (TEXT, JSON, LABEL, TEXTS))
+            captions, labels = parse_captions_and_labels(text, fields, label, texts, self.captions_per_line)
+        except BadSample as error:
+            error.name = name
+            raise
+        return Annotations(text=captions, label=labels, name=name)
+
+    def fingerprint(self) -> str:
+        """Of the shards' names, sizes and versions, and of where the images are in them.
+
+        A moved folder keeps its fingerprint; the same file at another address does not.
+        """
+        digest = hashlib.sha256(np.ascontiguousarray(self.offsets[:, IMAGE]).tobytes())
+        digest.update(np.ascontiguousarray(self.sizes[:, IMAGE]).tobytes())
+        names = [path if is_remote(path) else Path(path).name for path in self.paths]
+        shards = list(zip(map(without_credentials, names), self.fingerprints, map(len, self.keys)))
+        return hash_values("shards", shards, digest.hexdigest())
+
     def sample_name(self, shard: int, index: int) -> str:
         """SHARD:KEY."""
         key = self.keys[shard][index - self.starts[shard]]
@@ -161,17 +181,20 @@ class WebDataset:
         for shard, (start, stop) in enumerate(itertools.pairwise(self.starts.tolist())):
             yield from (self.sample_name(shard, index) for index in range(start, stop))
 
-    def read_members(self, shard: int, index: int) -> list[bytes | None]:
-        """The contents of a sample's image, text, JSON, label and list of texts; None for a member that it lacks.
+    def read_members(
+        self, shard: int, index: int, columns: Sequence[int] = (IMAGE, TEXT, JSON, LABEL, TEXTS)
+    ) -> list[bytes | None]:
+        """The contents of a sample's image, text, JSON, label and list of texts.
 
-        Each member is read with its header, which shows whether the shard is still the one that was indexed.
+        It is None for a member that the sample lacks or `columns` leave out. Each member is read with its header, which
+        shows whether the shard is still the one that was indexed.
 
         Raises:
             BadSample: a member is sparse, larger than `MAX_SIZE`, or cut off by the end of the shard.
             UserError: the shard is another file than the one that was indexed.
         """
         offsets, sizes = self.offsets[index].tolist(), self.sizes[index].tolist()
-        present = [column for column, size in enumerate(sizes) if size >= 0]
+        present = [column for column in columns if sizes[column] >= 0]
         spans = [(offsets[column], sizes[column]) for column in present]
         for column, (offset, size) in zip(present, spans, strict=True):
             if offset == SPARSE:

@@ -19,9 +19,11 @@ from zslflax.models.import_weights.layouts import (
     TIMM_VIT,
     TORCHVISION_RESNET,
     Layout,
+    mobilenet_layouts,
     published_names,
 )
 from zslflax.models.import_weights.reading import find_tensors, read_tensors
+from zslflax.models.mobilenet import MOBILENETS
 from zslflax.models.resnet import RESNETS
 from zslflax.models.vit import VITS
 
@@ -29,11 +31,11 @@ log = logging.getLogger("zslflax")
 
 
 def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """Loads a published ResNet or ViT.
+    """Loads a published image tower.
 
     Args:
-        folder: holds safetensors in the names of torchvision, timm or Hugging Face, with any prefix.
-        name: of the tower, one of `RESNETS` or `VITS`.
+        folder: holds safetensors in one of the tower's layouts (`layouts.py`), with any prefix.
+        name: of the tower, one of `RESNETS`, `MOBILENETS` or `VITS`.
         variables: the tower's {"params", "batch_stats"}, as arrays or their shapes.
         image_size: pixels. The position embeddings of a ViT are resized to it.
 
@@ -48,12 +50,14 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
     if name in RESNETS:
         check_config(folder, name, {"downsample_in_bottleneck": False, "hidden_act": "relu"})
         return load_variables(folder, variables, (TORCHVISION_RESNET, HF_RESNET))
+    if name in MOBILENETS:
+        return load_variables(folder, variables, mobilenet_layouts([s.blocks for s in MOBILENETS[name].stages]))
     if name in VITS:
         patch, _, _, heads = VITS[name]
         check_config(folder, name, {"num_attention_heads": heads, "hidden_act": "gelu", "qkv_bias": True})
         resize = lambda table: resize_positions(table, image_size // patch)
         return load_variables(folder, variables, (TIMM_VIT, HF_VIT), {("position",): resize})
-    raise UserError(f"no image tower is called {name!r}; expected one of {', '.join([*RESNETS, *VITS])}")
+    raise UserError(f"no image tower is called {name!r}; expected one of {', '.join([*RESNETS, *MOBILENETS, *VITS])}")
 
 
 def load_text_tower(folder: Path, variables: dict[str, Any]) -> dict[str, Any]:
