@@ -186,7 +186,7 @@ class Usage:
 def test_reading_annotations_reads_no_image(shards, monkeypatch):
     source, read = WebDataset(shards), []
     monkeypatch.setattr(
-        "zslflax.data.storage.read_spans", lambda path, fingerprint, spans: read.extend(spans) or [b"a"]
+        "zslflax.data.storage.read_spans", lambda path, fingerprint, spans, limits: read.extend(spans) or [b"a"]
     )
     assert source.read_annotations(3)["text"] == ("a",) and [size for _, size in read] == [1]
     assert preprocess.AnnotationTransform(source)([3, -1])["valid"].tolist() == [True, False]
