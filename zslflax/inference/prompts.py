@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from zslflax.errors import UserError
-from zslflax.files import read_text
+from zslflax.files import check_local, read_text
 
 SHOWN_CHARACTERS = 80  # of a long argument in an error message
 
@@ -25,6 +25,7 @@ def read_class_names(spec: str) -> list[str]:
     """
     if is_file(spec):
         return read_lines(spec)
+    check_local(spec, "the file of class names")
     if "," not in spec:
         raise UserError(f"{spec!r} is neither a file that exists nor names with commas between them")
     names = [name.strip() for name in spec.split(",")]

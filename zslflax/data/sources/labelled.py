@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from zslflax.data.images import BadSample, has_image_extension
+from zslflax.data.images import MAX_FILE_BYTES, BadSample, has_image_extension
 from zslflax.data.sources.base import Annotations, Record, Source, hash_values
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import read_columns, read_text
+from zslflax.files import local_path, read_bytes, read_columns, read_text
 
 log = logging.getLogger("zslflax")
 T = TypeVar("T")
@@ -47,9 +47,9 @@ class LabelledImages:
     def __getitem__(self, index: int) -> Record:
         name = self.paths[index]
         try:
-            image = Path(name).read_bytes()
-        except OSError as error:
-            raise BadSample(f"its file cannot be read: {error.strerror}", name=name) from error
+            image = read_bytes(Path(name), MAX_FILE_BYTES)
+        except UserError as error:
+            raise BadSample(f"its file cannot be read: {error}", name=name) from error
         return Record(image=image, **self.read_annotations(index))
 
     def read_annotations(self, index: int) -> Annotations:
@@ -115,7 +115,7 @@ def file_version(path: str) -> tuple[int, int]:
 
 def read_folder(spec: str) -> LabelledImages | ClassTars:
     """Reads "FOLDER": a subfolder or a tar for each class, named by its id; the classes are in the order of ids."""
-    folder = Path(spec).expanduser()
+    folder = local_path(spec, "folder:")
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is not a folder: expected one with a subfolder or tar for each class")
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
@@ -142,7 +142,7 @@ def read_csv(spec: str) -> LabelledImages:
     Ids are separated by ";" if the column has any ";", or else by blanks. Rows with the same path are merged. The
     classes are all ids that occur, in their order.
     """
-    file = Path(spec).expanduser()
+    file = local_path(spec, "csv:")
     rows = list(read_columns(file, ("path", "labels")))
     separator = ";" if any(";" in labels for _, (_, labels) in rows) else None
     ids_of_path: dict[str, dict[str, None]] = collections.defaultdict(dict)  # dicts as ordered sets
@@ -257,7 +257,7 @@ def existing_folder_and_file(spec: str, form: str) -> tuple[Path, Path]:
         spec: to parse.
         form: of the whole specification, for messages.
     """
-    parts = [Path(part).expanduser() for part in spec.split(",")]
+    parts = [local_path(part, "the source") for part in spec.split(",")]
     if len(parts) != 2:
         raise UserError(f"expected {form}, found {spec!r}")
     if not parts[0].is_dir():
