@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.testing.range_server import serve
 from zslflax.data import preprocess
 from zslflax.data.sources.opening import open_source
 from zslflax.inference.predictor import Predictor
@@ -238,3 +239,20 @@ def test_it_connects_to_no_other_host_and_answers_this_machine_only(page, served
     assert "CONNECTED" not in served.log.read_text()
     with pytest.raises(OSError), socket.create_connection(("127.0.0.2", served.port), timeout=5):
         pass
+
+
+def test_a_proxy_is_not_asked_for_the_page_itself(monkeypatch, tmp_path, require):
+    httpx, page = require("httpx"), require("zslflax.page")
+    (tmp_path / "a.txt").write_text("here")
+    monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.setenv("NO_PROXY", "")
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing answers there
+    page.exempt_from_proxy("127.0.0.1", "localhost")
+    assert os.environ["no_proxy"] == "example.org,127.0.0.1,localhost"
+    with serve(tmp_path) as server:
+        assert httpx.get(f"{server.url}/a.txt").text == "here"
+        monkeypatch.delenv("no_proxy")
+        monkeypatch.delenv("NO_PROXY")
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/a.txt")

@@ -43,6 +43,8 @@ class _TqdmStream:
 def exit_on_error() -> Iterator[None]:
     """Ends the program with the message of a `UserError`, and with the traceback of any other exception.
 
+    A reader that closes the pipe of standard output, such as `head`, ends the program quietly.
+
     With the environment variable ZSLFLAX_TRACEBACK=1, a `UserError` shows its traceback as well.
 
     In a multi-process run the process exits at once. A normal exit would wait for the other processes, which in turn
@@ -50,6 +52,10 @@ def exit_on_error() -> Iterator[None]:
     """
     try:
         yield
+        sys.stdout.flush()  # an error of the last lines is raised here
+    except BrokenPipeError:
+        # Python flushes again when it ends, which would print the error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         message = None
         if isinstance(error, UserError) and not os.environ.get("ZSLFLAX_TRACEBACK"):

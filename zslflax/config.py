@@ -160,6 +160,11 @@ def data_fields() -> ConfigDict:
     # Threads that read and decode, in each worker process; 0: one more than cores. Remote shards need more.
     c.threads = 0
     c.workers = 0  # worker processes; 0: threads of the main process
+    c.captions_per_line = (
+        False  # each line of a shard's KEY.txt is a caption of its own; False: the file is one caption
+    )
+    c.request_timeout = 60.0  # seconds until one request for a part of a remote shard must be complete
+    c.read_timeout = 300.0  # seconds after which a read of a remote shard that failed is not tried again
     c.max_bad_fraction = 0.05  # the run stops when more than this share of the samples read so far is unreadable
     c.tfds_dir = ""  # folder of TFDS datasets; "": the default of tfds
     c.shapes = ConfigDict()  # the built-in images of coloured shapes

@@ -5,6 +5,7 @@ A process runs on each host and owns that host's devices. Mapped functions run o
 
 import collections
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from zslflax.errors import UserError
+from zslflax.files import expand_user
+
+log = logging.getLogger("zslflax")
 
 Tree = Any  # a pytree of arrays
 
@@ -31,7 +35,10 @@ def initialize(compilation_cache: str = "") -> None:
         compilation_cache: the folder in which compiled programs are kept; "" for none.
     """
     if compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
+        try:
+            jax.config.update("jax_compilation_cache_dir", str(expand_user(compilation_cache)))
+        except UserError as error:
+            log.warning("compiled programs are not kept: %s", error)
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         jax.distributed.initialize(address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]))
     elif os.environ.get("ZSLFLAX_DISTRIBUTED"):

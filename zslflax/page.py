@@ -6,6 +6,7 @@ copies of the images found.
 
 import html
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ def serve_page(predictor: Predictor, folder: Path | None, host: str, port: int) 
         UserError: the folder has no readable image.
     """
     blocks = build_page(predictor, folder)
+    exempt_from_proxy("127.0.0.1", "localhost", host)
     _, url, _ = blocks.launch(
         server_name=host,
         server_port=port,
@@ -72,6 +74,13 @@ def serve_page(predictor: Predictor, folder: Path | None, host: str, port: int) 
     )
     log.info("the page is at %s; Ctrl-C ends it", url)
     blocks.block_thread()
+
+
+def exempt_from_proxy(*hosts: str) -> None:
+    """Lets this process reach hosts directly: Gradio asks its own page at the start, which no proxy can reach."""
+    for name in ("no_proxy", "NO_PROXY"):
+        exempt = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join(dict.fromkeys([*exempt, *hosts]))
 
 
 def build_page(predictor: Predictor, folder: Path | None) -> gr.Blocks:

@@ -12,10 +12,11 @@ from PIL import Image
 from tests.testing.shards import write_tar
 from zslflax import distributed
 from zslflax.config import default_config
-from zslflax.data import image_features, images, preprocess
+from zslflax.data import image_features, images, preprocess, storage
 from zslflax.data.image_features import FrozenImageTower, Views
 from zslflax.data.sources.labelled import LabelledImages
 from zslflax.data.sources.subset import Subset
+from zslflax.data.sources.tar_format import BLOCK
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import StorageError
 from zslflax.models.build import build_two_tower
@@ -184,9 +185,13 @@ class Usage:
 
 
 def test_reading_annotations_reads_no_image(shards, monkeypatch):
-    source, read = WebDataset(shards), []
-    monkeypatch.setattr(
-        "zslflax.data.storage.read_spans", lambda path, fingerprint, spans: read.extend(spans) or [b"a"]
-    )
-    assert source.read_annotations(3)["text"] == ("a",) and [size for _, size in read] == [1]
+    source, read, read_spans = WebDataset(shards), [], storage.read_spans
+
+    def recording(path, fingerprint, spans, limits):
+        read.extend(spans)
+        return read_spans(path, fingerprint, spans, limits)
+
+    monkeypatch.setattr(storage, "read_spans", recording)
+    (text,) = source.read_annotations(3)["text"]
+    assert [size for _, size in read] == [BLOCK + len(text)]  # with the header of the text's file
     assert preprocess.AnnotationTransform(source)([3, -1])["valid"].tolist() == [True, False]

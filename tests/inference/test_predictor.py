@@ -4,10 +4,12 @@ import copy
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from zslflax.errors import UserError
 from zslflax.inference import class_cache
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
@@ -68,11 +70,47 @@ def test_inputs_that_are_no_images_are_refused(predictor, tmp_path):
         predictor.encode_image(tmp_path / "text.jpg")
     with pytest.raises(FileNotFoundError, match="nowhere.jpg"):
         predictor.encode_image([str(tmp_path / "nowhere.jpg")])
-    for wrong in (np.zeros((9, 9, 3), np.float32), np.zeros((9, 9, 2), np.uint8), np.zeros(9, np.uint8)):
+    for wrong in (np.zeros((9, 9, 2), np.uint8), np.zeros(9, np.uint8)):
         with pytest.raises(ValueError, match=r"expected an image as uint8 \[h, w\]"):
             predictor.encode_image([wrong])
     with pytest.raises(ValueError, match=r"preprocessed images uint8 \[b, 16, 16, 3\], found uint8 \[2, 20, 20, 3\]"):
         predictor.encode_image(np.zeros((2, 20, 20, 3), np.uint8))
+
+
+def test_arrays_of_jax_and_pytorch_are_one_image_each(require, predictor, images):
+    torch = require("torch")
+    (expected,) = predictor.classify(images[0], CLASS_NAMES)
+    for image in (jnp.asarray(images[0]), torch.from_numpy(images[0]), images[0] / np.float32(255)):
+        assert predictor.classify(image, CLASS_NAMES) == [expected]
+    np.testing.assert_array_equal(predictor.encode_image(iter(images)), predictor.encode_image(images))
+    preprocessed = np.stack([predictor.preprocess(image) for image in images])
+    np.testing.assert_array_equal(
+        predictor.encode_image(jnp.asarray(preprocessed)), predictor.encode_image(preprocessed)
+    )
+
+
+def test_a_string_of_class_names_is_a_file_or_a_list_and_never_letters(predictor, images, tmp_path):
+    expected = predictor.classify(images[0], ["cat", "dog"])
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    for names in ("cat,dog", "cat, dog", str(tmp_path / "names.txt")):
+        assert predictor.classify(images[0], names) == expected
+    with pytest.raises(UserError, match="'cat' is neither a file that exists nor names with commas between them"):
+        predictor.classify(images[0], "cat")
+    assert predictor.classify(images[0], "cat,dog", templates="the {}") == predictor.classify(
+        images[0], ["cat", "dog"], templates=["the {}"]
+    )
+
+
+def test_several_queries_give_several_answers(predictor, images):
+    queries = ["a blue square", "a cat"]
+    answers = predictor.search(queries, images, top_k=3)
+    for query, answer in zip(queries, answers, strict=True):
+        one = predictor.search(query, images, top_k=3)
+        assert [i for i, _ in answer] == [i for i, _ in one]
+        np.testing.assert_allclose([s for _, s in answer], [s for _, s in one], atol=1e-6)
+    assert predictor.search(queries, []) == [[], []] and predictor.search([], images) == []
+    image_emb = jnp.asarray(predictor.encode_image(images))
+    assert predictor.search(queries, image_emb, top_k=3) == answers
 
 
 def test_classify_and_search_equal_brute_force(predictor, images):

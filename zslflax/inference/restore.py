@@ -10,6 +10,7 @@ from zslflax.config import compute_dtype
 from zslflax.config_json import read_config
 from zslflax.data.text import Tokenizer
 from zslflax.errors import MissingFileError, UserError
+from zslflax.files import local_path
 from zslflax.inference.export import (
     TEXT_FOLDER,
     WEIGHTS,
@@ -46,7 +47,7 @@ def restore_model(source: str | Path, step: int | None = None, use: str = "teach
     """Loads a trained model; arguments and errors are those of `Predictor.restore`."""
     if use not in ("teacher", "student"):
         raise UserError(f'use is {use!r}, expected "teacher" or "student"')
-    folder = locate(source) if isinstance(source, str) else source.expanduser()
+    folder = locate(source) if isinstance(source, str) else local_path(source, "the model")
     if not (folder / "config.json").is_file():
         raise MissingFileError(
             f"{folder} has no config.json: expected the --workdir of a training run, or an exported model"

@@ -38,7 +38,7 @@ from zslflax.training.metrics import Profile, Reporter
 from zslflax.training.optimizer import build_optimizer, frozen_towers
 from zslflax.training.step import TrainStep
 from zslflax.training.train_state import TrainState, create_train_state, towers
-from zslflax.training.workdir import write_config
+from zslflax.training.workdir import check_data, write_config, write_data
 
 log = logging.getLogger("zslflax")
 
@@ -88,6 +88,7 @@ def set_up(
     model, tokenizer = build_model(config)
     teacher_model, fixed_teacher = load_fixed_teacher(config, model, tokenizer)
     sources = open_train_sources(config)
+    check_data(config.data.train, sources, workdir, changed)
     test_sets = open_test_sets(config)
 
     state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints)
@@ -95,6 +96,7 @@ def set_up(
     if distributed.is_main() and (changed or first_step == 0):
         save_text_encoder(config, tokenizer, workdir / TEXT_FOLDER)
     write_config(config, workdir)
+    write_data(config.data.train, sources, workdir)
     log_setup(config, state, sources)
 
     fixed_teacher = distributed.replicate(without_shared_towers(fixed_teacher, state.frozen_params))
