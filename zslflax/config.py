@@ -161,7 +161,7 @@ def eval_fields() -> ConfigDict:
     c.templates = ("a photo of a {}.",)
     c.bootstrap_resamples = 1_000  # for the 95% intervals of --mode=evaluate; 0: no intervals
     c.best_metric = ""  # such as "eval/test/hit@1": the checkpoint that is best by it is kept too; "": only the newest
-    c.class_cache = "~/.cache/zslflax/classes"  # of --mode=evaluate, at most 1 GB; "" for no cache
+    c.class_cache = "~/.cache/zslflax/classes"  # folder of class embeddings for --mode=evaluate, up to 1 GB; ""
     c.sets = ConfigDict({"test": eval_set()})  # test sets by name
     return c
 
