@@ -180,7 +180,7 @@ def test_class_embeddings_are_computed_once_for_a_run_and_its_export(
     assert computed[-1] == []
 
 
-def test_class_embeddings_of_a_model_in_training_are_not_cached(trained_workdir, tmp_path, monkeypatch):
+def test_class_embeddings_of_a_model_in_training_are_not_cached(tiny_config, trained_workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(class_cache, "MIN_PROMPTS", len(CLASS_NAMES))
     predictor = Predictor.restore(trained_workdir, cache=str(tmp_path / "classes"))
     predictor.with_variables(predictor.variables, 5).class_embeddings(CLASS_NAMES)
