@@ -47,6 +47,17 @@ def test_one_process_is_alone(tmp_path):
     distributed.check_same_on_hosts("the number of samples", 3)
 
 
+def test_processes_on_the_same_cores_of_one_machine_are_counted(monkeypatch):
+    assert distributed.local_processes() == 1
+
+    def gather(value):
+        machine, cores = value
+        return [value, [machine, cores], [machine, [10_000]], ["another machine", cores]]
+
+    monkeypatch.setattr(distributed, "gather_json", gather)
+    assert distributed.local_processes() == 2
+
+
 def test_processes_that_differ_are_told_so(monkeypatch):
     monkeypatch.setattr(distributed, "gather_json", lambda value: [value, value + 1])
     with pytest.raises(UserError, match=r"the processes differ in the number of samples: \[3, 4\]; they must see"):

@@ -6,7 +6,9 @@ A process runs on each host and owns that host's devices. Mapped functions run o
 import collections
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -46,6 +48,15 @@ def is_main() -> bool:
 def is_multi_process() -> bool:
     """Whether the run has more than one process."""
     return jax.process_count() > 1
+
+
+def local_processes() -> int:
+    """How many of the run's processes share this process's cores, itself included. All processes must call it."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
+    machine = boot_id.read_text().strip() if boot_id.exists() else socket.gethostname()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    processes = gather_json([machine, cores])
+    return sum(other == machine and not set(cores).isdisjoint(theirs) for other, theirs in processes)
 
 
 # Arrays on devices

@@ -199,7 +199,13 @@ def open_file(path: str, fingerprint: Fingerprint) -> LocalFile | RemoteFile:
     Raises:
         UserError: the file does not have this fingerprint: it has changed.
     """
-    file = RemoteFile(path) if is_remote(path) else LocalFile(path)
+    try:
+        file = RemoteFile(path) if is_remote(path) else LocalFile(path)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        open_file.cache_clear()  # the limit of open files is below the size of this cache
+        file = RemoteFile(path) if is_remote(path) else LocalFile(path)
     if file.fingerprint != fingerprint:
         raise UserError(f"the shard {without_credentials(path)} has been changed while it was in use; start again")
     return file
