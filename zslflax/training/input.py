@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from zslflax import distributed
+from zslflax.background import BackgroundIterator
 from zslflax.data import packing, pipeline
 from zslflax.data.caption_lengths import count_lengths
 from zslflax.data.features import TextFeatures
@@ -31,8 +32,10 @@ def device_batches(
     text_features: TextFeatures | None,
     image_features: Sequence[ImageFeatures] = (),
     images_from: int = FOREVER,
-) -> Iterator[tuple[dict[str, jax.Array], Any]]:
+) -> BackgroundIterator[tuple[dict[str, jax.Array], Any]]:
     """Yields (batch on the devices, errors of unreadable samples) from a step on.
+
+    Everything that a batch needs runs in a thread: assembling, packing, text features, and the copy to the devices.
 
     Args:
         config: the whole config.
