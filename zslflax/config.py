@@ -157,12 +157,13 @@ def data_fields() -> ConfigDict:
     c.weights = ()  # relative weight of each source in the mixture; (): the number of its samples
     c.crop_scale = (0.2, 1.0)  # smallest and largest share of the image's area in a random crop
     c.flip = True  # whether half of the images are mirrored, left to right
-    # Threads that read and decode, in each worker process; 0: one more than cores. Remote shards need more.
+    # Worker processes that read and decode; -1: none, threads of the main process do; 0: automatic, by the cores that
+    # the process may use: none below 8, else all but an eighth, at most 64. Batches are the same for all values.
+    c.workers = 0
+    # Threads that read and decode, in each worker; 0: automatic, one in each worker, or one more than cores without
+    # workers. Remote shards may need more.
     c.threads = 0
-    c.workers = 0  # worker processes; 0: threads of the main process
-    c.captions_per_line = (
-        False  # each line of a shard's KEY.txt is a caption of its own; False: the file is one caption
-    )
+    c.captions_per_line = False  # whether each line of a shard's KEY.txt is a caption of its own
     c.request_timeout = 60.0  # seconds until one request for a part of a remote shard must be complete
     c.read_timeout = 300.0  # seconds after which a read of a remote shard that failed is not tried again
     c.max_bad_fraction = 0.05  # the run stops when more than this share of the samples read so far is unreadable

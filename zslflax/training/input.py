@@ -1,8 +1,9 @@
 """The train step's input: batches on the devices, with captions as tokens, as packed tokens, or as frozen features."""
 
+import functools
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from zslflax import distributed
+from zslflax.background import BackgroundIterator
 from zslflax.data import packing, pipeline
 from zslflax.data.caption_lengths import count_lengths
 from zslflax.data.features import TextFeatures
@@ -30,8 +32,10 @@ def device_batches(
     text_features: TextFeatures | None,
     image_features: Sequence[ImageFeatures] = (),
     images_from: int = FOREVER,
-) -> Iterator[tuple[dict[str, jax.Array], Any]]:
+) -> BackgroundIterator[tuple[dict[str, jax.Array], Any]]:
     """Yields (batch on the devices, errors of unreadable samples) from a step on.
+
+    Everything that a batch needs runs in a thread: assembling, packing, text features, and the copy to the devices.
 
     Args:
         config: the whole config.
@@ -42,9 +46,12 @@ def device_batches(
         image_features: of each source's images, by a frozen image tower; (): batches have images.
         images_from: the step from which batches have images nevertheless, because the tower is trained.
     """
-    batches: Iterator[Any] = host_batches(config, sources, tokenizer, start_step)
+    # All processes exchange values here, and not later in a thread of their own.
+    load = functools.partial(host_batches, config, sources, tokenizer, distributed.local_processes())
     if image_features:
-        batches = feature_batches(config, sources, tokenizer, start_step, image_features, images_from)
+        batches = feature_batches(load, start_step, image_features, images_from, config.features.views)
+    else:
+        batches = load(start_step)
     if text_features is not None and (config.features.folder or config.model.text.cached_captions):
         batches = with_text_features(batches, text_features)
     elif config.model.text.pack_length:
@@ -53,7 +60,12 @@ def device_batches(
 
 
 def host_batches(
-    config: ConfigDict, sources: Sequence[Source], tokenizer: Tokenizer, start_step: int, views: int = 0
+    config: ConfigDict,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    local_processes: int,
+    start_step: int,
+    views: int = 0,
 ) -> Iterator[Batch]:
     """This host's share of the batches from a step on; with `views`, of positions of images instead of images."""
     return pipeline.train_batches(
@@ -70,24 +82,30 @@ def host_batches(
         flip=config.data.flip,
         threads=config.data.threads,
         workers=config.data.workers,
+        local_processes=local_processes,
         views=views,
     )
 
 
 def feature_batches(
-    config: ConfigDict,
-    sources: Sequence[Any],
-    tokenizer: Tokenizer,
+    load: Callable[..., Iterator[Batch]],
     start_step: int,
     image_features: Sequence[ImageFeatures],
     images_from: int,
+    views: int,
 ) -> Iterator[Batch]:
-    """This host's share of the batches from a step on, with features of images until `images_from`."""
+    """This host's share of the batches from a step on, with features of images until `images_from`.
+
+    Args:
+        load: `host_batches` from its argument `start_step` on.
+        start_step, image_features, images_from: as `device_batches` takes them.
+        views: of each image.
+    """
     steps = None if images_from == FOREVER else max(0, images_from - start_step)
-    batches = host_batches(config, sources, tokenizer, start_step, config.features.views)
+    batches = load(start_step, views)
     for batch in itertools.islice(with_image_features(batches, image_features), steps):
         yield Batch(**{key: value for key, value in batch.items() if key != "index"})  # type: ignore[typeddict-item]
-    yield from host_batches(config, sources, tokenizer, max(start_step, images_from))
+    yield from load(max(start_step, images_from))
 
 
 def with_text_features(batches: Iterator[Batch], text_features: TextFeatures) -> Iterator[Batch]:
