@@ -9,8 +9,6 @@ from ml_collections import ConfigDict
 
 from zslflax.errors import UserError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB values in [0, 1] (torchvision)
-
 
 def default_config() -> ConfigDict:
     """A config with every field at its default. It is locked: setting a field that does not exist is an error.
@@ -60,8 +58,12 @@ def model_fields() -> ConfigDict:
     # Weights in safetensors format: a folder, package:MODULE/FOLDER, or a Hugging Face Hub id; "" for random weights.
     c.image.pretrained = ""
     c.image.size = 224  # pixels, height and width
-    c.image.mean = IMAGENET_MEAN  # mean of each colour channel, as the pretrained weights expect
-    c.image.std = IMAGENET_STD  # standard deviation of each colour channel
+    # Mean and standard deviation of each colour channel, of values in [0, 1]. (): as the files of the pretrained
+    # weights say, or else ImageNet's (EfficientNet-Lite: 0.5).
+    c.image.mean = ()
+    c.image.std = ()
+    c.image.allow_other_statistics = False  # whether mean and std may contradict the files of the pretrained weights
+    c.image.projection = "linear"  # layers after the tower: linear | mlp | none (needs a tower as wide as embed_dim)
     # Whether the backward pass recomputes the activations inside a block: less memory, a third more computation.
     c.image.remat = False
     c.text = ConfigDict()
@@ -71,14 +73,17 @@ def model_fields() -> ConfigDict:
     # Tokens in a row that several training captions share, at least max_tokens; 0: each caption has its own row.
     c.text.pack_length = 0
     c.text.dropout = 0.1  # dropout probability of hidden states (BERT, arXiv 1810.04805)
-    # Whether a learnt linear layer follows the tower. False (OTTER's release) needs a tower as wide as embed_dim.
-    c.text.projection = True
+    # Output: mean (over the tokens) | cls (the first token); "": as 1_Pooling/config.json of the encoder says, or mean.
+    c.text.pool = ""
+    c.text.projection = "linear"  # as image.projection; OTTER's release: none
     c.text.remat = False  # as image.remat
     # Captions whose features are kept in memory, where the text tower is always frozen and features.folder is "";
     # 0: features are not kept.
     c.text.cached_captions = 0
     # Sizes of a BERT with random weights; vocab_size must be at least the tokenizer's (BERT base, arXiv 1810.04805).
     c.text.scratch = ConfigDict({"layers": 12, "width": 768, "heads": 12, "vocab_size": 30_522})
+    # Width and dropout probability between the two layers of a projection "mlp".
+    c.projection = ConfigDict({"hidden": 2048, "dropout": 0.0})
     return c
 
 

@@ -52,8 +52,13 @@ def test_an_export_can_be_exported_and_moved(predictor, exported, tmp_path):
 def test_the_sizes_of_a_pretrained_encoder_are_exported(tiny_config, tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     sizes |= {"vocab_size": 30_522, "max_position_embeddings": 12, "type_vocab_size": 2, "model_type": "bert"}
-    (tmp_path / "encoder").mkdir()
+    for folder in ("encoder", "tower"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "encoder" / "config.json").write_text(json.dumps(sizes))
+    (tmp_path / "encoder" / "1_Pooling").mkdir()
+    (tmp_path / "encoder" / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(statistics))
     tiny_config.model.text.pretrained = str(tmp_path / "encoder")
     tiny_config.model.image.pretrained = str(tmp_path / "tower")
     model, tokenizer = build_model(tiny_config)
@@ -63,7 +68,10 @@ def test_the_sizes_of_a_pretrained_encoder_are_exported(tiny_config, tmp_path):
     predictor.export(tmp_path / "exported")
     assert str(tmp_path) not in (tmp_path / "exported" / "config.json").read_text()
     shutil.rmtree(tmp_path / "encoder")
+    shutil.rmtree(tmp_path / "tower")
     again = Predictor.restore(tmp_path / "exported")
+    assert (again.model.mean, again.model.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert again.model.text.tower.config.pool == "cls"
     assert (16, 24) in {x.shape for x in jax.tree.leaves(again.variables["params"]["text"]["tower"])}
     np.testing.assert_array_equal(again.encode_text(CLASS_NAMES), predictor.encode_text(CLASS_NAMES))
 

@@ -32,7 +32,7 @@ def embed(
         batch: as `train_step` takes it.
         features: outputs of the towers that need not run, by modality.
         train: the modalities whose tower runs in training mode (batch statistics, dropout).
-        rngs: the keys of the dropout.
+        rngs: the keys of the dropout; None for no dropout.
     """
     features, batch_stats = dict(features), variables["batch_stats"]
     for modality in MODALITIES:
@@ -41,8 +41,8 @@ def embed(
             features[modality], batch_stats = tower_features(
                 model, current, batch, modality, train=modality in train, rngs=rngs
             )
-    image_emb: Any = model.apply(variables, features["image"], method="project_image")
-    text_emb: Any = model.apply(variables, features["text"], method="project_text")
+    image_emb: Any = model.apply(variables, features["image"], method="project_image", rngs=rngs)
+    text_emb: Any = model.apply(variables, features["text"], method="project_text", rngs=rngs)
     return Embeddings(image_emb, text_emb), batch_stats
 
 

@@ -14,6 +14,7 @@ from zslflax import checkpoint, distributed
 from zslflax.data.features import TextFeatures
 from zslflax.errors import NonFiniteError
 from zslflax.inference.predictor import Predictor
+from zslflax.models.build import resolve_model
 from zslflax.training.metrics import BadSampleCounter, average
 from zslflax.training.preemption import StopRequest
 from zslflax.training.setup import Run, set_up
@@ -52,6 +53,8 @@ def train(
         UserError: the config, the data or the workdir is wrong, or a step is not finite (`NonFiniteError`).
     """
     startup = StartupTimes(process_age())
+    config = config.copy_and_resolve_references()
+    config.model = resolve_model(config.model)
     with lock_workdir(workdir):
         check_config(config, workdir, changed)
         with checkpoint.open_manager(workdir, config.eval.best_metric) as checkpoints:

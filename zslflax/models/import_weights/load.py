@@ -48,28 +48,42 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
         UserError: the checkpoint has another architecture. The message lists all names that only one side has, or all
             shapes that differ.
     """
+    check_config(folder, name, expected_options(name))
     if name in RESNETS:
-        check_config(folder, name, {"downsample_in_bottleneck": False, "hidden_act": "relu"})
         return load_variables(folder, variables, (TORCHVISION_RESNET, HF_RESNET))
     if name in MOBILENETS:
         return load_variables(folder, variables, mobilenet_layouts([s.blocks for s in MOBILENETS[name].stages]))
     if name in VITS:
-        patch, _, _, heads = VITS[name]
-        check_config(folder, name, {"num_attention_heads": heads, "hidden_act": "gelu", "qkv_bias": True})
-        resize = lambda table, layout: resize_positions(table, image_size // patch)
+        resize = lambda table, layout: resize_positions(table, image_size // VITS[name][0])
         return load_variables(folder, variables, (TIMM_VIT, HF_VIT), {("position",): resize})
     dinov2 = name.removesuffix("_reg")
     if dinov2 in DINOV2:
-        patch, _, _, heads = DINOV2[dinov2]
-        expected = {"num_attention_heads": heads, "hidden_act": "gelu", "qkv_bias": True, "use_swiglu_ffn": False}
-        check_config(folder, name, expected)
         # Hugging Face's DINOv2 without registers interpolates without antialiasing, as the original does.
         smooth = lambda layout: layout is TIMM_VIT or name != dinov2
-        resize = lambda table, layout: resize_positions(table, image_size // patch, smooth(layout))
+        resize = lambda table, layout: resize_positions(table, image_size // DINOV2[dinov2][0], smooth(layout))
         return load_variables(folder, variables, (TIMM_VIT, HF_DINOV2), {("position",): resize})
     raise UserError(
         f"no image tower is called {name!r}; expected one of {', '.join([*RESNETS, *MOBILENETS, *VITS, *DINOV2])}"
     )
+
+
+def expected_options(name: str) -> dict[str, tuple[Any, ...]]:
+    """Returns the options of a config.json, of Hugging Face or timm, with which the image tower `name` computes."""
+    if name in RESNETS:
+        timm_names = (name, f"tv_{name}", f"ssl_{name}", f"swsl_{name}", f"gluon_{name}_v1b")
+        hf = {"downsample_in_bottleneck": (False,), "downsample_in_first_stage": (False,), "hidden_act": ("relu",)}
+        return {"architecture": timm_names, "global_pool": ("avg",), **hf}
+    if name in MOBILENETS:  # timm's own "efficientnet_lite0" pads as PyTorch does
+        tensorflow = (name.replace("_", "-"), f"tf_{name}")
+        names = (name, "mobilenetv2_100") if name == "mobilenet_v2" else tensorflow
+        return {"architecture": names, "global_pool": ("avg",)}
+    options: dict[str, tuple[Any, ...]] = {"hidden_act": ("gelu",), "qkv_bias": (True,), "global_pool": ("token", "")}
+    if name in VITS:
+        return options | {"num_attention_heads": (VITS[name][3],), "layer_norm_eps": (1e-6, 1e-12)}  # see `ViT.eps`
+    if name.removesuffix("_reg") in DINOV2:
+        heads = DINOV2[name.removesuffix("_reg")][3]
+        return options | {"num_attention_heads": (heads,), "layer_norm_eps": (1e-6,), "use_swiglu_ffn": (False,)}
+    return {}
 
 
 def load_text_tower(folder: Path, variables: dict[str, Any]) -> dict[str, Any]:
