@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from zslflax.models.build import resolve_model
+
 LARGEST_LOG_SCALE = math.log(100.0)
 
 
@@ -77,8 +79,9 @@ class TwoTower(nn.Module):
         self.project_image = nn.Linear(image_width, config.model.embed_dim)
         self.project_text = nn.Linear(text.config.hidden_size, config.model.embed_dim)
         self.log_scales = nn.Parameter(torch.full((2,), config.objective.log_logit_scale))  # hard, soft
-        for name, value in (("mean", config.model.image.mean), ("std", config.model.image.std)):
-            self.register_buffer(name, torch.tensor(value)[:, None, None])
+        image = resolve_model(config.model).image
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(image[name])[:, None, None])
         self.bf16 = bf16
 
     def forward(self, image, text, text_mask):

@@ -44,7 +44,7 @@ from zslflax.data.sources import shapes
 from zslflax.data.sources.opening import open_source
 from zslflax.inference.restore import build_model
 from zslflax.training import loop
-from zslflax.training.input import cached_text_features
+from zslflax.training.frozen_features import open_text_features
 from zslflax.training.setup import create_state
 
 log = logging.getLogger("zslflax")
@@ -118,6 +118,7 @@ def make_config(run: Run, folder: Path, steps: int, image_size: int):
     c.objective.update(method.fixed | ({} if run.value is None else {method.parameter: run.value}))
     c.objective.soft_ramp_steps = steps // 5 if run.ramp is None else run.ramp
     c.optimizer.learning_rate, c.optimizer.warmup_steps = run.rate, steps // 20
+    c.features.folder = str(folder / "features")
     c.data.threads = 2
     c.data.shapes.update(root=str(folder / "shapes"), train=run.size, noise=run.noise)
     c.eval.every = steps // EVALUATIONS if run.probed else steps
@@ -263,9 +264,9 @@ def perform_run(run: Run, folder: Path, steps: int, image_size: int, text_featur
     started, config, workdir = time.time(), make_config(run, folder, steps, image_size), folder / run.name
     distributed.initialize(config.compilation_cache)
     if text_features is None:
-        model, _ = build_model(config)
+        model, tokenizer = build_model(config)
         state, _ = create_state(config, model, pretrained=True)
-        text_features = cached_text_features(config, model, state)
+        text_features = open_text_features(config, model, tokenizer, state.frozen_params["text"]["tower"])
     probe = Probe(config) if run.probed else None
     if not loop.train(config, workdir, text_features=text_features, extra_metrics=probe):
         raise SystemExit(0)

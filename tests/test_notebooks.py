@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 
 @pytest.fixture
 def execute(require, learned_workdir, monkeypatch, request):
-    """Executes a notebook on the run `learned_workdir`; returns the texts and images that its cells print or display."""
+    """Executes a notebook on the run `learned_workdir`; returns what its cells print or display."""
     nbformat, nbclient = require("nbformat"), require("nbclient")
     for needed in ("ipykernel", "matplotlib"):
         require(needed)

@@ -1,11 +1,15 @@
 """The command `python -m zslflax.predict`."""
 
+import os
+import re
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from zslflax.errors import UserError
 from zslflax.inference.predictor import Predictor
 from zslflax.predict import main
 
@@ -18,8 +22,8 @@ def run_command(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_the_command_classifies_draws_and_exports(tiny, finished, tmp_path, monkeypatch, capsys):
-    predictor, exported = Predictor.restore(finished), tmp_path / "exported"
+def test_the_command_classifies_draws_and_exports(tiny_config, finished_workdir, tmp_path, monkeypatch, capsys):
+    predictor, exported = Predictor.restore(finished_workdir), tmp_path / "exported"
     predictor.export(exported)
     paths = [tmp_path / "one.png", tmp_path / "two.png"]
     rng = np.random.default_rng(0)
@@ -46,3 +50,49 @@ def test_the_command_classifies_draws_and_exports(tiny, finished, tmp_path, monk
             run_command(monkeypatch, capsys, f"--workdir={exported}", *incomplete)
         assert "give images and --class-names" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("option", ["--export=gs://bucket/model", "--png=s3://bucket/a.png"])
+def test_addresses_are_refused_before_anything_starts(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["a.png", "--class-names=a,b", "--workdir=nowhere", option]
+    with pytest.raises(UserError, match=f"{option.partition('=')[0]} is '.*', an address"):
+        run_command(monkeypatch, capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_its_images_and_a_broken_image_does_not_stop_the_others(
+    tiny, finished, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "folder"
+    (folder / "more").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    names = ["a.png", "b.png", "more/c.png"]
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (20, 41, 3), np.uint8)).save(folder / name)
+    command = [f"--workdir={finished}", "--class-names=a cat,a dog"]
+    whole = run_command(monkeypatch, capsys, folder, *command)
+    assert [line for line in whole.splitlines() if line.endswith("png")] == [str(folder / name) for name in names]
+    (folder / "aa.png").write_bytes(b"no image")
+    os.mkfifo(folder / "pipe.png")
+    monkeypatch.setattr(sys, "argv", ["predict", str(folder), str(tmp_path / "nowhere.png"), *command])
+    with pytest.raises(SystemExit, match="3 of the images could not be read; the others are answered"):
+        main()
+    out, err = capsys.readouterr()
+    assert out == whole
+    for words in ("aa.png: the data is not an image", "pipe.png is no regular file", "no file .*nowhere.png"):
+        assert re.search(f"left out: .*{words}", err)
+
+
+def test_a_reader_that_leaves_early_ends_the_command_quietly(learned_workdir, tmp_path):
+    for i in range(130):  # more than fit in one chunk and in a pipe
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    names = ",".join(f"name {i} {'x' * 100}" for i in range(20))
+    command = [sys.executable, "-m", "zslflax.predict", str(tmp_path), f"--workdir={learned_workdir}", "--top=20"]
+    with subprocess.Popen(
+        [*command, f"--class-names={names}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline().endswith(".png\n")
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 0 and "Broken pipe" not in errors and "Traceback" not in errors

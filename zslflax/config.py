@@ -9,8 +9,6 @@ from ml_collections import ConfigDict
 
 from zslflax.errors import UserError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB values in [0, 1] (torchvision)
-
 
 def default_config() -> ConfigDict:
     """A config with every field at its default. It is locked: setting a field that does not exist is an error.
@@ -23,7 +21,7 @@ def default_config() -> ConfigDict:
     c.seed = 0  # seed of the initial parameters, the sample order, augmentation and dropout
     c.batch_size = 512  # pairs per step, over all devices and hosts
     # Pairs that a device embeds at a time, a divisor of its share of the batch; 0: its whole share. Fewer pairs need
-    # less memory and one more forward pass. The update stays that of the whole batch, except that batch normalisation
+    # less memory, but one more forward pass. The update stays that of the whole batch, except that batch normalisation
     # uses the statistics of a micro-batch (GradCache, arXiv 2101.06983).
     c.micro_batch = 0
     c.steps = 10_000  # steps in the run; the data repeats, `steps` alone ends the run
@@ -38,6 +36,7 @@ def default_config() -> ConfigDict:
     c.model = model_fields()
     c.objective = objective_fields()
     c.teacher = teacher_fields()
+    c.features = features_fields()
     c.optimizer = optimizer_fields()
     c.data = data_fields()
     c.eval = eval_fields()
@@ -51,12 +50,20 @@ def model_fields() -> ConfigDict:
     c = ConfigDict()
     c.embed_dim = 768  # d, width of the joint space (OTTER's release)
     c.image = ConfigDict()
-    c.image.name = "resnet50"  # tower: resnet18|34|50|101|_nano, vit_ti16|_s16|_b16|_b32|_nano4
+    # Tower: resnet18|34|50|101|_nano, mobilenet_v2, efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4,
+    # dinov2_s14|_b14|_l14, dinov2_s14_reg|…
+    c.image.name = "resnet50"
+    # Output of a ViT: cls (the class token) | mean (of the patches) | cls_mean (both, dino.txt); "": the tower's own.
+    c.image.pool = ""
     # Weights in safetensors format: a folder, package:MODULE/FOLDER, or a Hugging Face Hub id; "" for random weights.
     c.image.pretrained = ""
     c.image.size = 224  # pixels, height and width
-    c.image.mean = IMAGENET_MEAN  # mean of each colour channel, as the pretrained weights expect
-    c.image.std = IMAGENET_STD  # standard deviation of each colour channel
+    # Mean and standard deviation of each colour channel, of values in [0, 1]. (): as the files of the pretrained
+    # weights say, or else ImageNet's (EfficientNet-Lite: 0.5).
+    c.image.mean = ()
+    c.image.std = ()
+    c.image.allow_other_statistics = False  # whether mean and std may contradict the files of the pretrained weights
+    c.image.projection = "linear"  # layers after the tower: linear | mlp | none (needs a tower as wide as embed_dim)
     # Whether the backward pass recomputes the activations inside a block: less memory, a third more computation.
     c.image.remat = False
     c.text = ConfigDict()
@@ -66,13 +73,17 @@ def model_fields() -> ConfigDict:
     # Tokens in a row that several training captions share, at least max_tokens; 0: each caption has its own row.
     c.text.pack_length = 0
     c.text.dropout = 0.1  # dropout probability of hidden states (BERT, arXiv 1810.04805)
-    # Whether a learnt linear layer follows the tower. False (OTTER's release) needs a tower as wide as embed_dim.
-    c.text.projection = True
+    # Output: mean (over the tokens) | cls (the first token); "": as 1_Pooling/config.json of the encoder says, or mean.
+    c.text.pool = ""
+    c.text.projection = "linear"  # as image.projection; OTTER's release: none
     c.text.remat = False  # as image.remat
-    # Captions whose features are kept in memory, if the text tower is frozen for the whole run; 0: none.
+    # Captions whose features are kept in memory, where the text tower is always frozen and features.folder is "";
+    # 0: features are not kept.
     c.text.cached_captions = 0
     # Sizes of a BERT with random weights; vocab_size must be at least the tokenizer's (BERT base, arXiv 1810.04805).
     c.text.scratch = ConfigDict({"layers": 12, "width": 768, "heads": 12, "vocab_size": 30_522})
+    # Width and dropout probability between the two layers of a projection "mlp".
+    c.projection = ConfigDict({"hidden": 2048, "dropout": 0.0})
     return c
 
 
@@ -112,6 +123,20 @@ def teacher_fields() -> ConfigDict:
     return c
 
 
+def features_fields() -> ConfigDict:
+    """`config.features`: outputs of towers that are always frozen, computed once and kept on disk."""
+    c = ConfigDict()
+    # Folder that runs share. Steps then read no images: an always frozen image tower sees one crop of each image, or
+    # `views` random ones. "": towers run in each step, on a new random crop of each image.
+    c.folder = ""
+    c.dtype = "float16"  # in which features are kept: float16 | bfloat16 | float32
+    # Inputs that are computed of each training image. 1: the crop of evaluation. More: random crops by
+    # data.crop_scale and data.flip, of which each visit draws one.
+    c.views = 1
+    c.seed = 0  # of the random crops; runs with other values of `seed` then share their features
+    return c
+
+
 def optimizer_fields() -> ConfigDict:
     """`config.optimizer`: the update of the parameters, see `zslflax.training.optimizer`."""
     c = ConfigDict()
@@ -137,9 +162,15 @@ def data_fields() -> ConfigDict:
     c.weights = ()  # relative weight of each source in the mixture; (): the number of its samples
     c.crop_scale = (0.2, 1.0)  # smallest and largest share of the image's area in a random crop
     c.flip = True  # whether half of the images are mirrored, left to right
-    # Threads that read and decode, in each worker process; 0: one more than cores. Remote shards need more.
+    # Worker processes that read and decode; -1: none, threads of the main process do; 0: automatic, by the cores that
+    # the process may use: none below 8, else all but an eighth, at most 64. Batches are the same for all values.
+    c.workers = 0
+    # Threads that read and decode, in each worker; 0: automatic, one in each worker, or one more than cores without
+    # workers. Remote shards may need more.
     c.threads = 0
-    c.workers = 0  # worker processes; 0: threads of the main process
+    c.captions_per_line = False  # whether each line of a shard's KEY.txt is a caption of its own
+    c.request_timeout = 60.0  # seconds until one request for a part of a remote shard must be complete
+    c.read_timeout = 300.0  # seconds after which a read of a remote shard that failed is not tried again
     c.max_bad_fraction = 0.05  # the run stops when more than this share of the samples read so far is unreadable
     c.tfds_dir = ""  # folder of TFDS datasets; "": the default of tfds
     c.shapes = ConfigDict()  # the built-in images of coloured shapes

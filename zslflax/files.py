@@ -1,16 +1,72 @@
-"""Reads and writes small files: text, JSON and CSV. Errors name the file; writes are atomic."""
+"""Local files: their paths, text, JSON, CSV, bytes and safetensors. Errors name the file; writes are atomic."""
 
 import contextlib
 import csv
 import io
 import json
 import os
+import re
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError, safe_open
+
 from zslflax.errors import MissingFileError, StorageError, UserError
+
+LFS_START = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer starts
+MAX_PROBED = 4096  # characters in which the encoding of a file is looked for
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` turns "gs://bucket" into "gs:/bucket"
+
+
+def expand_user(path: str | Path) -> Path:
+    """A path in which "~" is replaced by the home folder.
+
+    Raises:
+        UserError: there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} is in the home folder, but HOME is not set and this user has none; set HOME, or give another path"
+        ) from error
+
+
+def local_path(path: str | Path, name: str) -> Path:
+    """The path of a local file or folder that the user named, with "~" expanded.
+
+    >>> local_path("runs/demo", "--workdir")
+    PosixPath('runs/demo')
+
+    Args:
+        path: what the user gave.
+        name: of the option or config field, for the message.
+
+    Raises:
+        UserError: it is an address, such as gs://bucket/folder, or there is no home folder.
+    """
+    check_local(path, name)
+    return expand_user(path)
+
+
+def check_local(path: str | Path, name: str) -> None:
+    """Refuses an address, such as gs://bucket/folder, where `local_path` needs a path on this machine."""
+    if ADDRESS.match(str(path)):
+        raise UserError(
+            f"{name} is {str(path)!r}, an address; expected a path on this machine. Use a local folder and copy it "
+            "afterwards or before, or mount the bucket"
+        )
+
+
+def cache_folder() -> Path | None:
+    """The folder for what can be made again, ~/.cache/zslflax; None where there is no home folder."""
+    try:
+        return Path.home() / ".cache" / "zslflax"
+    except RuntimeError:
+        return None
 
 
 @contextlib.contextmanager
@@ -67,15 +123,86 @@ def read_text(path: str | Path) -> str:
         UserError: the file is not UTF-8.
         StorageError: the file cannot be read.
     """
-    path = Path(path).expanduser()
+    path = local_path(path, "the file")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise MissingFileError(f"there is no file {path}") from None
     except UnicodeDecodeError as error:
+        found = f"byte {error.start} is {error.object[error.start]:#04x}"
+        raise UserError(f"{path} is not UTF-8 ({found}); {conversion(error.object)}") from error
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
+    if "\0" in text[:MAX_PROBED]:
+        raise UserError(f"{path} is not UTF-8 (it has characters 0); {conversion(text[:MAX_PROBED].encode())}")
+    check_no_pointer(path, text[: len(LFS_START)].encode())
+    return text
+
+
+def conversion(data: bytes) -> str:
+    """How to convert the contents of a text file to UTF-8, by a guess at their encoding."""
+    wide = data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:MAX_PROBED]
+    encoding = "UTF-16" if wide else "WINDOWS-1252"
+    return f"save it as UTF-8: iconv -f {encoding} -t UTF-8 FILE > NEW, if it is {encoding}"
+
+
+def check_no_pointer(path: Path, start: bytes) -> None:
+    """Refuses the pointer that Git leaves in place of a large file where Git LFS is not installed."""
+    if start.startswith(LFS_START):
+        raise UserError(f"{path} is a Git LFS pointer and not the file itself; run `git lfs pull` in its repository")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The contents of a regular file of at most `limit` bytes.
+
+    A named pipe, a device or a file without end is refused, and never waited for.
+
+    Raises:
+        MissingFileError: the file does not exist.
+        UserError: it is larger, no regular file, or a Git LFS pointer.
+        StorageError: the file cannot be read.
+    """
+    try:
+        # Opening a pipe would wait for a writer without O_NONBLOCK.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{path} is no regular file, but a pipe, a device or a folder")
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise MissingFileError(f"there is no file {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, expected a file") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(data) > limit:
+        raise UserError(f"{path} is larger than the {limit:,} bytes allowed")
+    check_no_pointer(path, data)
+    return data
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[safe_open]:
+    """Opens a safetensors file, whose tensors are read as NumPy arrays.
+
+    Raises:
+        MissingFileError: the file does not exist.
+        UserError: it is no safetensors file, is cut off or damaged, or is a Git LFS pointer.
+        StorageError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as raw:
+            check_no_pointer(path, raw.read(len(LFS_START)))
+        with safe_open(path, "numpy") as file:
+            yield file
+    except FileNotFoundError:
+        raise MissingFileError(f"there is no file {path}") from None
+    except SafetensorError as error:
         raise UserError(
-            f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); save it as UTF-8"
+            f"{path} is no safetensors file, or is cut off or damaged ({path.stat().st_size:,} bytes): {error}; "
+            "copy or download it again"
         ) from error
+    except UserError:
+        raise
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
 

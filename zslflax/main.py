@@ -12,6 +12,7 @@ from zslflax import distributed
 from zslflax.cli import exit_on_error, start_logging
 from zslflax.config_checks import check_devices, check_overrides, validate
 from zslflax.evaluation.zero_shot import evaluate_run
+from zslflax.files import local_path
 from zslflax.inference.prompts import resolve_templates
 from zslflax.training.loop import train
 
@@ -69,7 +70,7 @@ def main(_: Any) -> int:
     """Runs what the flags ask for, and returns the exit status."""
     start_logging()
     config = CONFIG.value
-    workdir = Path(WORKDIR.value or f"runs/{config.name}").expanduser().absolute()
+    workdir = local_path(WORKDIR.value or f"runs/{config.name}", "--workdir").absolute()
     resolve_templates(config)
     validate(config)
     distributed.initialize(config.compilation_cache)

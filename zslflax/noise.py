@@ -6,10 +6,10 @@ python -m zslflax.main --config=… --config.data.exclude=runs/demo/noise/noise.
 
 import argparse
 import json
-from pathlib import Path
 
 from zslflax.cli import exit_on_error, start_logging
 from zslflax.evaluation.caption_noise import analyse_source
+from zslflax.files import local_path
 from zslflax.inference.predictor import Predictor
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     if not 0.0 < args.worst < 1.0:
         parser.error(f"--worst is {args.worst}, expected a share between 0 and 1")
     start_logging()
-    folder = Path(args.to or Path(args.workdir) / "noise").expanduser()
+    folder = local_path(args.to or local_path(args.workdir, "--workdir") / "noise", "--to")
     summary = analyse_source(Predictor.restore(args.workdir), args.data, args.worst, folder)
     print(json.dumps(summary, ensure_ascii=False))
 

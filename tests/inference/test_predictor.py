@@ -4,10 +4,12 @@ import copy
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from zslflax.errors import UserError
 from zslflax.inference import class_cache
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
@@ -64,15 +66,51 @@ def test_every_kind_of_image_is_converted_to_rgb(predictor, tmp_path):
 
 def test_inputs_that_are_no_images_are_refused(predictor, tmp_path):
     (tmp_path / "text.jpg").write_text("not an image")
-    with pytest.raises(ValueError, match=r"text.jpg: it is no image"):
+    with pytest.raises(ValueError, match=r"text.jpg: the data is not an image"):
         predictor.encode_image(tmp_path / "text.jpg")
     with pytest.raises(FileNotFoundError, match="nowhere.jpg"):
         predictor.encode_image([str(tmp_path / "nowhere.jpg")])
-    for wrong in (np.zeros((9, 9, 3), np.float32), np.zeros((9, 9, 2), np.uint8), np.zeros(9, np.uint8)):
+    for wrong in (np.zeros((9, 9, 2), np.uint8), np.zeros(9, np.uint8)):
         with pytest.raises(ValueError, match=r"expected an image as uint8 \[h, w\]"):
             predictor.encode_image([wrong])
     with pytest.raises(ValueError, match=r"preprocessed images uint8 \[b, 16, 16, 3\], found uint8 \[2, 20, 20, 3\]"):
         predictor.encode_image(np.zeros((2, 20, 20, 3), np.uint8))
+
+
+def test_arrays_of_jax_and_pytorch_are_one_image_each(require, predictor, images):
+    torch = require("torch")
+    (expected,) = predictor.classify(images[0], CLASS_NAMES)
+    for image in (jnp.asarray(images[0]), torch.from_numpy(images[0]), images[0] / np.float32(255)):
+        assert predictor.classify(image, CLASS_NAMES) == [expected]
+    np.testing.assert_array_equal(predictor.encode_image(iter(images)), predictor.encode_image(images))
+    preprocessed = np.stack([predictor.preprocess(image) for image in images])
+    np.testing.assert_array_equal(
+        predictor.encode_image(jnp.asarray(preprocessed)), predictor.encode_image(preprocessed)
+    )
+
+
+def test_a_string_of_class_names_is_a_file_or_a_list_and_never_letters(predictor, images, tmp_path):
+    expected = predictor.classify(images[0], ["cat", "dog"])
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    for names in ("cat,dog", "cat, dog", str(tmp_path / "names.txt")):
+        assert predictor.classify(images[0], names) == expected
+    with pytest.raises(UserError, match="'cat' is neither a file that exists nor names with commas between them"):
+        predictor.classify(images[0], "cat")
+    assert predictor.classify(images[0], "cat,dog", templates="the {}") == predictor.classify(
+        images[0], ["cat", "dog"], templates=["the {}"]
+    )
+
+
+def test_several_queries_give_several_answers(predictor, images):
+    queries = ["a blue square", "a cat"]
+    answers = predictor.search(queries, images, top_k=3)
+    for query, answer in zip(queries, answers, strict=True):
+        one = predictor.search(query, images, top_k=3)
+        assert [i for i, _ in answer] == [i for i, _ in one]
+        np.testing.assert_allclose([s for _, s in answer], [s for _, s in one], atol=1e-6)
+    assert predictor.search(queries, []) == [[], []] and predictor.search([], images) == []
+    image_emb = jnp.asarray(predictor.encode_image(images))
+    assert predictor.search(queries, image_emb, top_k=3) == answers
 
 
 def test_classify_and_search_equal_brute_force(predictor, images):
@@ -106,7 +144,9 @@ def test_blank_names_templates_without_a_place_and_k_of_0_are_refused(predictor,
         predictor.classify(images, CLASS_NAMES, top_k=0)
 
 
-def test_class_embeddings_are_computed_once_for_a_run_and_its_export(workdir, exported, tmp_path, monkeypatch, caplog):
+def test_class_embeddings_are_computed_once_for_a_run_and_its_export(
+    trained_workdir, exported, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr(class_cache, "MIN_PROMPTS", len(CLASS_NAMES))
     folder, computed = tmp_path / "classes", []
 
@@ -117,38 +157,42 @@ def test_class_embeddings_are_computed_once_for_a_run_and_its_export(workdir, ex
         computed.append(used)
         return predictor
 
-    first = restore(workdir).class_embeddings(CLASS_NAMES)
+    first = restore(trained_workdir).class_embeddings(CLASS_NAMES)
     assert len(computed[0]) == 3 and len(list(folder.iterdir())) == 1
-    for source in (workdir, exported):
+    for source in (trained_workdir, exported):
         np.testing.assert_array_equal(restore(source).class_embeddings(tuple(CLASS_NAMES)), first)
         assert computed[-1] == []
-    student = restore(workdir, use="student")
+    student = restore(trained_workdir, use="student")
     assert np.abs(student.class_embeddings(CLASS_NAMES) - first).max() > 1e-4
-    earlier = restore(workdir, step=3)
+    earlier = restore(trained_workdir, step=3)
     assert np.abs(earlier.class_embeddings(CLASS_NAMES) - first).max() > 1e-4
-    restore(workdir).class_embeddings(CLASS_NAMES, ["the {}"])
+    restore(trained_workdir).class_embeddings(CLASS_NAMES, ["the {}"])
     assert list(map(len, computed)) == [3, 0, 0, 3, 3, 3]
     assert len(list(folder.iterdir())) == 4
 
-    (path,) = (path for path in folder.iterdir() if path == restore(workdir).class_cache.path(CLASS_NAMES, TEMPLATES))
+    (path,) = (
+        path for path in folder.iterdir() if path == restore(trained_workdir).class_cache.path(CLASS_NAMES, TEMPLATES)
+    )
     path.write_bytes(path.read_bytes()[:-100])
-    np.testing.assert_array_equal(restore(workdir).class_embeddings(CLASS_NAMES), first)
+    np.testing.assert_array_equal(restore(trained_workdir).class_embeddings(CLASS_NAMES), first)
     assert len(computed[-1]) == 3 and f"{path} cannot be used" in caplog.text
     restore(exported).class_embeddings(CLASS_NAMES)
     assert computed[-1] == []
 
 
-def test_class_embeddings_of_a_model_in_training_are_not_cached(workdir, tmp_path, monkeypatch):
+def test_class_embeddings_of_a_model_in_training_are_not_cached(tiny_config, trained_workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(class_cache, "MIN_PROMPTS", len(CLASS_NAMES))
-    predictor = Predictor.restore(workdir, cache=str(tmp_path / "classes"))
+    predictor = Predictor.restore(trained_workdir, cache=str(tmp_path / "classes"))
     predictor.with_variables(predictor.variables, 5).class_embeddings(CLASS_NAMES)
     assert not (tmp_path / "classes").exists()
 
 
-def test_the_identity_of_a_text_encoder_covers_weights_sizes_precision_and_tokenizer(tiny, workdir, exported):
-    one, same = (Predictor.restore(source).text_encoder_identity() for source in (workdir, exported))
+def test_the_identity_of_a_text_encoder_covers_weights_sizes_precision_and_tokenizer(
+    tiny_config, trained_workdir, exported
+):
+    one, same = (Predictor.restore(source).text_encoder_identity() for source in (trained_workdir, exported))
     assert one == same and json.loads(json.dumps(one)) == one
-    predictor = Predictor.restore(workdir)
+    predictor = Predictor.restore(trained_workdir)
     params = jax.tree.map(np.array, predictor.variables["params"])
     params["text"]["projection"]["bias"] = np.nextafter(params["text"]["projection"]["bias"], 1)
     text = {"model.text.max_tokens": 10, "model.text.scratch.heads": 1, "compute_dtype": "bfloat16"}

@@ -204,6 +204,18 @@ def test_the_error_for_pytorch_weights_has_a_command_that_converts_them(require,
     assert_equal(loaded, load_text_tower(write(tmp_path / "safe", published()), tower))
 
 
+@pytest.mark.parametrize("name, key", [("a.pth", "state_dict"), ("b.pth.tar", "state_dict"), ("c.ckpt", "model")])
+def test_the_command_converts_weights_that_lie_beside_an_optimiser(require, tmp_path, tower, name, key):
+    torch = require("torch")
+    weights = {f"module.{name}": torch.from_numpy(value) for name, value in published().items()}
+    torch.save({"epoch": 3, key: weights, "optimizer": {"state": {0: torch.zeros(2)}}}, tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=rf"own format only \({name}\); convert it once") as error:
+        load_text_tower(tmp_path, tower)
+    command = str(error.value).splitlines()[-1].strip()
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, timeout=120)
+    assert_equal(load_text_tower(tmp_path, tower), load_text_tower(write(tmp_path / "safe", published()), tower))
+
+
 def test_a_folder_without_weights_or_with_several_files_is_refused(tmp_path, tower):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"found config\.json.*pytorch_model\.bin.*convert"):

@@ -7,9 +7,10 @@ import numpy as np
 
 from zslflax.data.images import BadSample
 from zslflax.data.packing import COUNTED_CAPTIONS
-from zslflax.data.pipeline import default_threads, global_order
+from zslflax.data.pipeline import global_order
 from zslflax.data.preprocess import AUGMENTATION_STREAM, choose_caption
 from zslflax.data.sources.base import Source
+from zslflax.data.workers import choose_threads
 
 
 def count_lengths(
@@ -32,7 +33,7 @@ def count_lengths(
         sources, weights, seed: as in `train_batches`.
         tokenize: the tokenizer.
         process_index, process_count: h and H.
-        threads: that read; 0: `default_threads()`.
+        threads: that read; 0: automatic.
     """
     sizes = [len(source) for source in sources]
     order = global_order(sizes, weights, seed)
@@ -46,7 +47,7 @@ def count_lengths(
             return None
 
     positions = range(process_index, min(COUNTED_CAPTIONS, sum(sizes)), process_count)
-    with ThreadPoolExecutor(threads or default_threads()) as pool:
+    with ThreadPoolExecutor(choose_threads(threads)) as pool:
         captions = [caption for caption in pool.map(read_caption, positions) if caption is not None]
     _, mask = tokenize(captions)
     return np.bincount(mask.sum(axis=1), minlength=mask.shape[1] + 1)

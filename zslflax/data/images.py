@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from zslflax.errors import UserError
 
@@ -18,7 +18,9 @@ FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF".split()  # Pillow knows others, some
 IMAGE_EXTENSIONS = tuple(
     "jpg jpeg jpe jfif png webp gif bmp tif tiff avif".split()
 )  # of FORMATS, in order of preference
+CLUTTER = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}  # folders
 MAX_PIXELS = 1 << 26  # 8192 × 8192: 200 MB once decoded
+MAX_FILE_BYTES = 1 << 30  # of an image file: one of MAX_PIXELS, 16 bits and 4 channels takes half of it uncompressed
 MAX_SCANS = 100  # of a progressive JPEG: each costs the time of a whole image, and usual files have 10
 LARGE_DECODE = 1 << 28  # bytes; images that need more memory to decode are decoded one at a time
 MAX_ASPECT_RATIO = 8  # longer side to shorter side; evaluation crops longer images to it before resizing
@@ -49,11 +51,25 @@ def has_image_extension(path: str | Path) -> bool:
     return str(path).lower().endswith(tuple(f".{extension}" for extension in IMAGE_EXTENSIONS))
 
 
-def decode(data: bytes) -> np.ndarray:
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder is one that programs hide beside images: previews, metadata, waste.
+
+    >>> is_clutter(".ipynb_checkpoints"), is_clutter("@eaDir"), is_clutter("cat")
+    (True, True, False)
+    """
+    return name.startswith(".") or name in CLUTTER
+
+
+def decode(data: bytes, apply_orientation: bool = False) -> np.ndarray:
     """Decodes an image in one of the `FORMATS`, which its content tells, not its file name.
 
     Greyscale, palette, CMYK and 16-bit images become 8-bit RGB. Transparent pixels become white. An animation
-    gives its first frame. EXIF orientation is ignored, as in torchvision and TensorFlow.
+    gives its first frame.
+
+    Args:
+        data: the contents of the file.
+        apply_orientation: turn the image as its EXIF orientation says, as viewers show it. Training and evaluation
+            ignore it, as torchvision and TensorFlow do.
 
     Returns:
         uint8 [height, width, 3].
@@ -62,6 +78,12 @@ def decode(data: bytes) -> np.ndarray:
         BadSample: the data is not an image, is truncated, or has more than `MAX_PIXELS` pixels or `MAX_SCANS`
             scans; the last two are checked before decoding.
     """
+    pixels = decode_pixels(data)
+    return orient(pixels, exif_orientation(data)) if apply_orientation else pixels
+
+
+def decode_pixels(data: bytes) -> np.ndarray:
+    """Decodes an image as its file stores it; errors are those of `decode`."""
     if data[:2] == b"\xff\xd8":
         if count_scans(data) > MAX_SCANS:
             raise BadSample(f"the image has more than {MAX_SCANS} scans")
@@ -74,6 +96,32 @@ def decode(data: bytes) -> np.ndarray:
         except ValueError:
             pass  # simplejpeg also refuses harmless damage, such as stray bytes between markers: Pillow decides
     return decode_with_pillow(data)
+
+
+def exif_orientation(data: bytes) -> int:
+    """The EXIF orientation of an image, 1 to 8; 1, upright, where there is none or it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(data), formats=available_formats()) as image:
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF data makes Pillow raise many types of errors, and the pixels are good
+        return 1
+
+
+def orient(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns an image [h, w, 3] upright that was stored with an EXIF orientation; others than 2 to 8 leave it as it is.
+
+    >>> orient(np.arange(6).reshape(2, 3, 1), 6)[..., 0].tolist()
+    [[3, 0], [4, 1], [5, 2]]
+    """
+    if orientation not in range(2, 9):
+        return image
+    if orientation >= 5:  # rows and columns are exchanged
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
 
 
 def count_scans(data: bytes) -> int:

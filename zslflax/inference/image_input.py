@@ -1,47 +1,156 @@
-"""Reads images in all forms that users have them: files, PIL images and arrays."""
+"""Reads images in all forms that users have them: files, bytes, PIL images and arrays."""
 
+import io
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from zslflax.data import images
-from zslflax.errors import MissingFileError, UserError
+from zslflax.errors import UserError
+from zslflax.files import local_path, read_bytes
 
-ImageInput = str | Path | Image.Image | np.ndarray  # one image, as `read_image` takes it
+# One image, as `read_image` takes it. A PyTorch tensor is accepted too, and is not named because it isn't imported.
+ImageInput = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | jax.Array
+CHANNELS = (1, 3, 4)
 
 
 def read_image(image: ImageInput) -> np.ndarray:
-    """Converts an image to uint8 [h, w, 3] (RGB). Transparent pixels become white.
+    """Converts an image to uint8 [h, w, 3] (RGB). Transparent pixels become white; EXIF orientation is applied.
 
     >>> read_image(np.zeros((20, 30), np.uint8)).shape
     (20, 30, 3)
 
     Args:
-        image: a path, a PIL image of any mode, or an array uint8 [h, w], [h, w, 3] or [h, w, 4].
+        image: a path, the bytes of a file, an open binary file, a PIL image of any mode, or an array [h, w], [h, w, 1],
+            [h, w, 3] or [h, w, 4] of NumPy, jax or PyTorch: uint8, or floating-point numbers in [0, 1].
 
     Raises:
         MissingFileError: there is no such file.
         BadSample: the file is not an image, or is damaged.
-        UserError: the array has another shape or type.
+        UserError: the array has another shape, type or range.
     """
     if isinstance(image, (str, Path)):
-        return read_image_file(Path(image).expanduser())
+        return read_image_file(local_path(image, "the image"))
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return images.decode(bytes(image), apply_orientation=True)
     if isinstance(image, Image.Image):
-        return np.array(images.to_rgb(image))
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise UserError(
-            f"expected an image as uint8 [h, w], [h, w, 3] or [h, w, 4], found {array.dtype} {list(array.shape)}"
-        )
+        if not image.width * image.height:
+            raise UserError(f"expected an image, found one of {image.width} × {image.height} pixels")
+        return np.array(images.to_rgb(ImageOps.exif_transpose(image)))
+    if isinstance(image, io.IOBase) or hasattr(image, "read"):
+        return images.decode(image.read(images.MAX_FILE_BYTES), apply_orientation=True)
+    array = to_uint8(to_numpy(image))
+    check_shape(array)
+    if array.shape[2:] == (1,):
+        array = array[:, :, 0]
     return array if array.shape[2:] == (3,) else np.array(images.to_rgb(Image.fromarray(array)))
 
 
 def read_image_file(path: Path) -> np.ndarray:
     """Decodes an image file to uint8 [h, w, 3] (RGB); errors name the file."""
     try:
-        return images.decode(path.read_bytes())
-    except FileNotFoundError:
-        raise MissingFileError(f"there is no file {path}") from None
+        return images.decode(read_bytes(path, images.MAX_FILE_BYTES), apply_orientation=True)
     except images.BadSample as error:
         raise images.BadSample(f"{path}: {error}") from error
+
+
+def to_numpy(image: Any) -> np.ndarray:
+    """Converts an array of NumPy, jax or PyTorch to NumPy."""
+    if not hasattr(image, "__array__"):
+        raise UserError(
+            f"expected an image as a path, bytes, a PIL image or an array, found a value of type {type(image).__name__}"
+        )
+    try:
+        return np.asarray(image)
+    except (TypeError, RuntimeError) as error:  # PyTorch's, of a tensor on a GPU or with a gradient
+        raise UserError(f"the tensor cannot be read: {error}; pass tensor.detach().cpu()") from error
+
+
+def to_uint8(array: np.ndarray) -> np.ndarray:
+    """Converts pixels to uint8: floating-point numbers in [0, 1] are multiplied by 255 and rounded."""
+    if array.dtype == np.uint8:
+        return array
+    if not np.issubdtype(array.dtype, np.floating) and array.dtype.name not in ("bfloat16", "float16"):
+        raise UserError(
+            f"expected an image as uint8, or as floating-point numbers in [0, 1], found {describe_array(array)}"
+        )
+    array = array.astype(np.float32)
+    low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
+    if not 0.0 <= low <= high <= 1.0:  # also where one is NaN
+        raise UserError(
+            f"expected floating-point pixels in [0, 1], found values from {low:g} to {high:g}; pass values up to 255 "
+            "as uint8, and normalise nothing: the model does"
+        )
+    return np.rint(array * 255.0).astype(np.uint8)
+
+
+def check_shape(array: np.ndarray) -> None:
+    """Refuses an array that is no image [h, w] or [h, w, channels], and says how to transpose channels that are first.
+
+    Raises:
+        UserError: it has another number of axes or channels, channels first, or no pixels.
+    """
+    found = describe_array(array)
+    if array.ndim == 3 and array.shape[2] not in CHANNELS and array.shape[0] in CHANNELS:
+        raise UserError(
+            f"expected an image [h, w, 3], found {found}, with the channels first; pass image.transpose(1, 2, 0), or "
+            "image.permute(1, 2, 0) of a PyTorch tensor"
+        )
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in CHANNELS)):
+        raise UserError(f"expected an image as uint8 [h, w], [h, w, 3] or [h, w, 4], found {found}")
+    if not array.size:
+        raise UserError(f"expected an image, found {found}, which has no pixels")
+
+
+def describe_array(array: np.ndarray) -> str:
+    """The type and shape of an array, such as "uint8 [40, 50, 3]"."""
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is an array of NumPy, jax or PyTorch, and no PIL image."""
+    return hasattr(value, "__array__") and hasattr(value, "shape")
+
+
+def is_one_image(value: Any) -> bool:
+    """Whether a value is a single image, and not several of them."""
+    if is_array(value):
+        return len(value.shape) <= 3
+    return isinstance(value, (str, Path, bytes, bytearray, memoryview, Image.Image)) or hasattr(value, "read")
+
+
+def find_images(folder: Path) -> Iterator[Path]:
+    """Yields the images below a folder, in the order of their names.
+
+    Left out are hidden files and folders and `images.CLUTTER`, files without an image's extension, and links that lead
+    out of the folder.
+    """
+    root = folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        hidden = any(images.is_clutter(part) for part in path.relative_to(folder).parts)
+        if images.has_image_extension(path) and not hidden and path.resolve().is_relative_to(root):
+            if not path.is_dir():
+                yield path
+
+
+def expand_folders(paths: Iterable[str | Path]) -> Iterator[Path]:
+    """Yields paths of images; a folder stands for the images below it.
+
+    Raises:
+        UserError: a folder has no image.
+    """
+    for given in paths:
+        path = local_path(given, "the image")
+        if not path.is_dir():
+            yield path
+            continue
+        found = False
+        for found_path in find_images(path):
+            found = True
+            yield found_path
+        if not found:
+            raise UserError(f"{path} has no image ({', '.join(images.IMAGE_EXTENSIONS)})")

@@ -2,26 +2,28 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
-from PIL import Image
 
 import zslflax
 from zslflax import distributed
+from zslflax.data.feature_files import hash_arrays
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.images import resize_center_crop
 from zslflax.data.text import Tokenizer
 from zslflax.errors import FolderExistsError, UserError
-from zslflax.inference.class_cache import ClassCache, hash_arrays
+from zslflax.files import local_path, storage_errors
+from zslflax.inference.class_cache import ClassCache
 from zslflax.inference.class_embeddings import cached_class_embeddings
 from zslflax.inference.export import TEXT_FOLDER, save_model, save_text_encoder
-from zslflax.inference.image_input import ImageInput, read_image
+from zslflax.inference.image_input import ImageInput, describe_array, is_array, is_one_image, read_image, to_numpy
+from zslflax.inference.prompts import read_class_names, read_templates
 from zslflax.inference.restore import restore_model
 from zslflax.inference.top_k import top_k_or_all
 from zslflax.models.build import text_config
@@ -69,6 +71,7 @@ class Predictor:
             lambda variables, x: model.apply(variables, x, method=method)
         )
         self._encode_image, self._project_text = map_method("encode_image"), map_method("project_text")
+        self._project_image = map_method("project_image")
 
     def with_variables(self, variables: Any, step: int) -> "Predictor":
         """Returns a predictor with other variables of the same model; nothing is compiled again."""
@@ -89,12 +92,14 @@ class Predictor:
             step: of a checkpoint in a workdir; default: the newest.
             use: "teacher" for the EMA teacher of a run (or the student where there is none), or "student". An exported
                 folder has only one model.
-            cache: folder of class embeddings, "" for none; default: `eval.class_cache` of the config.
+            cache: folder of class embeddings, "" for none; default: ~/.cache/zslflax/classes, or none where the run
+                had none. A model's config never names the folder.
 
         Raises:
             MissingFileError: there is no model, or no complete checkpoint of that step.
-            UserError: `use` has another value, an export is asked for a step or a student, a file is damaged, or the
-                tokenizer is not the one with which the model was trained.
+            UserError: `use` has another value, an export is asked for a step or a student, a file is damaged or says
+                what cannot be (`zslflax.inference.model_checks`), or the tokenizer is not the one with which the model
+                was trained.
         """
         restored = restore_model(source, step, use)
         predictor = cls(*restored)
@@ -109,27 +114,35 @@ class Predictor:
 
         Raises:
             FolderExistsError: the folder exists and is not empty.
+            UserError: the folder is an address, such as gs://bucket/folder.
+            StorageError: the folder cannot be made.
         """
-        folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = local_path(folder, "the folder of the export")
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise FolderExistsError(f"{folder} is not empty; export the model into a new folder")
         save_text_encoder(self.config, self.tokenizer, folder / TEXT_FOLDER)
         save_model(folder, self.config, jax.device_get(self.variables), self.step)
 
-    def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> np.ndarray:
+    def encode_image(self, images: ImageInput | Iterable[ImageInput]) -> np.ndarray:
         """Embeds images, as unit vectors fp32 [b, d].
 
         Args:
-            images: one image or a sequence of them, of any sizes: paths, PIL images of any mode, or arrays uint8
-                [h, w], [h, w, 3] or [h, w, 4] (transparent pixels become white). Or an array uint8 [b, s, s, 3] of
-                preprocessed images. The sequence may be empty.
+            images: one image or several of any sizes: paths, bytes or open files, PIL images of any mode, or arrays
+                (NumPy, jax, PyTorch) [h, w], [h, w, 3] or [h, w, 4], uint8 or floating-point numbers in [0, 1].
+                Transparent pixels become white, and EXIF orientation is applied. Or an array uint8 [b, s, s, 3] of
+                preprocessed images. There may be none.
 
         Raises:
             MissingFileError: a file does not exist.
             UserError: a file is not an image or is damaged, or an array has another shape or type.
         """
         return self._apply_in_batches(self._encode_image, self._preprocess_all(images))
+
+    def project_image(self, features: np.ndarray) -> np.ndarray:
+        """Projects outputs of the image tower, fp32 [b, f], to unit vectors fp32 [b, d]."""
+        return self._apply_in_batches(self._project_image, features)
 
     def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """Embeds texts, as unit vectors fp32 [b, d]. Texts are truncated to `model.text.max_tokens`."""
@@ -139,48 +152,71 @@ class Predictor:
 
     def classify(
         self,
-        images: ImageInput | Sequence[ImageInput],
-        class_names: Sequence[str],
+        images: ImageInput | Iterable[ImageInput],
+        class_names: str | Sequence[str],
         *,
-        templates: Sequence[str] | None = None,
+        templates: str | Sequence[str] | None = None,
         top_k: int = 5,
     ) -> list[list[tuple[str, float]]]:
         """Returns for each image the `top_k` best class names (at most all), best first, with cosine similarities.
 
         Args:
             images: as in `encode_image`.
-            class_names: any words.
+            class_names: any words, as a sequence; or a string: a file with one a line, or "a cat,a dog".
             templates: prompts with `{}` in place of the class name; default: `eval.templates` of the config.
             top_k: number of class names per image.
+
+        Raises:
+            MissingFileError: a file does not exist.
+            UserError: an image, class name or template cannot be used; a string is neither a file nor a list.
         """
+        class_names = as_list(class_names)
         class_emb = self.class_embeddings(class_names, templates)
         scores, ids = top_k_or_all(self.encode_image(images), class_emb, top_k)
         return [[(class_names[i], float(s)) for i, s in zip(*row)] for row in zip(ids, scores)]
 
+    @overload
+    def search(  # type: ignore[overload-overlap]  # a str is a sequence too
+        self, query: str, images: ImageInput | Iterable[ImageInput], *, top_k: int = 5
+    ) -> list[tuple[int, float]]: ...
+
+    @overload
     def search(
-        self, query: str, images: ImageInput | Sequence[ImageInput], *, top_k: int = 5
-    ) -> list[tuple[int, float]]:
+        self, query: Sequence[str], images: ImageInput | Iterable[ImageInput], *, top_k: int = 5
+    ) -> list[list[tuple[int, float]]]: ...
+
+    def search(self, query: Any, images: Any, *, top_k: int = 5) -> Any:
         """Returns the `top_k` images (at most all) that fit a sentence best: their indices and cosine similarities.
 
         Args:
-            query: the sentence; no prompt template is applied.
+            query: the sentence; no prompt template is applied. Or several sentences, which give a list for each.
             images: as in `encode_image`, or the embeddings fp32 [b, d] that it returned.
             top_k: number of images.
         """
-        embedded = isinstance(images, np.ndarray) and images.dtype == np.float32
-        image_emb = np.asarray(images) if embedded else self.encode_image(images)
-        if not len(image_emb):
-            return []
-        scores, ids = top_k_or_all(self.encode_text(query), image_emb, top_k)
-        return [(int(i), float(s)) for i, s in zip(ids[0], scores[0])]
+        queries = [query] if isinstance(query, str) else list(query)
+        images = to_numpy(images) if is_array(images) else images
+        embedded = isinstance(images, np.ndarray) and images.ndim == 2 and images.dtype == np.float32
+        image_emb = images if embedded else self.encode_image(images)
+        answers: list[list[tuple[int, float]]] = [[] for _ in queries]
+        if len(image_emb) and queries:
+            scores, ids = top_k_or_all(self.encode_text(queries), image_emb, top_k)
+            answers = [[(int(i), float(s)) for i, s in zip(*row)] for row in zip(ids, scores)]
+        return answers[0] if isinstance(query, str) else answers
 
-    def class_embeddings(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
+    def class_embeddings(
+        self, class_names: str | Sequence[str], templates: str | Sequence[str] | None = None
+    ) -> np.ndarray:
         """Returns one unit embedding per class name, averaged over the prompt templates: fp32 [c, d].
+
+        The arguments are those of `classify`.
 
         With several processes all of them must call it (and `classify`) with the same class names.
         """
-        templates = tuple(self.config.eval.templates if templates is None else templates)
-        return cached_class_embeddings(self.class_cache, self.encode_text, list(class_names), templates)
+        if templates is None:
+            templates = tuple(self.config.eval.templates)
+        elif isinstance(templates, str):
+            templates = read_templates(templates)
+        return cached_class_embeddings(self.class_cache, self.encode_text, as_list(class_names), tuple(templates))
 
     def preprocess(self, image: ImageInput) -> np.ndarray:
         """Resizes and crops one image, as in `encode_image`, to the input of the image tower: uint8 [s, s, 3]."""
@@ -198,17 +234,18 @@ class Predictor:
             "version": zslflax.__version__,
         }
 
-    def _preprocess_all(self, images: ImageInput | Sequence[ImageInput]) -> np.ndarray:
+    def _preprocess_all(self, images: Any) -> np.ndarray:
         """Converts the images that `encode_image` takes to uint8 [b, s, s, 3]."""
         size = self.config.model.image.size
-        if isinstance(images, np.ndarray) and images.ndim == 4:
+        if is_array(images) and len(images.shape) > 3:
+            images = to_numpy(images)
             if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
                 raise UserError(
-                    f"expected preprocessed images uint8 [b, {size}, {size}, 3], found {images.dtype} "
-                    f"{list(images.shape)}; pass images of other sizes as a list"
+                    f"expected preprocessed images uint8 [b, {size}, {size}, 3], found {describe_array(images)}; "
+                    "pass images of other sizes or types as a list"
                 )
             return images
-        if isinstance(images, (str, Path, Image.Image, np.ndarray)):
+        if is_one_image(images) or not hasattr(images, "__iter__"):
             images = [images]
         preprocessed = [self.preprocess(image) for image in images]
         return np.stack(preprocessed) if preprocessed else np.empty((0, size, size, 3), np.uint8)
@@ -223,3 +260,8 @@ class Predictor:
         while size < min(len(array), largest):
             size *= 2
         return distributed.map_in_batches(function, self.variables, array, min(size, largest))
+
+
+def as_list(class_names: str | Sequence[str]) -> list[str]:
+    """Class names as a list; a string is a file or names with commas between them, as `read_class_names` takes it."""
+    return read_class_names(class_names) if isinstance(class_names, str) else list(class_names)

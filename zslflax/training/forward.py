@@ -32,7 +32,7 @@ def embed(
         batch: as `train_step` takes it.
         features: outputs of the towers that need not run, by modality.
         train: the modalities whose tower runs in training mode (batch statistics, dropout).
-        rngs: the keys of the dropout.
+        rngs: the keys of the dropout; None for no dropout.
     """
     features, batch_stats = dict(features), variables["batch_stats"]
     for modality in MODALITIES:
@@ -41,8 +41,8 @@ def embed(
             features[modality], batch_stats = tower_features(
                 model, current, batch, modality, train=modality in train, rngs=rngs
             )
-    image_emb: Any = model.apply(variables, features["image"], method="project_image")
-    text_emb: Any = model.apply(variables, features["text"], method="project_text")
+    image_emb: Any = model.apply(variables, features["image"], method="project_image", rngs=rngs)
+    text_emb: Any = model.apply(variables, features["text"], method="project_text", rngs=rngs)
     return Embeddings(image_emb, text_emb), batch_stats
 
 
@@ -79,7 +79,8 @@ def no_grad_outputs(
 ) -> tuple[dict[str, jax.Array], Embeddings | None]:
     """What needs no gradient: the frozen towers' outputs by modality, and the teacher's embeddings.
 
-    The teacher shares the outputs of those of its towers that are the student's frozen ones. Its embeddings are None
+    A tower is frozen forever, or for now, where the batch has its outputs. The teacher shares the outputs of those of
+    its towers that are the student's frozen ones. Its embeddings are None
     for an objective without a teacher.
     """
     student = student_variables(state)
@@ -87,7 +88,8 @@ def no_grad_outputs(
         modality: batch[f"{modality}_features"]
         if f"{modality}_features" in batch
         else tower_features(model, student, batch, modality, train=False)[0]
-        for modality in state.frozen_params
+        for modality in MODALITIES
+        if modality in state.frozen_params or f"{modality}_features" in batch
     }
     if not OBJECTIVES[config.objective.name].needs_teacher:
         return features, None

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from zslflax.data.images import BadSample, has_image_extension
-from zslflax.data.sources.base import Record, Source
+from zslflax.data.images import MAX_FILE_BYTES, BadSample, has_image_extension, is_clutter
+from zslflax.data.sources.base import Annotations, Record, Source, file_version, hash_values
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import read_columns, read_text
+from zslflax.files import local_path, read_bytes, read_columns, read_text
 
 log = logging.getLogger("zslflax")
 T = TypeVar("T")
@@ -47,10 +47,18 @@ class LabelledImages:
     def __getitem__(self, index: int) -> Record:
         name = self.paths[index]
         try:
-            image = Path(name).read_bytes()
-        except OSError as error:
-            raise BadSample(f"its file cannot be read: {error.strerror}", name=name) from error
-        return Record(image=image, text=(), label=self.labels[index], name=name)
+            image = read_bytes(Path(name), MAX_FILE_BYTES)
+        except UserError as error:
+            raise BadSample(f"its file cannot be read: {error}", name=name) from error
+        return Record(image=image, **self.read_annotations(index))
+
+    def read_annotations(self, index: int) -> Annotations:
+        """The labels of an image; reads no file."""
+        return Annotations(text=(), label=self.labels[index], name=self.paths[index])
+
+    def fingerprint(self) -> str:
+        """Of the paths, sizes and modification times of all images."""
+        return hash_values("files", [(path, *file_version(path)) for path in self.paths])
 
     def names(self) -> Iterator[str]:
         """Yields the paths of all images."""
@@ -81,6 +89,16 @@ class ClassTars:
         record["label"] = (self.labels[self.shards.shard_of(index)],)
         return record
 
+    def read_annotations(self, index: int) -> Annotations:
+        """The class of an image; reads no image."""
+        annotations = self.shards.read_annotations(index)
+        annotations["label"] = (self.labels[self.shards.shard_of(index)],)
+        return annotations
+
+    def fingerprint(self) -> str:
+        """Of the tars."""
+        return self.shards.fingerprint()
+
     def names(self) -> Iterator[str]:
         """Yields the names of all records."""
         return self.shards.names()
@@ -88,10 +106,10 @@ class ClassTars:
 
 def read_folder(spec: str) -> LabelledImages | ClassTars:
     """Reads "FOLDER": a subfolder or a tar for each class, named by its id; the classes are in the order of ids."""
-    folder = Path(spec).expanduser()
+    folder = local_path(spec, "folder:")
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is not a folder: expected one with a subfolder or tar for each class")
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    entries = [entry for entry in folder.iterdir() if not is_clutter(entry.name)]
     subfolders = sorted_by_id({entry.name: entry for entry in entries if entry.is_dir()})
     tars = sorted_by_id({entry.stem: entry for entry in entries if entry.suffix == ".tar"})
     if bool(subfolders) == bool(tars):
@@ -112,12 +130,13 @@ def read_folder(spec: str) -> LabelledImages | ClassTars:
 def read_csv(spec: str) -> LabelledImages:
     """Reads "FILE.csv": columns `path`, relative to the file's folder, and `labels`, none or more class ids.
 
-    Ids are separated by ";" if the column has any ";", or else by blanks. Rows with the same path are merged. The
-    classes are all ids that occur, in their order.
+    Ids are separated by ";" if the column has any ";". Otherwise blanks separate them if each of them has a digit, as
+    codes have; words with blanks between them are one id. Rows with the same path are merged. The classes are all ids
+    that occur, in their order.
     """
-    file = Path(spec).expanduser()
+    file = local_path(spec, "csv:")
     rows = list(read_columns(file, ("path", "labels")))
-    separator = ";" if any(";" in labels for _, (_, labels) in rows) else None
+    separator = labels_separator(file, [labels for _, (_, labels) in rows])
     ids_of_path: dict[str, dict[str, None]] = collections.defaultdict(dict)  # dicts as ordered sets
     for line, (path, labels) in rows:
         if not path:
@@ -133,6 +152,18 @@ def read_csv(spec: str) -> LabelledImages:
         classes,
         excluded={"missing_images": len(paths) - len(present)},
     )
+
+
+def labels_separator(file: Path, columns: Sequence[str]) -> str | None:
+    """What separates the ids in the fields of a column of labels; None for blanks."""
+    if any(";" in labels for labels in columns):
+        return ";"
+    several = [labels for labels in columns if len(labels.split()) > 1]
+    words = [labels for labels in several if not all(any(map(str.isdigit, i)) for i in labels.split())]
+    if not words:
+        return None
+    log.warning("%s: %r is one class, because it has words without digits; separate several by ;", file, words[0])
+    return ";"
 
 
 def read_open_images(spec: str) -> LabelledImages:
@@ -230,7 +261,7 @@ def existing_folder_and_file(spec: str, form: str) -> tuple[Path, Path]:
         spec: to parse.
         form: of the whole specification, for messages.
     """
-    parts = [Path(part).expanduser() for part in spec.split(",")]
+    parts = [local_path(part, "the source") for part in spec.split(",")]
     if len(parts) != 2:
         raise UserError(f"expected {form}, found {spec!r}")
     if not parts[0].is_dir():
@@ -248,9 +279,12 @@ def sorted_by_id(of_id: dict[str, T]) -> list[T]:
 
 
 def find_images(folder: Path) -> list[str]:
-    """The paths of all files below a folder that are named like images, sorted."""
-    files = (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
-    return sorted(filter(has_image_extension, files))
+    """The paths of all files below a folder that are named like images, sorted; without `images.CLUTTER`."""
+    found: list[str] = []
+    for path, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_clutter(name)]
+        found += [os.path.join(path, name) for name in names if has_image_extension(name) and not is_clutter(name)]
+    return sorted(found)
 
 
 def existing_keys(paths: dict[str, Path], where: str) -> list[str]:

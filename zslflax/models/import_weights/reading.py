@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors import safe_open
 
 from zslflax.errors import MissingFileError
-from zslflax.files import read_json
+from zslflax.files import open_tensors, read_json
 
+PYTORCH_FILES = ("*.bin", "*.pth", "*.pt", "*.pth.tar", "*.ckpt")
 CONVERT = (
     "import sys, torch; from safetensors.torch import save_file; "
     "weights = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
-    "save_file({name: value.clone().contiguous() for name, value in weights.items()}, sys.argv[2])"
+    # Training scripts, Lightning and others put the weights beside the optimiser's state.
+    "weights = next((weights[key] for key in ('state_dict', 'model_state_dict', 'model') if key in weights), weights); "
+    "save_file({name: value.clone().contiguous() for name, value in weights.items() if torch.is_tensor(value)}, "
+    "sys.argv[2])"
 )
 
 
@@ -29,7 +32,7 @@ class TensorLocation(NamedTuple):
 def find_tensors(folder: Path) -> dict[str, TensorLocation]:
     """Returns the location of every tensor of a folder by name.
 
-    Old checkpoints say gamma and beta where newer ones say weight and bias; the keys are the new names.
+    Old checkpoints say LayerNorm.gamma and .beta where newer ones say weight and bias; the keys are the new names.
 
     Raises:
         MissingFileError: the folder has no safetensors, several without an index, or lacks one that its index names.
@@ -37,10 +40,10 @@ def find_tensors(folder: Path) -> dict[str, TensorLocation]:
     """
     tensors = {}
     for path in weight_files(folder):
-        with safe_open(path, "numpy") as file:
+        with open_tensors(path) as file:
             names = file.keys()
         for name in names:
-            new_name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+            new_name = re.sub(r"Norm\.gamma$", "Norm.weight", re.sub(r"Norm\.beta$", "Norm.bias", name))
             tensors[new_name] = TensorLocation(path, name)
     return tensors
 
@@ -69,7 +72,7 @@ def several_files_message(folder: Path, paths: list[Path]) -> str:
 
 def no_files_message(folder: Path) -> str:
     """Returns the error message for a folder without safetensors, with a command that converts PyTorch's files."""
-    others = [path for pattern in ("*.bin", "*.pth", "*.pt") for path in sorted(folder.glob(pattern))]
+    others = [path for pattern in PYTORCH_FILES for path in sorted(folder.glob(pattern))]
     if others:
         found = f"{folder} has weights in PyTorch's own format only ({others[0].name})"
     else:
@@ -90,7 +93,7 @@ def read_tensors(locations: dict[str, TensorLocation], names: Iterable[str]) -> 
         by_file.setdefault(locations[name].path, []).append(name)
     tensors = {}
     for path, names_in_file in by_file.items():
-        with safe_open(path, "numpy") as file:
+        with open_tensors(path) as file:
             for name in names_in_file:
                 tensors[name] = file.get_tensor(locations[name].name).astype(np.float32)
     return tensors
