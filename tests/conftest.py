@@ -8,10 +8,11 @@ import shutil
 import jax
 import pytest
 
-from tests.testing.configs import COMPILATION_CACHE, TINY_VIT, make_learned_config, make_tiny_config
+from tests.testing.configs import COMPILATION_CACHE, ORDERED_COLLECTIVES, TINY_VIT, make_learned_config, make_tiny_config
 from zslflax.models import vit
 from zslflax.training import loop
 
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ORDERED_COLLECTIVES}"
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
 # Functions that an earlier run or another test has compiled are not compiled again.
