@@ -87,31 +87,3 @@ def collect_garbage():
     """Collects garbage at the end of a test, so that its warnings do not appear in another test."""
     yield
     gc.collect()
-
-
-# The fixtures' names of before, for the tests that still use them.
-
-
-@pytest.fixture(scope="session")
-def scenes_root(shapes_root):
-    return shapes_root
-
-
-@pytest.fixture
-def tiny(tiny_config):
-    return tiny_config
-
-
-@pytest.fixture(scope="session")
-def finished(finished_workdir):
-    return finished_workdir
-
-
-@pytest.fixture
-def workdir(trained_workdir):
-    return trained_workdir
-
-
-@pytest.fixture(scope="session")
-def learnt(learned_workdir):
-    return learned_workdir

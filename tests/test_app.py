@@ -1,7 +1,8 @@
-"""The page, in a real browser: drop, type, read; bad uploads; what it hands out and whom it asks."""
+"""The page in a real browser: classification, search, bad uploads, and which files and hosts it gives access to."""
 
 import base64
 import contextlib
+import io
 import json
 import os
 import re
@@ -23,14 +24,14 @@ from zslflax.data import preprocess
 from zslflax.data.sources.opening import open_source
 from zslflax.inference.predictor import Predictor
 
-# The program itself, which tells of every host that it asks for.
+# The command, which reports every host that it connects to.
 PROGRAM = """
 import sys
 def watch(event, args):
     if event in ("socket.getaddrinfo", "socket.connect"):
         host = args[0] if event == "socket.getaddrinfo" else args[1][0]
         if str(host) not in ("127.0.0.1", "localhost"):
-            print("ASKED", host, file=sys.stderr, flush=True)
+            print("CONNECTED", host, file=sys.stderr, flush=True)
 sys.addaudithook(watch)
 from zslflax import app
 app.main()
@@ -41,11 +42,11 @@ data.items.add(new File([Uint8Array.from(atob(content), c => c.charCodeAt(0))], 
 for (const kind of ["dragenter", "dragover", "drop"])
     zone.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}));
 """
-PATIENCE = 120  # seconds
+TIMEOUT = 120  # seconds
 
 
 def installed(program: str) -> str:
-    """Where a program is; where it is not the test is skipped, but never in CI."""
+    """The path of a program. Without the program the test is skipped, or fails in CI."""
     path = shutil.which(program)
     if path is None and not os.environ.get("CI"):
         pytest.skip(f"{program} is not installed")
@@ -54,22 +55,25 @@ def installed(program: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def served(require, learnt, tmp_path_factory):
-    """The page of a small run, with a folder of images of which two cannot be read."""
+def served(require, learned_workdir, tmp_path_factory):
+    """The page of a small run, with a folder of images and two other files."""
     require("gradio")
     home = tmp_path_factory.mktemp("served")
-    folder = home / "pictures"
+    folder = home / "images"
     (folder / "more").mkdir(parents=True)
-    predictor = Predictor.restore(learnt)
+    predictor = Predictor.restore(learned_workdir)
     test = open_source("shapes", predictor.config.data, "test")
     for i in range(20):
         Image.fromarray(preprocess.record_image(test[i])).save(folder / ("more" if i % 2 else ".") / f"{i:02d}.png")
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("nothing")
+    Image.new("RGB", (16, 16), "red").save(home / "outside.png")
+    (folder / "link.png").symlink_to(home / "outside.png")
+    os.mkfifo(folder / "pipe.png")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", PROGRAM, f"--workdir={learnt}", f"--images={folder}", f"--port={port}"]
+    command = [sys.executable, "-c", PROGRAM, f"--workdir={learned_workdir}", f"--images={folder}", f"--port={port}"]
     variables = os.environ | {"JAX_PLATFORMS": "cpu", "GRADIO_TEMP_DIR": str(home / "uploads")}
     log = home / "log"
     with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=variables) as process:
@@ -104,16 +108,16 @@ def page(served, browser):
 
 
 def wait(condition):
-    """What the condition gives, once that is something."""
-    end = time.monotonic() + PATIENCE
+    """Waits until the condition is true, and returns its value."""
+    end = time.monotonic() + TIMEOUT
     while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.1)
     return value
 
 
 def each(browser, selector: str, what: str) -> list:
-    """A property of all elements that fit, read at one moment, for the page may be drawn anew at any time."""
+    """A property of all elements that match, read at one moment, because the page may be redrawn at any time."""
     script = f"return [...document.querySelectorAll(arguments[0])].map(element => element.{what})"
     return browser.execute_script(script, selector)
 
@@ -128,20 +132,20 @@ def drop(browser, path):
 
 
 def message(browser) -> str:
-    """The message that came up, which is then closed."""
+    """Returns the message on the page, and closes it."""
     (text,) = wait(lambda: [text for text in texts(browser, ".toast-body") if text])
     each(browser, ".toast-close", "click()")
     wait(lambda: not texts(browser, ".toast-body"))
     return text
 
 
-def test_drop_type_and_read(page, served):
+def test_an_image_is_classified_after_a_drop_and_after_a_click(page, served):
     names = ["red circle", "<b>bold</b> star", "/etc/hostname", "blue fish"]
-    picture = served.folder / "04.png"
+    image = served.folder / "04.png"
     page.find_element("css selector", "#names textarea").send_keys(", ".join([*names, " ", names[0]]))
-    drop(page, picture)
+    drop(page, image)
     scores = wait(lambda: texts(page, "#scores .score"))
-    (expected,) = served.predictor.classify(picture, names)
+    (expected,) = served.predictor.classify(image, names)
     scores = list(map(float, scores))
     assert dict(zip(texts(page, "#scores .name"), scores)) == pytest.approx(dict(expected), abs=1e-3)
     assert scores == sorted(scores, reverse=True)
@@ -152,16 +156,17 @@ def test_drop_type_and_read(page, served):
     box = page.find_element("css selector", "#names textarea")
     box.clear()
     box.send_keys("a heart\na ring")
-    page.find_element("css selector", "#name-it").click()
+    page.find_element("css selector", "#classify").click()
     wait(lambda: sorted(texts(page, "#scores .name")) == ["a heart", "a ring"])
 
 
-def test_search(page, served):
+def test_a_sentence_finds_the_best_images(page, served):
     query = page.find_element("css selector", "#query textarea, #query input")
     query.send_keys("a red star\n")
     captions = wait(lambda: texts(page, "#found .caption-label"))
     paths = sorted(served.folder.rglob("*.png"))
-    paths.remove(served.folder / "broken.png")
+    for name in ("broken.png", "link.png", "pipe.png"):
+        paths.remove(served.folder / name)
     expected = served.predictor.search("a red star", paths, top_k=len(paths))
     by_name = {paths[i].name: score for i, score in expected}
     found = [re.fullmatch(r"(\S+)\s+(-?\d\.\d{3})", caption).groups() for caption in captions]
@@ -170,23 +175,24 @@ def test_search(page, served):
     np.testing.assert_allclose(scores, [by_name[name] for name in names], atol=1e-3)
     np.testing.assert_allclose(scores, [score for _, score in expected[:12]], atol=1e-3)  # best first
     assert "left out" in served.log.read_text() and "broken.png" in served.log.read_text()
-    assert "20 of 21 images" in served.log.read_text()
+    assert "20 of 22 images" in served.log.read_text() and "link.png" not in served.log.read_text()
+    assert "pipe.png is no regular file" in served.log.read_text()
 
 
-def test_bad_uploads_get_a_message_and_the_server_goes_on(page, served, tmp_path):
+def test_bad_uploads_get_a_message_and_the_server_continues(page, served, tmp_path):
     (tmp_path / "large.png").write_bytes(bytes(21 << 20))
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "cut.png").write_bytes((served.folder / "00.png").read_bytes()[:200])
     (tmp_path / "notes.txt").write_text("nothing")
     Image.new("1", (1 << 14, (1 << 12) + 1)).save(tmp_path / "wide.png")
-    page.find_element("css selector", "#name-it").click()
+    page.find_element("css selector", "#classify").click()
     assert "Drop an image first" in message(page)
     expected = {
         "large.png": 'exceed the maximum allowed size of 20.0 Mb: "large.png"',
-        "broken.png": "This file can't be used: it is no image",
+        "broken.png": "This file can't be used: the data is not an image",
         "cut.png": "This file can't be used: the image cannot be decoded",
         "notes.txt": "Invalid file type: notes.txt",
-        "wide.png": "16384 × 4097 pixels, more than the 67,108,864 allowed",
+        "wide.png": "16384 × 4097 pixels, more than the 16,777,216 allowed here",
     }
     for name, words in expected.items():
         page.get(served.url)
@@ -197,24 +203,24 @@ def test_bad_uploads_get_a_message_and_the_server_goes_on(page, served, tmp_path
     page.get(served.url)
     wait(lambda: page.find_elements("css selector", "#upload input[type=file]"))
     drop(page, served.folder / "00.png")
-    wait(lambda: texts(page, "#scores") == ["Type names, with commas between them."])
+    wait(lambda: texts(page, "#scores") == ["Type class names, with commas between them."])
     page.find_element("css selector", "#names textarea").send_keys("x" * 501)
-    page.find_element("css selector", "#name-it").click()
-    assert "At most 1,000 names of 500 characters" in message(page)
+    page.find_element("css selector", "#classify").click()
+    assert "At most 1,000 class names of 500 characters" in message(page)
     assert "Traceback" not in served.log.read_text()
 
 
-def ask(url: str, data: bytes | None = None, kind: str = "application/json") -> tuple[int, str]:
-    request = urllib.request.Request(url, data, {"Content-Type": kind} if data else {})
+def ask(url: str, data: bytes | None = None, kind: str = "application/json", **headers: str) -> tuple[int, str]:
+    request = urllib.request.Request(url, data, ({"Content-Type": kind} if data else {}) | headers)
     with contextlib.ExitStack() as stack:
         try:
-            answer = stack.enter_context(urllib.request.urlopen(request, timeout=PATIENCE))
+            answer = stack.enter_context(urllib.request.urlopen(request, timeout=TIMEOUT))
         except urllib.error.HTTPError as error:
             answer = stack.enter_context(error)
         return answer.status, answer.read().decode(errors="replace")
 
 
-def test_no_file_is_handed_out_or_read_by_its_path(served):
+def test_no_file_is_served_or_read_by_its_path(served):
     secret = served.home / "secret.png"
     shutil.copyfile(served.folder / "00.png", secret)
     for path in (secret, served.folder / "00.png", "/etc/passwd", "setup.py"):
@@ -230,13 +236,107 @@ def test_no_file_is_handed_out_or_read_by_its_path(served):
     assert ask(f"{served.url}gradio_api/upload", body, "multipart/form-data; boundary=x")[0] == 413
 
 
-def test_it_asks_no_other_host_and_answers_this_machine_alone(page, served):
+def call(served, function: str, *arguments, **headers) -> str:
+    """What a function of the page answers, as text."""
+    status, answer = ask(f"{served.url}gradio_api/call/{function}", json.dumps({"data": arguments}).encode(), **headers)
+    assert status == 200, answer
+    return ask(f"{served.url}gradio_api/call/{function}/{json.loads(answer)['event_id']}")[1]
+
+
+def upload(served, *contents: bytes, name: str = "a.png") -> tuple[int, str]:
+    parts = [
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n' % name.encode() + content
+        for content in contents
+    ]
+    body = b"\r\n".join(parts) + b"\r\n--x--\r\n"
+    return ask(f"{served.url}gradio_api/upload", body, "multipart/form-data; boundary=x")
+
+
+def test_a_foreign_host_or_origin_gets_no_answer(served):
+    own = f"127.0.0.1:{served.port}"
+    for host in (own, f"localhost:{served.port}"):
+        assert ask(served.url, Host=host)[0] == 200
+        assert ask(served.url, Host=host, Origin=f"http://{host}")[0] == 200
+    for host in ("evil.example", f"evil.example:{served.port}", "127.0.0.1.evil.example", "192.168.0.7", ""):
+        status, answer = ask(served.url, Host=host)
+        assert status == 403 and "this server is not" in answer
+        assert (
+            ask(f"{served.url}gradio_api/call/search", b'{"data": ["a"]}', Host=host, Origin=f"http://{host}")[0] == 403
+        )
+    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{served.port + 1}"):
+        status, answer = ask(f"{served.url}gradio_api/call/search", b'{"data": ["a"]}', Host=own, Origin=origin)
+        assert status == 403 and "may not use this server" in answer
+
+
+def test_large_bodies_are_refused_whatever_length_they_declare(served):
+    status, answer = ask(f"{served.url}gradio_api/call/search", b'{"data": ["' + bytes(3 << 20) + b'"]}')
+    assert status == 413 and "at most 2,097,152 bytes" in answer
+    assert upload(served, *[bytes(8 << 20)] * 3)[0] == 413
+    with socket.create_connection(("127.0.0.1", served.port), timeout=TIMEOUT) as connection:
+        head = f"POST /gradio_api/call/search HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\n"
+        head += "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head.encode())
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(64):
+                connection.sendall(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(100).startswith(b"HTTP/1.1 413")
+    assert "event: complete" in call(served, "search", "a red star")
+
+
+def test_an_upright_photo_and_one_that_is_stored_sideways_get_the_same_answer(served):
+    stored, exif = Image.open(served.folder / "00.png").transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    stored.save(buffer, "PNG", exif=exif)
+    answers = []
+    for content in ((served.folder / "00.png").read_bytes(), buffer.getvalue()):
+        (path,) = json.loads(upload(served, content)[1])
+        answer = call(served, "classify", {"path": path, "meta": {"_type": "gradio.FileData"}}, "red circle, a fish")
+        answers.append(re.findall(r"-?\d\.\d{3}<", answer))
+    assert answers[0] == answers[1] and len(answers[0]) == 2
+
+
+def test_large_images_are_refused_before_they_are_decoded(served):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8192, 8192)).save(buffer, "PNG")
+    assert buffer.tell() < 20 << 20
+    (path,) = json.loads(upload(served, buffer.getvalue())[1])
+    start = time.monotonic()
+    for _ in range(12):
+        answer = call(served, "classify", {"path": path, "meta": {"_type": "gradio.FileData"}}, "a, b")
+        assert (
+            "event: error" in answer
+            and "8192 × 8192 pixels, more than the 16,777,216" in json.loads(answer.partition("data: ")[2])["error"]
+        )
+    assert time.monotonic() - start < 30
+
+
+def test_an_image_that_is_removed_or_replaced_after_the_start_is_left_out(served):
+    whole = re.findall(r"(\d\d\.png)  ", call(served, "search", "a red star"))
+    first, second = (next(served.folder.rglob(name)) for name in whole[:2])
+    saved = [(path, path.read_bytes()) for path in (first, second)]
+    first.unlink()
+    second.unlink()
+    second.symlink_to(served.home / "outside.png")
+    try:
+        left = re.findall(r"(\d\d\.png)  ", call(served, "search", "a red star"))
+    finally:
+        for path, content in saved:
+            path.unlink(missing_ok=True)
+            path.write_bytes(content)
+    assert len(left) == 12 and left[:10] == whole[2:]
+    assert f"there is no file {first}" in served.log.read_text()
+    assert f"{second} now leads out of the folder" in served.log.read_text()
+
+
+def test_it_connects_to_no_other_host_and_answers_this_machine_only(page, served):
     asked = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     asked = [event["params"] for event in asked if event["method"] == "Network.requestWillBeSent"]
     urls = [event["request"]["url"] for event in asked]
     assert len(urls) > 10
     assert [url for url in urls if not url.startswith((served.url, "data:", f"blob:{served.url}"))] == []
-    assert "ASKED" not in served.log.read_text()
+    assert "CONNECTED" not in served.log.read_text()
     with pytest.raises(OSError), socket.create_connection(("127.0.0.2", served.port), timeout=5):
         pass
 

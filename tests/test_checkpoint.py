@@ -270,6 +270,24 @@ def test_the_metrics_since_the_last_report_are_saved_with_the_state(tmp_path):
     assert checkpoint.complete_steps(tmp_path) == [3, 5, 6] and checkpoint.recent_metrics(tmp_path, 3) == []
 
 
+def test_no_flipped_bit_of_the_metrics_since_the_last_report_goes_unnoticed(tmp_path):
+    with checkpoint.open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state_at(2))
+        checkpoint.save(manager, state_at(3), recent_metrics=[{"loss": np.float32(5.45)}])
+    path = tmp_path / checkpoint.FOLDER / "3" / "run" / "metadata"
+    good = path.read_bytes()
+    assert checkpoint.recent_metrics(tmp_path, 3)[0]["loss"] == np.float32(5.45)
+    for bit in random.Random(0).sample(range(8 * len(good)), 200):
+        damage(path, "flipped", bit)
+        with pytest.raises(UserError, match="metadata"):
+            checkpoint.recent_metrics(tmp_path, 3)
+        path.write_bytes(good)
+    path.write_bytes(good.replace(b"5.4", b"3.4"))
+    with checkpoint.open_manager(tmp_path) as manager:
+        assert checkpoint.restore_newest(manager, state_at(0)).step == 2
+    assert (tmp_path / checkpoint.DAMAGED_FOLDER / "3").is_dir()
+
+
 def failing_close(monkeypatch, manager, error):
     """Makes `manager.close` raise; returns the true one."""
     close = manager.close

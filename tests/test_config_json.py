@@ -80,7 +80,7 @@ def test_files_that_are_no_configs(tmp_path):
     with pytest.raises(UserError, match="config.json is not a config of zslflax; found the fields architectures, hid"):
         read_config(path)
     path.write_text('{"steps": "many"}')
-    with pytest.raises(UserError, match="config.json has a field whose value has the wrong type"):
+    with pytest.raises(UserError, match="config.json has steps 'many', whose type is wrong"):
         read_config(path)
     path.write_text('{"steps": 5, "eval": 3}')
     with pytest.raises(UserError, match="config.json was written by an older version .*: eval"):

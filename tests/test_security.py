@@ -1,8 +1,13 @@
 """The package never executes what it reads: no pickles, no code in data, no unpacking of archives."""
 
 import ast
+import copy
 import io
+import json
+import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -10,7 +15,11 @@ import numpy as np
 import pytest
 
 import zslflax
+from tests.testing.configs import MINILM, ROOT
 from zslflax.data.sources import tar_index
+from zslflax.data.text import Tokenizer
+from zslflax.errors import UserError
+from zslflax.models.import_weights.locate import locate
 
 MODULES = sorted(Path(zslflax.__file__).parent.rglob("*.py"))
 IMPORTS = {
@@ -102,3 +111,61 @@ def test_an_index_file_with_a_pickle_is_rebuilt_and_the_pickle_not_run(tmp_path,
     assert not ran.exists()
     pickle.loads(pickle.dumps(Evil()))
     assert ran.exists()  # the pickle does run where it is loaded
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_tokenizer_with_code_of_its_own_is_neither_run_nor_asked_about(known, tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = {"tokenizer_class": "BertTokenizer" if known else "EvilTokenizer"}
+    config["auto_map"] = {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}})
+    )
+    (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    program = (
+        "import sys; from zslflax.data.text import Tokenizer; from zslflax.errors import UserError\n"
+        "try:\n    print(Tokenizer.from_folder(sys.argv[1], 8).vocab_size)\n"
+        "except UserError as error:\n    print(error)"
+    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], input="y\n" * 9, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    answer = str(len(words)) if known else f"the tokenizer in {tmp_path} cannot be loaded"
+    assert result.stdout.startswith(answer) and "[y/N]" not in result.stdout + result.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_tokenizers_are_refused_and_never_abort_the_process(tmp_path):
+    good = json.loads((locate(MINILM) / "tokenizer.json").read_text())
+    absurd_word, absurd_token = copy.deepcopy(good), copy.deepcopy(good)
+    absurd_word["model"]["vocab"]["cat"] = 2**32 - 2
+    absurd_token["added_tokens"][0]["id"] = 2**31
+    negative = copy.deepcopy(good)
+    negative["model"]["vocab"]["cat"] = -1
+    cases = {
+        json.dumps(absurd_word): "has the token id 4294967294, expected a whole number below 16,777,216",
+        json.dumps(absurd_token): "has the token id 2147483648, expected",
+        json.dumps(negative): "has the token id -1, expected",
+        json.dumps(good)[:1000]: "is not valid JSON",
+        json.dumps({"model": {"type": "Evil"}}): "cannot be loaded",
+        json.dumps([1]): "holds a JSON list",
+        json.dumps({"model": []}): "cannot be loaded",
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n": "is a Git LFS pointer",
+    }
+    for content, message in cases.items():
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=f"{tmp_path}.* {message}"):
+            Tokenizer.from_folder(tmp_path, 8)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(good))
+    for config in (
+        {"model_max_length": "long"},
+        {"pad_token": {"x": 1}},
+        {"added_tokens_decoder": {"99999999999": {}}},
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=f"{tmp_path}"):
+            Tokenizer.from_folder(tmp_path, 8)

@@ -1,8 +1,8 @@
 """Checkpoints with Orbax: saves train states, and restores them on any number of devices.
 
 A train state is any object whose attributes (`vars(state)`) are pytrees of arrays, among them the scalar `step`. A
-checkpoint has two items: `state`, the arrays, and `run`, JSON with a fingerprint of each attribute and the metrics of
-the steps since the last report.
+checkpoint has two items: `state`, the arrays, and `run`, JSON with a fingerprint of each attribute, the metrics of the
+steps since the last report, and a hash of both.
 """
 
 import contextlib
@@ -18,7 +18,14 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from zslflax import distributed
-from zslflax.checkpoint_checks import MismatchError, check_fingerprints, check_structure, fingerprints, read_run_item
+from zslflax.checkpoint_checks import (
+    MismatchError,
+    check_fingerprints,
+    check_structure,
+    fingerprints,
+    read_run_item,
+    run_item,
+)
 from zslflax.errors import StorageError, UserError
 
 log = logging.getLogger("zslflax")
@@ -96,7 +103,7 @@ def save(
     ]
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(distributed.to_global(state)),
-        run=ocp.args.JsonSave({"fingerprints": fingerprints(vars(state)), "recent_metrics": recent}),
+        run=ocp.args.JsonSave(run_item(fingerprints(vars(state)), recent)),
     )
     with save_errors(manager):
         manager.save(step, args=items, metrics=eval_metrics or None)

@@ -5,6 +5,7 @@ checksums). Therefore a fingerprint of each attribute of the state is saved with
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from zslflax.errors import UserError
+from zslflax.files import read_json
 
 
 class MismatchError(UserError):
@@ -22,8 +24,29 @@ class MismatchError(UserError):
 
 
 def read_run_item(folder: Path) -> dict[str, Any]:
-    """The item `run` of a checkpoint: {"fingerprints", "recent_metrics"}."""
-    return json.loads((folder / "run" / "metadata").read_text())
+    """The item `run` of a checkpoint, which `run_item` made.
+
+    Raises:
+        UserError: it is not what was saved.
+    """
+    item = read_json(folder / "run" / "metadata")
+    if item != run_item(item.get("fingerprints"), item.get("recent_metrics")):
+        raise UserError(f"the checkpoint {folder} is damaged: run/metadata is not what was saved")
+    return item
+
+
+def run_item(saved: Any, recent_metrics: Any) -> dict[str, Any]:
+    """The item `run` of a checkpoint.
+
+    Args:
+        saved: from `fingerprints`.
+        recent_metrics: the metrics of the steps since the last report, as JSON.
+
+    Returns:
+        {"fingerprints", "recent_metrics", "sha256"}, the last of the two before.
+    """
+    item = {"fingerprints": saved, "recent_metrics": recent_metrics}
+    return {**item, "sha256": hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()}
 
 
 def check_structure(folder: Path, like: Any) -> None:

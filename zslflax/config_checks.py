@@ -121,6 +121,8 @@ def check_data(config: ConfigDict) -> None:
     expect(len(data.crop_scale) == 2, f"data.crop_scale is {data.crop_scale}, expected two shares of the area")
     low, high = data.crop_scale
     expect(0 < low <= high <= 1, f"data.crop_scale is {(low, high)}, expected 0 < smallest ≤ largest ≤ 1, of the area")
+    expect(data.workers >= -1, f"data.workers is {data.workers}, expected a number, 0 (automatic) or -1 (none)")
+    expect(data.threads >= 0, f"data.threads is {data.threads}, expected a number or 0 (automatic)")
     expect(
         data.request_timeout > 0 and data.read_timeout > 0,
         f"data.request_timeout is {data.request_timeout} and data.read_timeout {data.read_timeout}, expected seconds "

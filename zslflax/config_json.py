@@ -1,8 +1,10 @@
 """Configs as JSON: writes, reads and compares them, and explains files that an older version wrote."""
 
+import functools
 import json
 import re
 from collections.abc import Iterator
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +82,20 @@ def from_dict(values: dict[str, Any], source: str) -> ConfigDict:
         with config.unlocked():
             config.eval.sets = ConfigDict({name: eval_set() for name in sets})
     check_field_names(config, values, source)
-    try:
-        config.update(lists_to_tuples(values))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source} has a field whose value has the wrong type: {error}") from error
+    for name, value in leaves(lists_to_tuples(values)):
+        *sections, field = name
+        try:
+            functools.reduce(getitem, sections, config)[field] = value
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{source} has {'.'.join(name)} {str(value)[:80]!r}, whose type is wrong: {error}"
+            ) from error
     return config
 
 
 def check_field_names(config: ConfigDict, values: dict[str, Any], source: str) -> None:
     """Raises a UserError where `values` have fields that do not exist, with the names that they have now."""
-    known, found = set(field_names(config)), list(field_names(values))
+    known, found = set(field_names(config)), sorted(field_names(values))
     unknown = [name for name in found if name not in known]
     if not unknown:
         return
@@ -100,6 +106,15 @@ def check_field_names(config: ConfigDict, values: dict[str, Any], source: str) -
         f"{source} was written by an older version of zslflax, with fields that this version does not have: "
         f"{', '.join(described)}. Start a new run in another workdir, or use the version that wrote this one"
     )
+
+
+def leaves(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields the path and the value of every field that is no section."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
 
 
 def lists_to_tuples(value: Any) -> Any:

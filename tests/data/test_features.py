@@ -1,5 +1,6 @@
 """Cached text features: the tower computes each text once, with the same bits whatever else is in the batch."""
 
+import concurrent.futures
 import functools
 
 import jax
@@ -92,3 +93,15 @@ def test_other_variables_start_an_empty_cache_unless_the_tower_is_frozen(built):
     np.testing.assert_array_equal(features(tokens, mask), before)
     frozen = TextFeatures(model, distributed.replicate(variables), capacity=50, frozen=True)
     assert frozen.with_variables(doubled) is frozen
+
+
+def test_threads_share_a_cache(built):
+    """As training and evaluation do."""
+    model, variables = built
+    make = lambda capacity: TextFeatures(model, distributed.replicate(variables), capacity=capacity, frozen=True)
+    shared, alone = make(50), make(0)
+    batches = [texts(30, seed) for seed in range(6)]  # more texts than the cache holds
+    expected = [alone(*batch) for batch in batches]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(lambda batch: shared(*batch), batches * 3), expected * 3):
+            np.testing.assert_array_equal(got, want)

@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import fsspec
 import pytest
 
 from tests.testing.range_server import Handler, serve
-from tests.testing.shards import write_tar
+from tests.testing.shards import samples, write_tar
 from zslflax.data import retries, storage
 from zslflax.data.retries import ReadLimits
 from zslflax.data.sources import tar_index
@@ -211,6 +212,20 @@ def test_transient_failures_of_a_local_disk_are_retried(root, monkeypatch):
     monkeypatch.setattr(os, "pread", fail_twice)
     assert source[3] == expected
     assert retries.retry_counts == {str(root): 2}
+
+
+def test_shards_are_read_where_the_limit_of_open_files_is_low(tmp_path):
+    paths = [write_tar(tmp_path / f"{i:02}.tar", samples([i])) for i in range(40)]
+    fingerprints = [storage.read_fingerprint(path) for path in paths]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, limits[1]))
+        for _ in range(2):
+            for path, fingerprint in zip(paths, fingerprints):
+                assert storage.read_spans(path, fingerprint, [(0, 1)])[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_local_shard_that_is_truncated_while_it_is_used_raises(root):

@@ -110,6 +110,7 @@ class RowFile:
         self.rows = self.open_array("rows", self.dtype, (count, width))
         self.checksums = self.open_array("checksums", np.dtype("<u4"), (count,))
         self.status = self.open_array("status", np.dtype(np.uint8), (count,))
+        self.verified = np.zeros(count, bool)  # rows whose checksum this process has compared
 
     def open_array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         """A read-only map of a file, which is extended by zeros where it is too short."""
@@ -118,7 +119,7 @@ class RowFile:
             self.descriptors[name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             if os.fstat(self.descriptors[name]).st_size < size:
                 os.ftruncate(self.descriptors[name], size)  # takes space on the disk as rows are written
-            return np.memmap(path, dtype, "r", shape=shape)
+            return np.asarray(np.memmap(path, dtype, "r", shape=shape))
 
     def close(self) -> None:
         """Closes the files; the object must not be used afterwards."""
@@ -138,8 +139,10 @@ class RowFile:
             fp32 [b, f], and the status of each row, uint8 [b]. A damaged row is `MISSING`; its numbers mean nothing.
         """
         rows, checksums, status = self.rows[numbers], self.checksums[numbers].tolist(), self.status[numbers]
-        for i in np.flatnonzero(status == COMPUTED):
-            if checksum(rows[i], int(numbers[i])) != checksums[i]:
+        for i in np.flatnonzero((status == COMPUTED) & ~self.verified[numbers]):
+            if checksum(rows[i], int(numbers[i])) == checksums[i]:
+                self.verified[numbers[i]] = True
+            else:
                 status[i] = MISSING
                 log.warning("row %d in %s is damaged and is computed again", numbers[i], self.folder)
         return rows.astype(np.float32), status
@@ -192,6 +195,7 @@ class TextFile:
         self.own: tuple[Path, int, int] | None = None  # the base name of this process's segment, and its two files
         self.entries = np.empty(0, KEY_ENTRY)  # sorted by the first half of the key; of equal keys the newest is last
         self.places = np.empty((0, 2), np.int64)  # of each entry: segment, position in it
+        self.verified = np.empty(0, bool)  # entries whose checksum this process has compared
         self.recent: dict[bytes, np.ndarray] = {}  # stored rows of this process that are not among `entries` yet
         with storage_errors(folder):
             self.add_segments(sorted(path.with_suffix("") for path in folder.glob("*.keys")))
@@ -207,10 +211,11 @@ class TextFile:
                 entries.append(keys[: count * KEY_ENTRY.itemsize].view(KEY_ENTRY))
                 places.append(np.stack([np.full(count, len(self.segments)), np.arange(count)], axis=1))
                 rows_path = path.with_suffix(".rows")
-                self.segments.append(np.memmap(rows_path, self.dtype, "r", shape=(count, self.width)))
+                self.segments.append(np.asarray(np.memmap(rows_path, self.dtype, "r", shape=(count, self.width))))
         joined, joined_places = np.concatenate(entries), np.concatenate(places)
         order = np.argsort(joined["key"][:, 0], kind="stable")
         self.entries, self.places = joined[order], joined_places[order]
+        self.verified = np.zeros(len(order), bool)
 
     def find(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Finds rows.
@@ -223,16 +228,20 @@ class TextFile:
         """
         rows, found = np.zeros((len(keys), self.width), self.dtype), np.zeros(len(keys), bool)
         wanted = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
-        position = np.searchsorted(self.entries["key"][:, 0], wanted[:, 0], side="right") - 1
+        entry = np.searchsorted(self.entries["key"][:, 0], wanted[:, 0], side="right") - 1
+        found[entry >= 0] = (self.entries["key"][entry[entry >= 0]] == wanted[entry >= 0]).all(axis=1)
+        segment, place = self.places[entry[found]].T
+        for number in np.unique(segment):
+            rows[np.flatnonzero(found)[segment == number]] = self.segments[number][place[segment == number]]
+        for i in np.flatnonzero(found).tolist():
+            if not self.verified[entry[i]]:
+                found[i] = checksum(rows[i], zlib.crc32(keys[i])) == self.entries["checksum"][entry[i]]
+                self.verified[entry[i]] = found[i]
+                if not found[i] and keys[i] not in self.recent:
+                    log.warning("the features of a text in %s are damaged and are computed again", self.folder)
         for i, key in enumerate(keys):
             if key in self.recent:
                 rows[i], found[i] = self.recent[key], True
-            elif position[i] >= 0 and (self.entries["key"][position[i]] == wanted[i]).all():
-                segment, place = self.places[position[i]]
-                rows[i] = self.segments[segment][place]
-                found[i] = checksum(rows[i], zlib.crc32(key)) == self.entries["checksum"][position[i]]
-                if not found[i]:
-                    log.warning("the features of a text in %s are damaged and are computed again", self.folder)
         return rows.astype(np.float32), found
 
     def add(self, keys: Sequence[bytes], values: np.ndarray) -> np.ndarray:

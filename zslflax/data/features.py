@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -81,6 +82,7 @@ class TextFeatures:
         self.apply_fn, self.variables = distributed.map_over_devices(apply), variables
         self.capacity, self.frozen = capacity, frozen
         self.store = MemoryTexts(capacity) if store is None else store
+        self.lock = threading.Lock()  # training and evaluation share the features, in two threads
 
     def with_variables(self, variables: Tree) -> "TextFeatures":
         """The features of the same model with other variables; nothing is compiled again."""
@@ -101,15 +103,23 @@ class TextFeatures:
         first: dict[bytes, int] = {}  # of the rows with the same text, by its key
         texts = [first.setdefault(text_key(row[:length]), i) for i, (row, length) in enumerate(zip(tokens, lengths))]
         keys, rows = list(first), np.array(list(first.values()), int)
+        with self.lock:
+            features = self.find_or_compute(keys, tokens[rows], mask[rows], lengths[rows])
+        return features[np.searchsorted(rows, texts)]  # rows ascend, because dicts keep their order
+
+    def find_or_compute(
+        self, keys: list[bytes], tokens: np.ndarray, mask: np.ndarray, lengths: np.ndarray
+    ) -> np.ndarray:
+        """The features of texts by their keys, fp32 [b, f]; computes and keeps those that are not kept yet."""
         features, found = self.store.find(keys)
         if not found.all():
             missing = np.flatnonzero(~found)
-            computed = self.compute(tokens[rows[missing]], mask[rows[missing]], lengths[rows[missing]])
+            computed = self.compute(tokens[missing], mask[missing], lengths[missing])
             computed = self.store.add([keys[i] for i in missing], computed)
             if not found.any():
                 features = np.empty((len(keys), computed.shape[1]), np.float32)
             features[missing] = computed
-        return features[np.searchsorted(rows, texts)]  # rows ascend, because dicts keep their order
+        return features
 
     def compute(self, tokens: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The features of each text, fp32 [b, f]; texts of similar length share a batch.

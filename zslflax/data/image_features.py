@@ -1,6 +1,7 @@
 """Features of a frozen image tower: each image of a source is computed once, and kept on disk."""
 
 import dataclasses
+import functools
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,10 +18,10 @@ from zslflax.cli import Progress
 from zslflax.data import images
 from zslflax.data.feature_files import COMPUTED, FLOAT_TYPES, MISSING, UNREADABLE, RowFile, open_folder
 from zslflax.data.images import BadSample
-from zslflax.data.pipeline import default_threads
 from zslflax.data.preprocess import Batch, record_image
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.subset import Subset
+from zslflax.data.workers import choose_threads
 from zslflax.errors import StorageError
 
 log = logging.getLogger("zslflax")
@@ -69,7 +70,7 @@ class FrozenImageTower:
         identity: all that a feature depends on besides the image and its view, as a JSON value.
         root: `config.features.folder`.
         dtype: in which features are kept, one of `FLOAT_TYPES`.
-        threads: that read and decode; 0: `default_threads()`.
+        threads: that read and decode; 0: automatic.
     """
 
     def __init__(
@@ -77,9 +78,10 @@ class FrozenImageTower:
     ):
         apply = lambda variables, image: model.apply(variables, image, method="image_features")
         self.apply, self.apply_fn, self.variables = apply, distributed.map_over_devices(apply), variables
-        self.identity, self.root, self.dtype, self.threads = identity, root, dtype, threads or default_threads()
+        self.identity, self.root, self.dtype, self.threads = identity, root, dtype, choose_threads(threads)
+        self.width = functools.cache(self.trace_width)  # tracing a deep tower takes a second
 
-    def width(self, size: int) -> int:
+    def trace_width(self, size: int) -> int:
         """f, of images of s pixels."""
         image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
         shape: Any = jax.eval_shape(self.apply, self.variables, image)
@@ -160,7 +162,9 @@ class ImageFeatures:
     def fill(self) -> None:
         """Computes all that is missing, and tries unreadable images again. Several processes share the work."""
         numbers = self.missing(unreadable=True)
-        self.compute(numbers[numbers % jax.process_count() == jax.process_index()])
+        own = numbers[numbers % jax.process_count() == jax.process_index()]
+        if len(own):
+            self.compute(own)
 
     def compute(self, numbers: np.ndarray) -> None:
         """Computes rows and writes them; images are read while the devices compute."""

@@ -127,7 +127,13 @@ def open_file(path: str, fingerprint: Fingerprint, limits: ReadLimits = DEFAULT_
     Raises:
         UserError: the file does not have this fingerprint: it has changed.
     """
-    file = open_remote_file(path, limits) if is_remote(path) else LocalFile(path)
+    try:
+        file = open_remote_file(path, limits) if is_remote(path) else LocalFile(path)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        open_file.cache_clear()  # the limit of open files is below the size of this cache
+        file = open_remote_file(path, limits) if is_remote(path) else LocalFile(path)
     if file.fingerprint != fingerprint:
         raise UserError(changed_message(without_credentials(path)))
     return file

@@ -1,9 +1,10 @@
 """Tokenizers of sentence encoders, loaded from the files of their Hugging Face repositories."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from zslflax.files import read_json, write_json
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 VOCABULARY_FILES = {"BertTokenizer": ("vocab.txt",), "RobertaTokenizer": ("vocab.json", "merges.txt")}
+MAX_VOCABULARY = 1 << 24  # ids; published vocabularies have up to 2**18. The backend aborts the process near 2**32
 PAD_TOKENS = ("[PAD]", "<pad>")  # tried where no file names the padding token
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pipeline has threads of its own
@@ -60,18 +62,21 @@ class Tokenizer:
         Raises:
             MissingFileError: the folder has none of them.
             UserError: `max_tokens` is more than the encoder takes, or leaves no room beside the special tokens; there
-                is no padding token.
+                is no padding token; a file is damaged, or the tokenizer needs code of its own, which is never run.
         """
         folder = Path(folder)
-        config = read_json_if_present(folder / CONFIG_FILE)
-        longest = config.get("model_max_length")
-        if longest and max_tokens > longest:
-            raise UserError(f"model.text.max_tokens is {max_tokens}, but the encoder in {folder} takes {longest}")
-        if (folder / TOKENIZER_FILE).is_file():
-            backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        else:
-            backend = load_from_vocabulary(folder, config)
-        return cls(backend, max_tokens, find_pad_token(folder, config, backend))
+        with tokenizer_errors(folder):
+            config = read_json_if_present(folder / CONFIG_FILE)
+            longest = config.get("model_max_length")
+            if longest and max_tokens > longest:
+                raise UserError(f"model.text.max_tokens is {max_tokens}, but the encoder in {folder} takes {longest}")
+            check_ids(folder / CONFIG_FILE, map(int, config.get("added_tokens_decoder") or ()))
+            if (folder / TOKENIZER_FILE).is_file():
+                check_ids(folder / TOKENIZER_FILE, listed_ids(read_json(folder / TOKENIZER_FILE)))
+                backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+            else:
+                backend = load_from_vocabulary(folder, config)
+            return cls(backend, max_tokens, find_pad_token(folder, config, backend))
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ids, int32 [b, t], and the mask, bool [b, t], False at padding."""
@@ -90,6 +95,34 @@ class Tokenizer:
         write_json(folder / CONFIG_FILE, config)
 
 
+@contextlib.contextmanager
+def tokenizer_errors(folder: Path) -> Iterator[None]:
+    """Turns the errors of damaged tokenizer files into a UserError that names the folder."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the backend raises many types, and a panic of it is no `Exception`
+        raise UserError(
+            f"the tokenizer in {folder} cannot be loaded: {str(error)[:300] or type(error).__name__}; its files are "
+            "damaged or of a kind that is not known here: put the published ones back"
+        ) from error
+
+
+def check_ids(path: Path, ids: Iterator[int]) -> None:
+    """Refuses token ids that no published vocabulary has, before they reach the backend."""
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < MAX_VOCABULARY:
+            raise UserError(f"{path} has the token id {token_id!r}, expected a whole number below {MAX_VOCABULARY:,}")
+
+
+def listed_ids(rules: dict[str, Any]) -> Iterator[int]:
+    """Yields the ids that the content of a tokenizer.json lists."""
+    vocabulary = rules["model"].get("vocab") or {}
+    yield from vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    yield from (token["id"] for token in rules.get("added_tokens") or ())
+
+
 def load_from_vocabulary(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """A tokenizer from vocabulary files alone.
 
@@ -99,6 +132,7 @@ def load_from_vocabulary(folder: Path, config: dict[str, Any]) -> tokenizers.Tok
 
     Raises:
         MissingFileError: there are no vocabulary files either.
+        ValueError: transformers', of a tokenizer that needs code of its own.
     """
     classes = [name for name, files in VOCABULARY_FILES.items() if all((folder / file).is_file() for file in files)]
     if not classes:
@@ -107,12 +141,17 @@ def load_from_vocabulary(folder: Path, config: dict[str, Any]) -> tokenizers.Tok
             f"{folder} has no tokenizer: expected {TOKENIZER_FILE}, or vocab.txt, or vocab.json with merges.txt; "
             f"found: {found}"
         )
+    for file in VOCABULARY_FILES[classes[0]]:
+        if file.endswith(".json"):
+            check_ids(folder / file, iter(read_json(folder / file).values()))
     # transformers is slow to import, and its AutoTokenizer imports torch where it is installed: only if necessary.
     import transformers
 
     known = "tokenizer_class" in config or "model_type" in read_json_if_present(folder / "config.json")
     loader = transformers.AutoTokenizer if known else getattr(transformers, classes[0])
-    return loader.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+    # Without trust_remote_code=False, transformers asks on the terminal whether to run the code that auto_map names.
+    tokenizer = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return tokenizer.backend_tokenizer
 
 
 def find_pad_token(folder: Path, config: dict[str, Any], backend: tokenizers.Tokenizer) -> str:

@@ -23,7 +23,7 @@ from zslflax.evaluation.retrieval import retrieval_recall
 from zslflax.evaluation.test_sets import TestSet, open_test_sets
 from zslflax.inference.class_embeddings import share_among_processes
 from zslflax.inference.predictor import Predictor
-from zslflax.inference.top_k import top_k
+from zslflax.inference.top_k import top_k_or_all
 
 log = logging.getLogger("zslflax")
 DRAWN_IMAGES, DRAWN_ANSWERS = 12, 5  # in the prediction picture, and beside each image
@@ -235,7 +235,7 @@ def draw_predictions(source: Source, sample: np.ndarray, image_emb: np.ndarray, 
         candidates: what the images are matched with.
     """
     rows, texts = drawn_images(len(sample)), candidates.texts
-    scores, ids = top_k(image_emb[rows], candidates.text_emb, min(DRAWN_ANSWERS, len(texts)))
+    scores, ids = top_k_or_all(image_emb[rows], candidates.text_emb, DRAWN_ANSWERS)
     true = [candidates.true[i] for i in rows]
     answers = [
         [(texts[c], float(score), c in of_image) for c, score in zip(best, best_scores)]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from zslflax.errors import UserError
-from zslflax.files import write_atomically
+from zslflax.files import local_path, open_tensors, write_atomically
 
 log = logging.getLogger("zslflax")
 MIN_PROMPTS = 1_000  # fewer prompts are embedded about as fast as the weights are hashed
@@ -36,8 +36,13 @@ class ClassCache:
     """
 
     def __init__(self, folder: str | Path = "", identify: Callable[[], Any] = dict):
-        self.folder = Path(folder).expanduser() if folder else None
+        self.folder: Path | None = None
         self.identify = identify
+        if folder:
+            try:
+                self.folder = local_path(folder, "the folder of class embeddings")
+            except UserError as error:  # no home folder: the cache saves time, and nothing depends on it
+                log.warning("class embeddings are not kept: %s", error)
 
     @functools.cached_property
     def model_identity(self) -> Any:
@@ -50,12 +55,12 @@ class ClassCache:
         if path is None or not path.exists():
             return None
         try:
-            with safe_open(path, "numpy") as file:
+            with open_tensors(path) as file:
                 metadata, class_emb = file.metadata(), file.get_tensor("class_emb")
             if metadata != file_metadata(path, class_emb):
                 raise UserError("its contents have changed since it was written")
             os.utime(path)
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, ValueError) as error:
             log.warning("%s cannot be used, and the class embeddings are computed again: %s", path, error)
             return None
         log.info("read the embeddings of %d classes from %s", len(class_names), path)

@@ -4,19 +4,23 @@
 `text_encoder/` has the tokenizer. A workdir has a `text_encoder/` as well.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from zslflax.config import default_config
 from zslflax.config_json import read_config
+from zslflax.data.feature_files import hash_arrays
 from zslflax.data.text import Tokenizer
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import read_json, read_text, write_atomically, write_json, write_text
+from zslflax.files import open_tensors, read_json, read_text, write_atomically, write_json, write_text
+from zslflax.inference.model_checks import check_finite, check_saved_config, check_shapes
+from zslflax.models.build import resolve_model
 from zslflax.models.import_weights.locate import locate
 
 TEXT_FOLDER = "text_encoder"  # in workdirs and exports: the tokenizer, and the config.json of a pretrained text encoder
@@ -57,7 +61,8 @@ class SavedModel(NamedTuple):
 def save_model(folder: Path, config: ConfigDict, variables: dict[str, Any], step: int) -> None:
     """Writes model.safetensors, config.json and README.md, each atomically.
 
-    The name of a tensor is its path, such as params/image/projection/kernel. The config has only the fields that
+    The name of a tensor is its path, such as params/image/projection/kernel; the metadata has a hash of them all. The
+    config has only the fields that
     prediction needs: nothing about the data or about the folders of the machine that trained the model.
 
     Args:
@@ -72,7 +77,7 @@ def save_model(folder: Path, config: ConfigDict, variables: dict[str, Any], step
     mode = (folder / "README.md").stat().st_mode
 
     def write_weights(partial: Path) -> None:
-        save_file(tensors, partial, {"format": "np", "step": str(step)})
+        save_file(tensors, partial, {"format": "np", "step": str(step), "sha256": hash_arrays(tensors)})
         partial.chmod(mode)  # save_file lets nobody else read the file
 
     write_atomically(folder / WEIGHTS, write_weights)
@@ -80,7 +85,7 @@ def save_model(folder: Path, config: ConfigDict, variables: dict[str, Any], step
 
 def prediction_fields(config: ConfigDict) -> dict[str, Any]:
     """Returns the fields of a config that prediction needs, with the paths that they have in the exported folder."""
-    model = config.model.to_dict()
+    model = resolve_model(config.model, check=False).to_dict()
     model["image"]["pretrained"] = ""  # its weights are among the tensors
     model["text"]["tokenizer"] = TEXT_FOLDER
     model["text"]["pretrained"] = TEXT_FOLDER if config.model.text.pretrained else ""
@@ -107,24 +112,45 @@ def model_card(config: ConfigDict, step: int) -> str:
     )
 
 
-def load_model(folder: Path) -> SavedModel:
-    """Reads what `save_model` wrote.
+def read_saved_config(folder: Path) -> ConfigDict:
+    """Reads the config.json that `save_model` wrote. Fields that prediction does not need have their defaults.
 
     Raises:
-        UserError: the folder has another kind of model, or a file is damaged.
+        UserError: the file is no config of an exported model, or a field cannot be used.
     """
-    try:
-        config = read_config(folder / "config.json")
-        with safe_open(folder / WEIGHTS, "numpy") as file:
-            step = int(file.metadata()["step"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"{folder} is no model that zslflax exported, or its {WEIGHTS} is damaged: {type(error).__name__}: {error}"
-        ) from error
-    return SavedModel(config, {"batch_stats": {}} | unflatten_dict(tensors, sep="/"), step)
+    config = read_config(folder / "config.json")
+    check_saved_config(config, folder / "config.json")
+    kept = default_config()
+    for section, values in prediction_fields(config).items():
+        if isinstance(values, dict):
+            kept[section].update(values)
+        else:
+            kept[section] = values
+    return kept
+
+
+def load_model(folder: Path, config: ConfigDict, expected: Mapping[str, tuple[int, ...]]) -> SavedModel:
+    """Reads the weights that `save_model` wrote.
+
+    Args:
+        folder: of the exported model.
+        config: from `read_saved_config`.
+        expected: the shapes of the model's variables, from `variable_shapes`; compared before anything is read.
+
+    Raises:
+        UserError: the file has other arrays, is damaged, or has numbers that are not finite.
+    """
+    path = folder / WEIGHTS
+    with open_tensors(path) as file:
+        metadata = file.metadata() or {}
+        if not str(metadata.get("step")).isdecimal() or "sha256" not in metadata:
+            raise UserError(f"{path} is not of a model that zslflax exported: its metadata has no step or no sha256")
+        check_shapes(expected, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, path)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if hash_arrays(tensors) != metadata["sha256"]:
+        raise UserError(f"{path} is damaged: its arrays are not those that were exported; copy or download it again")
+    check_finite(tensors, path)
+    return SavedModel(config, {"batch_stats": {}} | unflatten_dict(tensors, sep="/"), int(metadata["step"]))
 
 
 def save_text_encoder(config: ConfigDict, tokenizer: Tokenizer, folder: Path) -> None:

@@ -126,8 +126,8 @@ def is_one_image(value: Any) -> bool:
 def find_images(folder: Path) -> Iterator[Path]:
     """Yields the images below a folder, in the order of their names.
 
-    Left out are hidden files and folders, `images.CLUTTER`, files without an image's extension, and links that lead out
-    of the folder.
+    Left out are hidden files and folders and `images.CLUTTER`, files without an image's extension, and links that lead
+    out of the folder.
     """
     root = folder.resolve()
     for path in sorted(folder.rglob("*")):

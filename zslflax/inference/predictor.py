@@ -92,12 +92,14 @@ class Predictor:
             step: of a checkpoint in a workdir; default: the newest.
             use: "teacher" for the EMA teacher of a run (or the student where there is none), or "student". An exported
                 folder has only one model.
-            cache: folder of class embeddings, "" for none; default: `eval.class_cache` of the config.
+            cache: folder of class embeddings, "" for none; default: ~/.cache/zslflax/classes, or none where the run
+                had none. A model's config never names the folder.
 
         Raises:
             MissingFileError: there is no model, or no complete checkpoint of that step.
-            UserError: `use` has another value, an export is asked for a step or a student, a file is damaged, or the
-                tokenizer is not the one with which the model was trained.
+            UserError: `use` has another value, an export is asked for a step or a student, a file is damaged or says
+                what cannot be (`zslflax.inference.model_checks`), or the tokenizer is not the one with which the model
+                was trained.
         """
         restored = restore_model(source, step, use)
         predictor = cls(*restored)

@@ -1,8 +1,10 @@
 """Loads a trained model from the workdir of a run, an exported folder or the Hugging Face Hub."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from zslflax import distributed
@@ -17,7 +19,16 @@ from zslflax.inference.export import (
     SavedModel,
     check_tokenizer,
     load_model,
+    read_saved_config,
     use_text_encoder,
+)
+from zslflax.inference.model_checks import (
+    check_finite,
+    check_saved_config,
+    check_shapes,
+    check_text_encoder,
+    use_own_places,
+    variable_shapes,
 )
 from zslflax.models.build import build_two_tower, text_config
 from zslflax.models.import_weights.locate import locate
@@ -52,24 +63,48 @@ def restore_model(source: str | Path, step: int | None = None, use: str = "teach
         raise MissingFileError(
             f"{folder} has no config.json: expected the --workdir of a training run, or an exported model"
         )
-    if (folder / WEIGHTS).is_file():
-        if step is not None or use != "teacher":
-            raise UserError(f"{folder} is an exported model, which has no steps and no student beside it")
-        saved = load_model(folder)
-    else:
-        saved = read_run(folder, step, use)
-    use_text_encoder(saved.config, folder / TEXT_FOLDER)
-    model, tokenizer = build_model(saved.config)
+    exported = (folder / WEIGHTS).is_file()
+    if exported and (step is not None or use != "teacher"):
+        raise UserError(f"{folder} is an exported model, which has no steps and no student beside it")
+    config = read_saved_config(folder) if exported else read_run_config(folder)
+    use_text_encoder(config, folder / TEXT_FOLDER)
+    check_text_encoder(config, folder / TEXT_FOLDER / "config.json")
+    try:
+        model, tokenizer = build_model(config)
+    except UserError as error:
+        raise type(error)(f"the model of {folder / 'config.json'} cannot be built: {error}") from error
     check_tokenizer(tokenizer, folder / TEXT_FOLDER)
-    return RestoredModel(saved.config, model, saved.variables, tokenizer, saved.step)
+    expected = variable_shapes(model, config, folder / "config.json")
+    saved = load_model(folder, config, expected) if exported else read_run(folder, config, expected, step, use)
+    return RestoredModel(config, model, saved.variables, tokenizer, saved.step)
 
 
-def read_run(workdir: Path, step: int | None, use: str) -> SavedModel:
-    """Reads the config, the variables and the step of a checkpoint of a training run.
+def read_run_config(workdir: Path) -> ConfigDict:
+    """Reads the config of a training run, with the places of this machine.
+
+    Raises:
+        UserError: a field cannot be used.
+    """
+    config = read_config(workdir / "config.json")
+    check_saved_config(config, workdir / "config.json")
+    use_own_places(config)
+    return config
+
+
+def read_run(
+    workdir: Path, config: ConfigDict, expected: Mapping[str, tuple[int, ...]], step: int | None, use: str
+) -> SavedModel:
+    """Reads the variables and the step of a checkpoint of a training run.
+
+    Args:
+        workdir: of the run.
+        config: from `read_run_config`.
+        expected: the shapes of the model's variables, from `variable_shapes`.
+        step, use: as in `Predictor.restore`.
 
     Raises:
         MissingFileError: there is no complete checkpoint of that step.
-        UserError: the checkpoint is damaged.
+        UserError: the checkpoint is damaged, or has other arrays than the model.
     """
     from zslflax import checkpoint  # imports Orbax, which an exported model does not need
 
@@ -78,7 +113,6 @@ def read_run(workdir: Path, step: int | None, use: str) -> SavedModel:
         found = f"found steps {', '.join(map(str, steps))}" if steps else "found none"
         raise MissingFileError(f"{workdir} has no complete checkpoint{f' of step {step}' if step else ''}; {found}")
     step = steps[-1] if step is None else step
-    config = read_config(workdir / "config.json")
     names = ("params", "frozen_params", "batch_stats", "teacher_params", "teacher_batch_stats")
     saved = checkpoint.restore_parts(workdir, step, names if use == "teacher" else names[:3])
     params, batch_stats = saved["params"], saved["batch_stats"]
@@ -86,6 +120,9 @@ def read_run(workdir: Path, step: int | None, use: str) -> SavedModel:
         params = {**params, **saved["teacher_params"]}  # the teacher has no parameters of the objective
         batch_stats = saved["teacher_batch_stats"]
     variables = {"params": combine(params, saved["frozen_params"]), "batch_stats": batch_stats}
+    arrays, checkpoint_folder = flatten_dict(variables, sep="/"), workdir / checkpoint.FOLDER / str(step)
+    check_shapes(expected, {name: tuple(x.shape) for name, x in arrays.items()}, checkpoint_folder)
+    check_finite(arrays, checkpoint_folder)
     return SavedModel(config, variables, step)
 
 

@@ -160,10 +160,11 @@ def pair_losses(
     objective, potential = OBJECTIVES[config.name], jnp.zeros(())
     if objective.transport:
         potential = plan_potential(config, split(rows, num_chunks), batch, axis_name)
-    row_losses = partial(sigmoid_losses if objective.pairwise else softmax_losses, config, params, batch, potential)
-    losses = map_chunks(
-        row_losses if num_chunks == 1 else jax.checkpoint(row_losses, prevent_cse=False), rows, num_chunks
-    )
+    losses_of = sigmoid_losses if objective.pairwise else softmax_losses
+    row_losses: Callable[[Pairs], dict[str, jax.Array]] = partial(losses_of, config, params, batch, potential)
+    if num_chunks > 1:
+        row_losses = jax.checkpoint(row_losses, prevent_cse=False)  # keep no chunk's matrices for the gradient
+    losses = map_chunks(row_losses, rows, num_chunks)
     if not objective.needs_teacher:
         return losses | {"loss": losses["hard_loss"]}
     weight = soft_weight(config, step)

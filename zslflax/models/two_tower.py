@@ -12,8 +12,31 @@ import jax.numpy as jnp
 CHUNK_PIXELS = 2 * 224**2
 
 
+class MlpProjection(nn.Module):
+    """Two dense layers with the exact GELU and dropout between them.
+
+    Dropout acts where `apply` gets an rng called "dropout".
+
+    Attributes:
+        width: of the output.
+        hidden: width between the two layers.
+        dropout: probability that an element between the layers becomes 0.
+    """
+
+    width: int
+    hidden: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, f] → [b, width]."""
+        x = nn.gelu(nn.Dense(self.hidden, name="fc1")(x), approximate=False)
+        x = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x)
+        return nn.Dense(self.width, name="fc2")(x)
+
+
 class ProjectedTower(nn.Module):
-    """A tower and the linear projection after it.
+    """A tower and the projection after it.
 
     Attributes:
         tower: maps inputs to features [b, f]; a text tower also has the method `packed`.

@@ -25,6 +25,9 @@ from zslflax.models.two_tower import TwoTower
 from zslflax.training.optimizer import FOREVER, frozen_until
 from zslflax.training.train_state import TrainState
 
+# Fields of config.model.image that change no feature, or stand in the identity of features by another name.
+NOT_OF_FEATURES = ("pretrained", "mean", "std", "remat", "projection", "allow_other_statistics")
+
 
 @dataclasses.dataclass(frozen=True)
 class FrozenFeatures:
@@ -99,12 +102,11 @@ def open_image_tower(config: ConfigDict, model: TwoTower, tower: Tree, batch_sta
     """
     statistics = {"image": {"tower": batch_stats["image"]["tower"]}} if "image" in batch_stats else {}
     variables = {"params": {"image": {"tower": tower}}, "batch_stats": statistics}
-    image = config.model.image
     identity = {
         "weights": hash_arrays(flatten_dict(jax.device_get(variables), sep="/")),
-        "tower": image.name,
-        "mean": list(image.mean),
-        "std": list(image.std),
+        "tower": {field: value for field, value in config.model.image.items() if field not in NOT_OF_FEATURES},
+        "mean": list(model.mean),
+        "std": list(model.std),
         "compute_dtype": config.compute_dtype,
         "version": zslflax.__version__,
     }

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
 from zslflax import checkpoint, distributed
+from zslflax.background import BackgroundIterator
 from zslflax.config import profiled_steps
 from zslflax.data.features import TextFeatures
+from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
 from zslflax.data.text import Tokenizer
@@ -35,6 +37,7 @@ from zslflax.training.frozen_features import FrozenFeatures, open_features
 from zslflax.training.input import device_batches
 from zslflax.training.metrics import Profile, Reporter
 from zslflax.training.optimizer import build_optimizer, frozen_towers
+from zslflax.training.startup import StartupTimes
 from zslflax.training.step import TrainStep
 from zslflax.training.train_state import TrainState, create_train_state, towers
 from zslflax.training.workdir import check_data, write_config, write_data
@@ -52,11 +55,12 @@ class Run:
         first_step: the step of that state.
         recent_metrics: metrics of the steps since the last report, oldest first; the loop adds to them.
         train_step: (state, batch) → (state, metrics).
-        batches: yields (batch on the devices, errors of unreadable samples).
+        batches: yields (batch on the devices, errors of unreadable samples), which it makes in a thread.
         evaluate: state → metrics of the test sets.
         checkpoints: the workdir's manager.
         reporter: writes metrics and shows progress.
         profile: writes a trace of some steps.
+        startup: measures the time to the end of the first step.
     """
 
     config: ConfigDict
@@ -64,11 +68,12 @@ class Run:
     first_step: int
     recent_metrics: list[dict[str, Any]]
     train_step: TrainStep
-    batches: Iterator[tuple[dict[str, jax.Array], Any]]
+    batches: BackgroundIterator[tuple[dict[str, jax.Array], Any]]
     evaluate: Callable[[TrainState], dict[str, float]]
     checkpoints: CheckpointManager
     reporter: Reporter
     profile: Profile
+    startup: StartupTimes
 
 
 def set_up(
@@ -79,18 +84,21 @@ def set_up(
     *,
     text_features: TextFeatures | None = None,
     extra_metrics: Callable[[dict[str, Predictor]], dict[str, float]] | None = None,
+    startup: StartupTimes | None = None,
 ) -> Run:
     """Builds a run. Its arguments are those of `zslflax.training.loop.train`, and the workdir's checkpoint manager.
 
     Errors that a user can fix are found here, before any training.
     """
-    model, tokenizer = build_model(config)
-    teacher_model, fixed_teacher = load_fixed_teacher(config, model, tokenizer)
-    sources = open_train_sources(config)
-    check_data(config.data.train, sources, workdir, changed)
-    test_sets = open_test_sets(config)
-
-    state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints)
+    startup = startup or StartupTimes(0.0)
+    with startup.phase("opening the data"):
+        model, tokenizer = build_model(config)
+        sources = open_train_sources(config)
+        check_data(config.data.train, sources, workdir, changed)
+        test_sets = open_test_sets(config)
+    with startup.phase("building the state"):
+        teacher_model, fixed_teacher = load_fixed_teacher(config, model, tokenizer)
+        state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints)
     first_step = int(state.step)
     if distributed.is_main() and (changed or first_step == 0):
         save_text_encoder(config, tokenizer, workdir / TEXT_FOLDER)
@@ -123,6 +131,7 @@ def set_up(
         checkpoints=checkpoints,
         reporter=Reporter(workdir, first_step - len(recent_metrics), config.steps, main),
         profile=Profile(profiled_steps(config) if main else None, workdir / "profile"),
+        startup=startup,
     )
 
 
@@ -135,7 +144,7 @@ def check_teacher_needs_no_images(config: ConfigDict, features: FrozenFeatures, 
         )
 
 
-def open_train_sources(config: ConfigDict) -> list[Any]:
+def open_train_sources(config: ConfigDict) -> list[Source]:
     """Opens the training sources, without the samples that the config excludes."""
     sources = [open_source(spec, config.data, "train") for spec in config.data.train]
     sources = exclude_samples(sources, config.data.exclude)
@@ -181,9 +190,10 @@ def create_state(
     size, tokens = config.model.image.size, config.model.text.max_tokens
     example = (jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, tokens), jnp.int32), jnp.ones((1, tokens), bool))
     key, objective_params = jax.random.key(config.seed), init_params(config.objective)
-    shapes = {**jax.eval_shape(model.init, key, *example)["params"], "objective": objective_params}
+    init = jax.jit(model.init)  # is traced once, for the shapes and for the arrays
+    shapes = {**jax.eval_shape(init, key, *example)["params"], "objective": objective_params}
     tx = build_optimizer(config, shapes, config.steps)  # checks the patterns before any parameter is made
-    variables: Any = jax.jit(model.init)(key, *example)
+    variables: Any = init(key, *example)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     if pretrained:
         variables = import_towers(config, variables)
@@ -251,7 +261,7 @@ def trees_equal(a: Tree, b: Tree) -> bool:
     return structures[0] == structures[1] and all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def log_setup(config: ConfigDict, state: TrainState, sources: Sequence[Any]) -> None:
+def log_setup(config: ConfigDict, state: TrainState, sources: Sequence[Source]) -> None:
     """Logs what is trained, and on what."""
     frozen = state.frozen_params
     tower = lambda m: (frozen.get(m) or state.params[m])["tower"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
@@ -85,3 +86,12 @@ def hash_values(*values: Any) -> str:
     False
     """
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def file_version(path: str) -> tuple[int, int]:
+    """The size of a file and its modification time in nanoseconds, for fingerprints; -1 where there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns

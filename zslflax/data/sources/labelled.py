@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from zslflax.data.images import MAX_FILE_BYTES, BadSample, has_image_extension, is_clutter
-from zslflax.data.sources.base import Annotations, Record, Source, hash_values
+from zslflax.data.sources.base import Annotations, Record, Source, file_version, hash_values
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
 from zslflax.files import local_path, read_bytes, read_columns, read_text
@@ -102,15 +102,6 @@ class ClassTars:
     def names(self) -> Iterator[str]:
         """Yields the names of all records."""
         return self.shards.names()
-
-
-def file_version(path: str) -> tuple[int, int]:
-    """The size of a file and its modification time in nanoseconds; -1 where there is no file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 def read_folder(spec: str) -> LabelledImages | ClassTars:

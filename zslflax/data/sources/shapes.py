@@ -105,8 +105,7 @@ def ensure_shards(
     """
     check_options(train, test, size, noise, seed)
     options = {"train": train, "test": test, "size": size, "noise": float(noise), "seed": seed}
-    digest = hashlib.sha256(json.dumps([VERSION, options]).encode()).hexdigest()[:12]
-    folder = Path(root) / f"shapes-{digest}"
+    folder = shards_folder(root, options)
     if not (folder / MARKER).exists():
         with storage_errors(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +118,18 @@ def ensure_shards(
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     return ShapesShards(shard_pattern(folder, "train", train), shard_pattern(folder, "test", test), folder)
+
+
+def shards_folder(root: str | Path, options: dict[str, Any]) -> Path:
+    """The folder below `root` in which the shards with these options are."""
+    digest = hashlib.sha256(json.dumps([VERSION, options]).encode()).hexdigest()[:12]
+    return Path(root) / f"shapes-{digest}"
+
+
+def shards_exist(root: str | Path, *, train: int, test: int, size: int, noise: float, seed: int) -> bool:
+    """Whether `ensure_shards` would find the shards and write nothing."""
+    options = {"train": train, "test": test, "size": size, "noise": float(noise), "seed": seed}
+    return (shards_folder(os.path.expanduser(root), options) / MARKER).exists()
 
 
 def check_options(train: int, test: int, size: int, noise: float, seed: int) -> None:

@@ -23,6 +23,19 @@ class Layout(NamedTuple):
 
 MOBILENET_BLOCK = ("expand_conv", "expand_bn", "depthwise_conv", "depthwise_bn", "project_conv", "project_bn")
 
+HF_VIT_NAMES = {
+    "patch_embed": "embeddings.patch_embeddings.projection",
+    "cls_token": "embeddings.cls_token",
+    "position": "embeddings.position_embeddings",
+    "attention/qkv": "attention.attention.{}",
+    "attention/out": "attention.output.dense",
+    "mlp/fc1": "intermediate.dense",
+    "mlp/fc2": "output.dense",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "norm": "layernorm",
+}
+
 
 def torchvision_resnet(path: str) -> str:
     """Returns torchvision's name of a ResNet's module.
@@ -126,7 +139,14 @@ def timm_vit(path: str) -> str:
     >>> timm_vit("block_3/attention/qkv")
     'blocks.3.attn.qkv'
     """
-    names = {"patch_embed": "patch_embed.proj", "position": "pos_embed", "attention/out": "attn.proj"}
+    names = {
+        "patch_embed": "patch_embed.proj",
+        "position": "pos_embed",
+        "registers": "reg_token",
+        "attention/out": "attn.proj",
+        "layer_scale1/scale": "ls1.gamma",
+        "layer_scale2/scale": "ls2.gamma",
+    }
     path = rename_module(path, names).replace("block_", "blocks.")
     return path.replace("attention/", "attn.").replace("/", ".")
 
@@ -137,19 +157,27 @@ def hf_vit(path: str) -> Names:
     >>> hf_vit("block_3/mlp/fc1")
     'encoder.layer.3.intermediate.dense'
     """
+    path = rename_module(path, HF_VIT_NAMES).replace("block_", "encoder.layer.")
+    return query_key_value(path.replace("/", "."))
+
+
+def hf_dinov2(path: str) -> Names:
+    """Returns Hugging Face's name of a DINOv2's module.
+
+    >>> hf_dinov2("block_3/mlp/fc1"), hf_dinov2("block_3/layer_scale1/scale")
+    ('encoder.layer.3.mlp.fc1', 'encoder.layer.3.layer_scale1.lambda1')
+    """
     names = {
-        "patch_embed": "embeddings.patch_embeddings.projection",
-        "cls_token": "embeddings.cls_token",
-        "position": "embeddings.position_embeddings",
-        "attention/qkv": "attention.attention.{}",
-        "attention/out": "attention.output.dense",
-        "mlp/fc1": "intermediate.dense",
-        "mlp/fc2": "output.dense",
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "norm": "layernorm",
+        "registers": "embeddings.register_tokens",
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "mlp/fc1": "mlp.fc1",
+        "mlp/fc2": "mlp.fc2",
+        "layer_scale1/scale": "layer_scale1.lambda1",
+        "layer_scale2/scale": "layer_scale2.lambda1",
     }
-    return query_key_value(rename_module(path, names).replace("block_", "encoder.layer.").replace("/", "."))
+    path = rename_module(path, HF_VIT_NAMES | names).replace("block_", "encoder.layer.")
+    return query_key_value(path.replace("/", "."))
 
 
 def hf_bert(path: str) -> Names:
@@ -199,6 +227,7 @@ FLAT_MOBILENET = Layout("features.1.conv.0.weight", flat_mobilenet)
 EFFICIENTNET_PYTORCH = Layout("_conv_stem.weight", efficientnet_pytorch)
 TIMM_VIT = Layout("patch_embed.proj.weight", timm_vit)
 HF_VIT = Layout("embeddings.patch_embeddings.projection.weight", hf_vit)
+HF_DINOV2 = Layout("embeddings.patch_embeddings.projection.weight", hf_dinov2)
 HF_BERT = Layout("embeddings.word_embeddings.weight", hf_bert)
 
 LEAVES = {  # name of a variable in a linen module: its name in PyTorch
@@ -224,8 +253,8 @@ def published_names(layout: Layout, path: tuple[str, ...]) -> tuple[str, ...]:
     ('blocks.0.norm1.weight',)
     """
     *modules, leaf = path
-    if leaf in LEAVES:
+    if leaf in LEAVES and not modules[-1].startswith("layer_scale"):
         names, end = layout.module("/".join(modules)), f".{LEAVES[leaf]}"
-    else:  # a parameter of the tower itself, such as "cls_token"
+    else:  # a parameter that no PyTorch module owns as its weight, such as "cls_token"
         names, end = layout.module("/".join(path)), ""
     return tuple(name + end for name in ((names,) if isinstance(names, str) else names))
