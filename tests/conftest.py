@@ -8,7 +8,13 @@ import shutil
 import jax
 import pytest
 
-from tests.testing.configs import COMPILATION_CACHE, ORDERED_COLLECTIVES, TINY_VIT, make_learned_config, make_tiny_config
+from tests.testing.configs import (
+    COMPILATION_CACHE,
+    ORDERED_COLLECTIVES,
+    TINY_VIT,
+    make_learned_config,
+    make_tiny_config,
+)
 from zslflax.models import vit
 from zslflax.training import loop
 

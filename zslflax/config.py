@@ -124,7 +124,7 @@ def teacher_fields() -> ConfigDict:
 
 
 def features_fields() -> ConfigDict:
-    """`config.features`: outputs of towers that are always frozen, computed once and kept on disk."""
+    """`config.features`: outputs of frozen towers, computed once and kept on disk."""
     c = ConfigDict()
     # Folder that runs share. Steps then read no images: an always frozen image tower sees one crop of each image, or
     # `views` random ones. "": towers run in each step, on a new random crop of each image.

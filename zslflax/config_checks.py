@@ -57,7 +57,6 @@ def check_ranges(config: ConfigDict) -> None:
         "eval.every",
         "eval.batch_size",
         "checkpoint.every",
-        "features.views",
     ):
         value = get_field(config, field)
         expect(value > 0, f"{field} is {value}, expected a positive number")

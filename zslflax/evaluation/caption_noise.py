@@ -29,7 +29,7 @@ from zslflax.inference.top_k import top_k_or_all
 
 log = logging.getLogger("zslflax")
 BATCH_SIZES = (512, 1024, 2048)  # n
-DRAWN_PAIRS, DRAWN_CAPTIONS = 12, 3  # in the picture, and captions beside each pair that the model prefers
+DRAWN_PAIRS, DRAWN_CAPTIONS = 12, 3  # in the figure, and captions beside each pair that the model prefers
 TEXT_BATCH = 1 << 14  # captions that are tokenised at once
 
 

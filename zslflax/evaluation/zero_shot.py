@@ -26,7 +26,7 @@ from zslflax.inference.predictor import Predictor
 from zslflax.inference.top_k import top_k_or_all
 
 log = logging.getLogger("zslflax")
-DRAWN_IMAGES, DRAWN_ANSWERS = 12, 5  # in the prediction picture, and beside each image
+DRAWN_IMAGES, DRAWN_ANSWERS = 12, 5  # in the figure of predictions, and beside each image
 
 
 class TrueLabels(NamedTuple):
@@ -179,7 +179,7 @@ def measure_model(
         resamples: of the bootstrap.
 
     Returns:
-        The results, and the classes or captions that the picture shows beside the images; None where nothing can be
+        The results, and the classes or captions that the figure shows beside the images; None where nothing can be
         measured.
     """
     results: Results = {}
@@ -221,7 +221,7 @@ def embed_captions(predictor: Predictor, captions: Sequence[Sequence[str]]) -> C
 
 
 def drawn_images(n: int) -> np.ndarray:
-    """Which of n images are in the prediction picture: evenly spread, the same at every evaluation."""
+    """Which of n images are in the figure of predictions: evenly spread, the same at every evaluation."""
     return np.unique(np.linspace(0, n - 1, min(n, DRAWN_IMAGES)).astype(int))
 
 

@@ -29,7 +29,7 @@ def evaluate_state(
     Args:
         predictor: has the run's config, model and tokenizer.
         test_sets: from `open_test_sets`.
-        workdir: the folder for pictures of predictions.
+        workdir: the folder of the run; figures go into its folder `predictions`.
         extra_metrics: maps {"": the shipped predictor, "student": the student, if there is an EMA} to more metrics.
         features_of: as `zero_shot.evaluate` takes it.
         state: the train state.

@@ -70,7 +70,7 @@ def train_step(
         variables = {**student_variables(state), "params": combine(params, state.frozen_params)}
         return embed(model, variables, *inputs, train=MODALITIES, rngs={"dropout": key})
 
-    def loss_fn(objective_params: Metrics, student_emb: Embeddings) -> tuple[jax.Array, Metrics]:
+    def loss_fn(objective_params: dict[str, jax.Array], student_emb: Embeddings) -> tuple[jax.Array, Metrics]:
         losses = pair_losses(
             config.objective,
             objective_params,
