@@ -76,4 +76,4 @@ def test_mismatched_pairs_score_lowest_and_training_can_exclude_them(noisy, tmp_
     assert len(source) == len(names) == 1_600 and names == truth.keys() - {row["name"] for row in worst}
     noisy.data.exclude, noisy.steps = str(folder / "noise.csv"), 2
     loop.train(noisy, tmp_path / "cleaner")
-    assert checkpoint.available(tmp_path / "cleaner") == [2]
+    assert checkpoint.complete_steps(tmp_path / "cleaner") == [2]

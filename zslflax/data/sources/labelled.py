@@ -48,8 +48,10 @@ class LabelledImages:
         name = self.paths[index]
         try:
             image = read_bytes(Path(name), MAX_FILE_BYTES)
-        except UserError as error:
-            raise BadSample(f"its file cannot be read: {error}", name=name) from error
+        except MissingFileError as error:
+            raise BadSample("its file cannot be read: No such file or directory", name=name) from error
+        except UserError as error:  # without the path: the pipeline counts bad samples by their message
+            raise BadSample(f"its file {str(error).removeprefix(name).strip()}", name=name) from error
         return Record(image=image, text=(), label=self.labels[index], name=name)
 
     def names(self) -> Iterator[str]:
