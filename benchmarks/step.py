@@ -1,45 +1,46 @@
-"""Pairs per second of the whole training step, beside the same work in PyTorch, on one GPU.
+"""Pairs per second of the whole training step, compared with the same step in PyTorch, on one GPU.
 
     python benchmarks/step.py                                                      # batches of 256 … 4,096
     python benchmarks/step.py --batch 1024 --rounds 1 --contenders zslflax torch_compiled
-    python benchmarks/step.py --batch 8 --image 64 --layers 2 --dtype float32      # on a CPU, to see that it runs
+    python benchmarks/step.py --batch 8 --image 64 --layers 2 --dtype float32      # a quick check on a CPU
 
-The step: ResNet-50 and a BERT of random weights, an EMA teacher of both (its batch normalisation by the batch, its
-texts without dropout), self-distillation, SGD with momentum. Towers in bf16, embeddings and losses in fp32. The batch
-lies on the device: the input pipeline has its own benchmark. Captions have lengths like CC3M's, as
-benchmarks/packing.py draws them (mean 12, standard deviation 6, at most 60 tokens).
+The step: ResNet-50 and a BERT with random weights, an EMA teacher of both (its batch normalisation uses the batch's
+statistics; its texts have no dropout), self-distillation, SGD with momentum. Towers are in bf16, embeddings and losses
+in fp32. The batch is on the device already: the input pipeline has its own benchmark. Captions have lengths like
+CC3M's, as benchmarks/packing.py draws them (mean 12, standard deviation 6, at most 60 tokens).
 
-    zslflax                   zslflax.step.train_step as `train` runs it, captions packed into rows of 128 tokens
+    zslflax                   zslflax.training.step.train_step as `train` runs it, captions packed into rows of 128
+                              tokens
     zslflax_padded            the same with captions padded to 60 tokens
     torch                     benchmarks/step_torch.py: channels-last, SDPA, autocast, fused SGD; padded to 60 tokens
     torch_compiled            the same with torch.compile around both forward passes and the loss
     torch_longest[_compiled]  the two, padded to the longest caption of the batch instead
 
-This project's step also computes its metrics and drops updates that are not finite; PyTorch's does neither. That both
-have the same loss and the same student and teacher after a step is tested (tests/test_step_benchmark.py).
+This project's step also computes its metrics and leaves out non-finite updates; PyTorch's does neither. A test checks
+that both have the same loss, student and teacher after a step (tests/benchmarks/test_step.py).
 
-Each measurement has a process of its own, the rounds go through the contenders in turn, and each prints a JSON line:
+Each measurement runs in a process of its own and prints a JSON line; the rounds go through the contenders in turn:
 
     pairs_per_second, step_ms   of `--steps` steps, after some to warm up, with no waiting in between
-    first_s                     the first step; what it compiles is kept for the rounds after it
-    peak_mb                     most memory that the device's allocator gave since the process began, trials of
+    first_s                     the first step; its compiled functions are kept for the later rounds
+    peak_mb                     largest memory that the device's allocator gave since the process began, trials of
                                 algorithms included; on a CPU the resident memory, libraries included
     matrix_ms, memory_ms        the step's FLOPs over the measured matrix rate, its bytes over the measured bandwidth
     of_floor, of_sum            the larger of the two, and their sum, over step_ms
 
-or says that it ran out of memory, or why else it failed; larger batches are then not tried. The line after each batch
-has the medians so far and their ratios to the best of PyTorch's. The matrix rate (8,192³, in the towers' type) and the
-bandwidth (a copy, bytes read and written) are the better of what either library reaches, measured first.
+A contender that runs out of memory, or fails otherwise, prints the reason, and larger batches are not tried. The line
+after each batch has the medians so far and their ratios to the best of PyTorch's. The matrix rate (8,192³, in the
+towers' type) and the bandwidth (a copy, bytes read and written) are the better of the two libraries', measured first.
 
-FLOPs: 4 × (forward passes of student and teacher, gradients by inputs and by weights) 2 × (4.09e9 × (size / 224)² a
-picture + 12 · layers · width² a token), real tokens alone; products of embeddings and attention, 1%, are left out.
+FLOPs: 4 × (forward passes of student and teacher, gradients by inputs and by weights) 2 × (4.09e9 × (size / 224)² per
+image + 12 · layers · width² per token), without padding; products of embeddings and attention, 1%, are left out.
 Bytes: 7 × (student's and teacher's values written and read, the student's read again, their gradients written and read)
-the size of a number × (11.1e6 × (size / 224)² a picture + 9 · layers · width a token), which is what convolutions
-and dense layers put out, as if all else were fused into them; and 32 a parameter: it, its momentum and its average read
-and written, its gradient written and read, in fp32.
+the size of a number × (11.1e6 × (size / 224)² per image + 9 · layers · width per token), the outputs of convolutions
+and dense layers, as if everything else were fused into them; and 32 per parameter: it, its momentum and its average
+read and written, its gradient written and read, in fp32.
 
-It needs jax, flax, optax, safetensors and ml_collections (a pure Python wheel), and beside them torch, transformers and
-timm or torchvision; no tokenizer, image codec or data library.
+It needs jax, flax, optax, safetensors and ml_collections (a pure Python wheel), and for PyTorch's step torch,
+transformers and timm or torchvision; no tokenizer, image codec or data library.
 """
 
 import argparse
@@ -67,33 +68,35 @@ from packing import draw_lengths
 from zslflax import distributed
 from zslflax.config import compute_dtype, default_config
 from zslflax.data.packing import COUNTED_CAPTIONS, pack_batches, rows_needed
-from zslflax.losses import contrastive
-from zslflax.models.build import build
-from zslflax.training import optimizer, train_state
-from zslflax.training.step import AXIS, TrainStep
+from zslflax.distributed import AXIS
+from zslflax.losses.contrastive import init_params
+from zslflax.models.build import build_two_tower
+from zslflax.training.optimizer import build_optimizer
+from zslflax.training.step import TrainStep
+from zslflax.training.train_state import create_train_state
 
 TOKENS, ROW = 60, 128
 WARM_UP = 3  # steps
-RESNET50 = {"macs": 4.09e9, "outputs": 11.1e6, "parameters": 23.5e6}  # a picture of 224 pixels
+RESNET50 = {"macs": 4.09e9, "outputs": 11.1e6, "parameters": 23.5e6}  # for an image of 224 pixels
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|MemoryError|can't allocate memory|out of memory", re.IGNORECASE)
 
 
 def configure(args):
-    """The paper's objective and optimiser, which are the defaults, at these sizes."""
+    """The default config, which is the paper's objective and optimiser, with these sizes."""
     c = default_config()
-    c.batch_size, c.compute_dtype, c.steps = args.batch, args.dtype, 1_000_000  # so that the rate is constant
+    c.batch_size, c.compute_dtype, c.steps = args.batch, args.dtype, 1_000_000  # a constant learning rate
     c.model.image.size, c.model.text.max_tokens = args.image, TOKENS
     c.model.text.scratch.update(layers=args.layers, width=args.width, heads=args.width // 64)
     return c
 
 
 def caption_lengths(captions: int, seed: int = 0) -> np.ndarray:
-    """In tokens, int [captions]; the same for every contender."""
+    """Numbers of tokens, int [captions]; the same for every contender."""
     return draw_lengths(np.random.default_rng(seed), captions, TOKENS)
 
 
 def draw_batch(args) -> dict[str, np.ndarray]:
-    """A batch as the input pipeline makes it."""
+    """A batch as the input pipeline yields it."""
     rng = np.random.default_rng(0)
     mask = np.arange(TOKENS) < caption_lengths(args.batch)[:, None]
     return {
@@ -105,7 +108,7 @@ def draw_batch(args) -> dict[str, np.ndarray]:
 
 
 def packed(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same batch with its captions in as many rows as training would choose."""
+    """The same batch with its captions packed into the number of rows that training would choose."""
     counts = np.bincount(caption_lengths(COUNTED_CAPTIONS, seed=1), minlength=TOKENS + 1)
     devices = jax.local_device_count()
     rows = rows_needed(counts, len(batch["valid"]) // devices, ROW)
@@ -113,24 +116,24 @@ def packed(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class Step:
-    """This project's step from given variables, set up as train.py does; a call takes one and returns its loss."""
+    """This project's step from given variables, built as the training loop builds it. A call returns the loss."""
 
     def __init__(self, config, model, variables, batch):
-        params = {**variables["params"], "objective": contrastive.init_params(config.objective)}
-        tx = optimizer.build(config, params, config.steps)
-        state = train_state.create({"params": params, "batch_stats": variables["batch_stats"]}, tx, ema=True, frozen=())
-        self.state = distributed.replicate(state)
-        self.update = TrainStep({}, model=model, tx=tx, config=config, frozen=())
-        ((self.batch, _),) = distributed.to_devices(iter([batch]))
+        params = {**variables["params"], "objective": init_params(config.objective)}
+        tx = build_optimizer(config, params, config.steps)
+        variables = {"params": params, "batch_stats": variables["batch_stats"]}
+        self.state = distributed.replicate(create_train_state(variables, tx, ema=True, frozen=()))
+        self.train_step = TrainStep({}, model=model, teacher_model=model, tx=tx, config=config)
+        ((self.batch, _),) = distributed.prefetch_to_devices(iter([batch]))
 
     def __call__(self) -> jax.Array:
-        self.state, metrics = self.update(self.state, self.batch)
+        self.state, metrics = self.train_step(self.state, self.batch)
         return metrics["loss"]
 
 
 def run_zslflax(args, pack: bool) -> dict:
     config, batch = configure(args), draw_batch(args)
-    model = build(config.model, dtype=compute_dtype(config), axis_name=AXIS)
+    model = build_two_tower(config.model, dtype=compute_dtype(config), axis_name=AXIS)
     example = [batch[name][:1] for name in ("image", "text", "text_mask")]
     batch = packed(batch) if pack else batch
     tokens = {"rows": batch["text"].shape[0], "row": batch["text"].shape[1]}
@@ -163,7 +166,7 @@ def run_torch(args, compiled: bool, longest: bool) -> dict:
 
 
 def timed(step, args) -> dict:
-    """Rates of a function that takes a step and returns its loss, on the device."""
+    """The rates of a function that takes a step and returns its loss on the device."""
     start = time.perf_counter()
     float(step())
     first = time.perf_counter() - start
@@ -180,6 +183,7 @@ def timed(step, args) -> dict:
 
 
 def peak_mb(of_device: int | None) -> int:
+    """The device's peak in MB, or this process's largest resident memory."""
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kB on Linux
     return round((of_device or resident) / 1e6)
 
@@ -223,11 +227,11 @@ def library_rates(product, copy, wait, n: int, size: int) -> dict:
 
 
 def floor(args, batch: int, rates: dict) -> dict:
-    """The milliseconds that a step's products and its traffic take at the measured rates; see the module."""
-    pictures, tokens = batch * (args.image / 224) ** 2, int(caption_lengths(batch).sum())
+    """The milliseconds of a step's products and memory traffic at the measured rates; see the module."""
+    images, tokens = batch * (args.image / 224) ** 2, int(caption_lengths(batch).sum())
     layers, w = args.layers, args.width
-    flops = 4 * 2 * (pictures * RESNET50["macs"] + tokens * 12 * layers * w**2)
-    outputs = pictures * RESNET50["outputs"] + tokens * 9 * layers * w
+    flops = 4 * 2 * (images * RESNET50["macs"] + tokens * 12 * layers * w**2)
+    outputs = images * RESNET50["outputs"] + tokens * 9 * layers * w
     parameters = RESNET50["parameters"] + 12 * layers * w**2 + 31_036 * w  # 30,522 words, 512 positions, 2 types
     moved = 7 * jnp.dtype(args.dtype).itemsize * outputs + 32 * parameters
     return {"matrix_ms": 1e3 * flops / rates["matrix_rate"], "memory_ms": 1e3 * moved / rates["bandwidth"]}
@@ -245,7 +249,7 @@ RATES = {"rates_jax": rates_jax, "rates_torch": rates_torch}
 
 
 def in_own_process(name: str, batch: int, args, cache: Path) -> dict:
-    """What a contender or a rate measures, or why there is nothing."""
+    """The results of a contender or of a rate, or the reason why there are none."""
     command = [sys.executable, __file__, f"--only={name}", f"--batch={batch}"]
     command += [f"--{option}={getattr(args, option)}" for option in ("image", "layers", "width", "dtype", "steps")]
     environment = {"CUDA_VISIBLE_DEVICES": "0", "XLA_CLIENT_MEM_FRACTION": "0.95"} | os.environ
@@ -282,12 +286,12 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=(256, 512, 1024, 2048, 4096), help="pairs")
     parser.add_argument("--image", type=int, default=224, help="pixels")
     parser.add_argument("--layers", type=int, default=12, help="of the text tower")
-    parser.add_argument("--width", type=int, default=768, help="of the text tower; a multiple of 64")
+    parser.add_argument("--width", type=int, default=768, help="of the text tower, a multiple of 64")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the towers")
     parser.add_argument("--steps", type=int, default=20, help="in each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
-    parser.add_argument("--only", choices=CONTENDERS | RATES, help="measures one, in this process")
+    parser.add_argument("--only", choices=CONTENDERS | RATES, help="measure one in this process")
     args = parser.parse_args()
     sizes = {name: getattr(args, name) for name in ("image", "layers", "width", "dtype", "steps")}
     common = {"benchmark": "step"} | sizes | {"processor": platform.machine(), "python": platform.python_version()}

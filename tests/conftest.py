@@ -8,10 +8,11 @@ import shutil
 import jax
 import pytest
 
-from tests.testing.configs import COMPILATION_CACHE, TINY_VIT, make_learned_config, make_tiny_config
+from tests.testing.configs import COMPILATION_CACHE, ORDERED_COLLECTIVES, TINY_VIT, make_learned_config, make_tiny_config
 from zslflax.models import vit
 from zslflax.training import loop
 
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ORDERED_COLLECTIVES}"
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
 # Functions that an earlier run or another test has compiled are not compiled again.
@@ -87,31 +88,3 @@ def collect_garbage():
     """Collects garbage at the end of a test, so that its warnings do not appear in another test."""
     yield
     gc.collect()
-
-
-# The fixtures' names of before, for the tests that still use them.
-
-
-@pytest.fixture(scope="session")
-def scenes_root(shapes_root):
-    return shapes_root
-
-
-@pytest.fixture
-def tiny(tiny_config):
-    return tiny_config
-
-
-@pytest.fixture(scope="session")
-def finished(finished_workdir):
-    return finished_workdir
-
-
-@pytest.fixture
-def workdir(trained_workdir):
-    return trained_workdir
-
-
-@pytest.fixture(scope="session")
-def learnt(learned_workdir):
-    return learned_workdir

@@ -1,4 +1,4 @@
-"""The page, in a real browser: drop, type, read; bad uploads; what it hands out and whom it asks."""
+"""The page in a real browser: classification, search, bad uploads, and which files and hosts it gives access to."""
 
 import base64
 import contextlib
@@ -19,18 +19,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.testing.range_server import serve
 from zslflax.data import preprocess
 from zslflax.data.sources.opening import open_source
 from zslflax.inference.predictor import Predictor
 
-# The program itself, which tells of every host that it asks for.
+# The command, which reports every host that it connects to.
 PROGRAM = """
 import sys
 def watch(event, args):
     if event in ("socket.getaddrinfo", "socket.connect"):
         host = args[0] if event == "socket.getaddrinfo" else args[1][0]
         if str(host) not in ("127.0.0.1", "localhost"):
-            print("ASKED", host, file=sys.stderr, flush=True)
+            print("CONNECTED", host, file=sys.stderr, flush=True)
 sys.addaudithook(watch)
 from zslflax import app
 app.main()
@@ -41,11 +42,11 @@ data.items.add(new File([Uint8Array.from(atob(content), c => c.charCodeAt(0))], 
 for (const kind of ["dragenter", "dragover", "drop"])
     zone.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}));
 """
-PATIENCE = 120  # seconds
+TIMEOUT = 120  # seconds
 
 
 def installed(program: str) -> str:
-    """Where a program is; where it is not the test is skipped, but never in CI."""
+    """The path of a program. Without the program the test is skipped, or fails in CI."""
     path = shutil.which(program)
     if path is None and not os.environ.get("CI"):
         pytest.skip(f"{program} is not installed")
@@ -54,13 +55,13 @@ def installed(program: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def served(require, learnt, tmp_path_factory):
-    """The page of a small run, with a folder of images of which two cannot be read."""
+def served(require, learned_workdir, tmp_path_factory):
+    """The page of a small run, with a folder of images and two other files."""
     require("gradio")
     home = tmp_path_factory.mktemp("served")
-    folder = home / "pictures"
+    folder = home / "images"
     (folder / "more").mkdir(parents=True)
-    predictor = Predictor.restore(learnt)
+    predictor = Predictor.restore(learned_workdir)
     test = open_source("shapes", predictor.config.data, "test")
     for i in range(20):
         Image.fromarray(preprocess.record_image(test[i])).save(folder / ("more" if i % 2 else ".") / f"{i:02d}.png")
@@ -72,7 +73,7 @@ def served(require, learnt, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", PROGRAM, f"--workdir={learnt}", f"--images={folder}", f"--port={port}"]
+    command = [sys.executable, "-c", PROGRAM, f"--workdir={learned_workdir}", f"--images={folder}", f"--port={port}"]
     variables = os.environ | {"JAX_PLATFORMS": "cpu", "GRADIO_TEMP_DIR": str(home / "uploads")}
     log = home / "log"
     with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=variables) as process:
@@ -107,16 +108,16 @@ def page(served, browser):
 
 
 def wait(condition):
-    """What the condition gives, once that is something."""
-    end = time.monotonic() + PATIENCE
+    """Waits until the condition is true, and returns its value."""
+    end = time.monotonic() + TIMEOUT
     while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.1)
     return value
 
 
 def each(browser, selector: str, what: str) -> list:
-    """A property of all elements that fit, read at one moment, for the page may be drawn anew at any time."""
+    """A property of all elements that match, read at one moment, because the page may be redrawn at any time."""
     script = f"return [...document.querySelectorAll(arguments[0])].map(element => element.{what})"
     return browser.execute_script(script, selector)
 
@@ -131,20 +132,20 @@ def drop(browser, path):
 
 
 def message(browser) -> str:
-    """The message that came up, which is then closed."""
+    """Returns the message on the page, and closes it."""
     (text,) = wait(lambda: [text for text in texts(browser, ".toast-body") if text])
     each(browser, ".toast-close", "click()")
     wait(lambda: not texts(browser, ".toast-body"))
     return text
 
 
-def test_drop_type_and_read(page, served):
+def test_an_image_is_classified_after_a_drop_and_after_a_click(page, served):
     names = ["red circle", "<b>bold</b> star", "/etc/hostname", "blue fish"]
-    picture = served.folder / "04.png"
+    image = served.folder / "04.png"
     page.find_element("css selector", "#names textarea").send_keys(", ".join([*names, " ", names[0]]))
-    drop(page, picture)
+    drop(page, image)
     scores = wait(lambda: texts(page, "#scores .score"))
-    (expected,) = served.predictor.classify(picture, names)
+    (expected,) = served.predictor.classify(image, names)
     scores = list(map(float, scores))
     assert dict(zip(texts(page, "#scores .name"), scores)) == pytest.approx(dict(expected), abs=1e-3)
     assert scores == sorted(scores, reverse=True)
@@ -159,7 +160,7 @@ def test_drop_type_and_read(page, served):
     wait(lambda: sorted(texts(page, "#scores .name")) == ["a heart", "a ring"])
 
 
-def test_search(page, served):
+def test_a_sentence_finds_the_best_images(page, served):
     query = page.find_element("css selector", "#query textarea, #query input")
     query.send_keys("a red star\n")
     captions = wait(lambda: texts(page, "#found .caption-label"))
@@ -178,7 +179,7 @@ def test_search(page, served):
     assert "pipe.png is no regular file" in served.log.read_text()
 
 
-def test_bad_uploads_get_a_message_and_the_server_goes_on(page, served, tmp_path):
+def test_bad_uploads_get_a_message_and_the_server_continues(page, served, tmp_path):
     (tmp_path / "large.png").write_bytes(bytes(21 << 20))
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "cut.png").write_bytes((served.folder / "00.png").read_bytes()[:200])
@@ -213,13 +214,13 @@ def ask(url: str, data: bytes | None = None, kind: str = "application/json", **h
     request = urllib.request.Request(url, data, ({"Content-Type": kind} if data else {}) | headers)
     with contextlib.ExitStack() as stack:
         try:
-            answer = stack.enter_context(urllib.request.urlopen(request, timeout=PATIENCE))
+            answer = stack.enter_context(urllib.request.urlopen(request, timeout=TIMEOUT))
         except urllib.error.HTTPError as error:
             answer = stack.enter_context(error)
         return answer.status, answer.read().decode(errors="replace")
 
 
-def test_no_file_is_handed_out_or_read_by_its_path(served):
+def test_no_file_is_served_or_read_by_its_path(served):
     secret = served.home / "secret.png"
     shutil.copyfile(served.folder / "00.png", secret)
     for path in (secret, served.folder / "00.png", "/etc/passwd", "setup.py"):
@@ -271,7 +272,7 @@ def test_large_bodies_are_refused_whatever_length_they_declare(served):
     status, answer = ask(f"{served.url}gradio_api/call/search", b'{"data": ["' + bytes(3 << 20) + b'"]}')
     assert status == 413 and "at most 2,097,152 bytes" in answer
     assert upload(served, *[bytes(8 << 20)] * 3)[0] == 413
-    with socket.create_connection(("127.0.0.1", served.port), timeout=PATIENCE) as connection:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=TIMEOUT) as connection:
         head = f"POST /gradio_api/call/search HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\n"
         head += "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head.encode())
@@ -329,12 +330,29 @@ def test_an_image_that_is_removed_or_replaced_after_the_start_is_left_out(served
     assert f"{second} now leads out of the folder" in served.log.read_text()
 
 
-def test_it_asks_no_other_host_and_answers_this_machine_alone(page, served):
+def test_it_connects_to_no_other_host_and_answers_this_machine_only(page, served):
     asked = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     asked = [event["params"] for event in asked if event["method"] == "Network.requestWillBeSent"]
     urls = [event["request"]["url"] for event in asked]
     assert len(urls) > 10
     assert [url for url in urls if not url.startswith((served.url, "data:", f"blob:{served.url}"))] == []
-    assert "ASKED" not in served.log.read_text()
+    assert "CONNECTED" not in served.log.read_text()
     with pytest.raises(OSError), socket.create_connection(("127.0.0.2", served.port), timeout=5):
         pass
+
+
+def test_a_proxy_is_not_asked_for_the_page_itself(monkeypatch, tmp_path, require):
+    httpx, page = require("httpx"), require("zslflax.page")
+    (tmp_path / "a.txt").write_text("here")
+    monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.setenv("NO_PROXY", "")
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing answers there
+    page.exempt_from_proxy("127.0.0.1", "localhost")
+    assert os.environ["no_proxy"] == "example.org,127.0.0.1,localhost"
+    with serve(tmp_path) as server:
+        assert httpx.get(f"{server.url}/a.txt").text == "here"
+        monkeypatch.delenv("no_proxy")
+        monkeypatch.delenv("NO_PROXY")
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/a.txt")

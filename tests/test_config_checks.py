@@ -30,6 +30,8 @@ def demo():
         ("data.weights", (1.0, 2.0), "data.weights has 2 values for the 1 sources"),
         ("data.weights", (0.0,), r"data.weights are \(0.0,\), expected each to be above 0"),
         ("data.crop_scale", (0.0, 1.0), r"data.crop_scale is \(0.0, 1.0\), expected 0 < smallest"),
+        ("data.workers", -2, "data.workers is -2, expected a number, 0 .automatic. or -1 .none."),
+        ("data.threads", -1, "data.threads is -1, expected a number or 0"),
         ("data.max_bad_fraction", 5.0, "data.max_bad_fraction is 5.0, expected a share"),
         (
             "eval.best_metric",

@@ -16,6 +16,7 @@ def test_a_shipped_config_trains_two_steps_when_it_is_shrunk(path, tiny_config, 
     """With its own optimiser, objective, precision and freezing; smaller towers, fewer and smaller images."""
     monkeypatch.setitem(resnet.RESNETS, "resnet50", ((1, 1), True))
     monkeypatch.setitem(vit.VITS, "vit_b16", (16, 32, 1, 2))
+    monkeypatch.setitem(vit.DINOV2, "dinov2_b14", (16, 32, 1, 2))
     c = load_config(path)
     resolve_templates(c)
     validate(c)
@@ -23,6 +24,7 @@ def test_a_shipped_config_trains_two_steps_when_it_is_shrunk(path, tiny_config, 
     c.model.image.pretrained = c.model.text.pretrained = ""
     c.model.text.tokenizer, c.model.text.scratch = MINILM, tiny_config.model.text.scratch
     c.model.image.size = 32
+    c.features.folder = c.features.folder and str(tmp_path / "features")
     c.data.train, c.data.shapes, c.compilation_cache = ("shapes",), tiny_config.data.shapes, ""
     with c.unlocked():
         c.eval.sets = {"test": eval_set(data="shapes")}
@@ -37,6 +39,7 @@ def test_the_quick_start_learns_when_it_is_shrunk(tmp_path, shapes_root):
     c.steps, c.batch_size = 60, 64
     c.optimizer.warmup_steps = 10
     c.objective.soft_ramp_steps = 40
+    c.features.folder = str(tmp_path / "features")
     c.data.shapes.update(root=str(shapes_root), train=1_000, test=200)
     c.eval.every = c.checkpoint.every = 60
     loop.train(c, tmp_path)

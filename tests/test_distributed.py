@@ -1,5 +1,7 @@
 """Arrays on devices, and the compilation cache. tests/training/test_processes.py tests several processes."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +20,14 @@ def test_batches_are_on_the_devices_before_they_are_used():
             drawn.append(i)
             yield {"image": np.full(8, i), "errors": ("none",)}
 
-    batches = distributed.prefetch_to_devices(source(), size=2)
-    arrays, errors = next(batches)
-    assert drawn == [0, 1] and errors == ("none",)
-    assert len(arrays["image"].sharding.device_set) == 4 and arrays["image"].shape == (4, 2)
-    assert [int(arrays["image"][0, 0]) for arrays, _ in batches] == [1, 2, 3]
+    with distributed.prefetch_to_devices(source(), size=2) as batches:
+        arrays, errors = next(batches)
+        deadline = time.monotonic() + 30
+        while drawn != [0, 1, 2]:  # two wait on the devices
+            assert len(drawn) < 3 and time.monotonic() < deadline
+        assert errors == ("none",)
+        assert len(arrays["image"].sharding.device_set) == 4 and arrays["image"].shape == (4, 2)
+        assert [int(arrays["image"][0, 0]) for arrays, _ in batches] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("total", [1, 7, 8, 9])
@@ -45,6 +50,17 @@ def test_one_process_is_alone(tmp_path):
     assert distributed.all_hosts(True) and not distributed.all_hosts(False)
     assert distributed.gather_json({"a": [1, "b"]}) == [{"a": [1, "b"]}]
     distributed.check_same_on_hosts("the number of samples", 3)
+
+
+def test_processes_on_the_same_cores_of_one_machine_are_counted(monkeypatch):
+    assert distributed.local_processes() == 1
+
+    def gather(value):
+        machine, cores = value
+        return [value, [machine, cores], [machine, [10_000]], ["another machine", cores]]
+
+    monkeypatch.setattr(distributed, "gather_json", gather)
+    assert distributed.local_processes() == 2
 
 
 def test_processes_that_differ_are_told_so(monkeypatch):

@@ -1,6 +1,7 @@
 """The documents name files, fields, flags and functions that exist, and their examples run."""
 
 import importlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -49,8 +50,8 @@ def test_every_command_and_flag_exists(page, monkeypatch, capsys):
     for command, arguments in re.findall(r"python -m zslflax\.(\w+)(.*)", text):
         module = importlib.import_module(f"zslflax.{command}")
         flags = set(re.findall(r"--([a-z][\w-]*)", arguments.partition("#")[0]))
-        if command == "main":
-            known = {"config", *module.flags.FLAGS}
+        if command in ("main", "features"):  # both have the flags of main
+            known = {"config", *importlib.import_module("zslflax.main").flags.FLAGS}
         else:
             monkeypatch.setattr(sys, "argv", [command, "--help"])
             with pytest.raises(SystemExit):
@@ -78,12 +79,12 @@ def test_the_map_lists_every_module():
     assert listed == modules
 
 
-def test_the_examples_of_using_a_model_run(finished, tiny, tmp_path, monkeypatch):
+def test_the_examples_of_using_a_model_run(finished_workdir, tiny_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("image.jpg", "other.jpg"):
         Image.new("RGB", (24, 24), "red").save(name)
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(finished)
+    (tmp_path / "runs" / "demo").symlink_to(finished_workdir)
     for document in (ROOT / "README.md", ROOT / "docs" / "serving.md"):
         for block in python_blocks(document):
             exec(block, {})
@@ -131,6 +132,10 @@ class TestExamplesOfContributing:
         namespace = example("class JsonLines")
         source = namespace["JsonLines"](tmp_path / "pairs.jsonl")
         assert len(source) == 2 and list(source.names()) == ["1.png", "2.png"]
+        assert source.read_annotations(1) == {"text": ("blue",), "label": (), "name": "2.png"}
+        before = source.fingerprint()
+        os.utime(tmp_path / "1.png", (1, 1))
+        assert source.fingerprint() != before
         assert source[0]["text"] == ("red",) and source[0]["image"] == (tmp_path / "1.png").read_bytes()
         with pytest.raises(namespace["BadSample"], match="cannot be read"):
             source[1]

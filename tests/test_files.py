@@ -143,3 +143,18 @@ def test_tensors_that_are_cut_off_absent_or_a_pointer_are_named(tmp_path):
                 files.read_json(path)
             else:
                 files.open_tensors(path).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("data", "encoding"),
+    [
+        ("chat\nélan\n".encode("latin-1"), "WINDOWS-1252"),
+        ("chat\nélan\n".encode("utf-16"), "UTF-16"),
+        ("chat\ncafe\n".encode("utf-16-le"), "UTF-16"),
+    ],
+)
+def test_texts_of_other_encodings_name_the_file_and_the_conversion(tmp_path, data, encoding):
+    path = tmp_path / "names.txt"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{path} is not UTF-8 \(.*\); save it as UTF-8: iconv -f {encoding}"):
+        files.read_text(path)

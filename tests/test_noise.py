@@ -20,16 +20,25 @@ from zslflax.training import loop
 
 
 @pytest.fixture
-def noisy(tiny, monkeypatch):
+def noisy(tiny_config, monkeypatch):
     """Shapes of which a third have another image's caption, and a run that is long enough to tell colours apart."""
     monkeypatch.setitem(vit.VITS, "vit_nano4", (4, 32, 1, 2))
-    tiny.data.shapes.update(train=2_000, test=24, size=16, noise=0.3)
-    tiny.data.crop_scale = (0.6, 1.0)
-    tiny.eval.sets.test.data, tiny.objective.name, tiny.teacher.kind = "", "info_nce", "none"
-    tiny.objective.log_logit_scale, tiny.optimizer.learning_rate, tiny.optimizer.warmup_steps = 2.3, 8e-3, 20
-    tiny.model.embed_dim, tiny.model.text.dropout, tiny.batch_size, tiny.steps = 32, 0.0, 64, 160
-    tiny.eval.every = tiny.checkpoint.every = 160
-    return tiny
+    tiny_config.data.shapes.update(train=2_000, test=24, size=16, noise=0.3)
+    tiny_config.data.crop_scale = (0.6, 1.0)
+    tiny_config.eval.sets.test.data, tiny_config.objective.name, tiny_config.teacher.kind = "", "info_nce", "none"
+    tiny_config.objective.log_logit_scale, tiny_config.optimizer.learning_rate, tiny_config.optimizer.warmup_steps = (
+        2.3,
+        8e-3,
+        20,
+    )
+    tiny_config.model.embed_dim, tiny_config.model.text.dropout, tiny_config.batch_size, tiny_config.steps = (
+        32,
+        0.0,
+        64,
+        160,
+    )
+    tiny_config.eval.every = tiny_config.checkpoint.every = 160
+    return tiny_config
 
 
 def mismatched(config) -> dict[str, bool]:

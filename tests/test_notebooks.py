@@ -1,4 +1,4 @@
-"""The notebooks, executed on a small run as they are, and what they say against figures worked out here."""
+"""The notebooks, executed on a small run, and their results against values computed here."""
 
 import ast
 import base64
@@ -19,8 +19,8 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
 @pytest.fixture
-def execute(require, learnt, monkeypatch, request):
-    """Runs a notebook of the run `learnt`: what its cells print or end in, as texts, and its pictures."""
+def execute(require, learned_workdir, monkeypatch, request):
+    """Executes a notebook on the run `learned_workdir`; returns what its cells print or display."""
     nbformat, nbclient = require("nbformat"), require("nbclient")
     for needed in ("ipykernel", "matplotlib"):
         require(needed)
@@ -31,7 +31,7 @@ def execute(require, learnt, monkeypatch, request):
     def run(name: str) -> tuple[list[str], list[Image.Image]]:
         notebook = nbformat.read(FOLDER / name, as_version=4)
         (cell,) = (cell for cell in notebook.cells if cell.source == 'workdir = "../runs/demo"')
-        cell.source = f"workdir = {str(learnt)!r}"
+        cell.source = f"workdir = {str(learned_workdir)!r}"
         place = {"metadata": {"path": str(FOLDER)}}
         nbclient.NotebookClient(notebook, timeout=300, resources=place).execute()
         texts, shown = [], []
@@ -47,16 +47,16 @@ def execute(require, learnt, monkeypatch, request):
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebooks_are_kept_without_their_outputs(require, path):
+def test_notebooks_are_stored_without_outputs(require, path):
     notebook = require("nbformat").read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code and all(cell.outputs == [] and cell.execution_count is None for cell in code)
 
 
-def test_use_a_model(execute, learnt):
+def test_use_a_model_classifies_and_searches_as_the_predictor_does(execute, learned_workdir):
     texts, shown = execute("use_a_model.ipynb")
     drawn, others, found = map(ast.literal_eval, texts)
-    predictor = Predictor.restore(learnt)
+    predictor = Predictor.restore(learned_workdir)
     for (answer,) in (drawn, others):
         (expected,) = predictor.classify(shown[0], [name for name, _ in answer])
         assert [name for name, _ in answer] == [name for name, _ in expected] and len(answer) == 4
@@ -70,10 +70,10 @@ def test_use_a_model(execute, learnt):
     assert shown[1].width > 600 and len(shown[1].convert("RGB").getcolors(1 << 20)) > 100
 
 
-def test_soft_labels(execute, learnt):
+def test_soft_labels_equal_the_softmax_and_find_mismatched_pairs(execute, learned_workdir):
     texts, shown = execute("soft_labels.ipynb")
     printed = "".join(texts)
-    predictor = Predictor.restore(learnt)
+    predictor = Predictor.restore(learned_workdir)
     source = open_source("shapes", predictor.config.data, "train")
     records = [source[i] for i in range(512)]
     image_emb = predictor.encode_image([preprocess.record_image(record) for record in records])
@@ -87,7 +87,7 @@ def test_soft_labels(execute, learnt):
     assert counts.keys() == {10, 20, mismatched.sum()}
     for k, count in counts.items():
         assert abs(count - mismatched[np.argsort(own)[:k]].sum()) <= 1  # rounding may swap the last two
-    assert counts[20] > 2 * 20 * mismatched.mean()  # and chance is once
+    assert counts[20] > 2 * 20 * mismatched.mean()  # by chance: once
     assert len(shown) == 3
     for image in shown:
         assert image.width > 400 and len(image.convert("RGB").getcolors(1 << 20)) > 100

@@ -22,8 +22,8 @@ def run_command(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_the_command_classifies_draws_and_exports(tiny, finished, tmp_path, monkeypatch, capsys):
-    predictor, exported = Predictor.restore(finished), tmp_path / "exported"
+def test_the_command_classifies_draws_and_exports(tiny_config, finished_workdir, tmp_path, monkeypatch, capsys):
+    predictor, exported = Predictor.restore(finished_workdir), tmp_path / "exported"
     predictor.export(exported)
     paths = [tmp_path / "one.png", tmp_path / "two.png"]
     rng = np.random.default_rng(0)

@@ -26,7 +26,7 @@ def test_release_sets_what_the_scripts_set(get_config):
     assert c.steps == 10 * (2_911_810 // c.batch_size) == 56_870
     assert (c.objective.image_image_weight, c.objective.text_text_weight) == (1.0, 1.0)
     assert (c.objective.log_logit_scale, c.objective.teacher_temperature, c.objective.alpha) == (3.9, 0.01, 0.5)
-    assert (c.compute_dtype, c.data.flip, c.model.text.projection) == ("float32", False, False)
+    assert (c.compute_dtype, c.data.flip, c.model.text.projection) == ("float32", False, "none")
     assert round(c.eval.resize_factor * c.model.image.size) == 256
 
 

@@ -1,9 +1,10 @@
-"""What all commands share: the log on standard error, and user errors as messages without a traceback."""
+"""What all commands share: the log and progress on standard error, and user errors without a traceback."""
 
 import contextlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from zslflax.errors import UserError
 
 log = logging.getLogger("zslflax")
+
+LOG_SECONDS = 30.0  # between lines of progress, where standard error is not a terminal
 
 
 def start_logging() -> None:
@@ -63,3 +66,41 @@ def exit_on_error() -> Iterator[None]:
         if message:
             sys.exit(message)
         raise
+
+
+class Progress:
+    """Shows how much of a long task is done and how long the rest takes: a bar, or lines in the log.
+
+    Args:
+        task: what is done.
+        unit: of what is counted, in the plural.
+        total: the count at the end.
+    """
+
+    def __init__(self, task: str, unit: str, total: int):
+        self.task, self.unit, self.total, self.done = task, unit, total, 0
+        self.start = time.monotonic()
+        self.next_log_time = self.start + LOG_SECONDS
+        bar = dict(desc=task, unit=f" {unit}", delay=1, leave=False, dynamic_ncols=True)
+        self.bar = tqdm(total=total, disable=not sys.stderr.isatty(), **bar)
+
+    def update(self, count: int) -> None:
+        """Counts what was done since the last call."""
+        self.done += count
+        self.bar.update(count)
+        if self.done >= self.total:
+            self.bar.close()
+        now = time.monotonic()
+        if self.bar.disable and now >= self.next_log_time:
+            self.next_log_time = now + LOG_SECONDS
+            rate = self.done / (now - self.start)
+            minutes = max(0, self.total - self.done) / rate / 60
+            log.info(
+                "%s: %s of %s, %.0f %s/s, %.1f min left",
+                self.task,
+                f"{self.done:,}",
+                f"{self.total:,}",
+                rate,
+                self.unit,
+                minutes,
+            )

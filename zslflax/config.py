@@ -9,8 +9,6 @@ from ml_collections import ConfigDict
 
 from zslflax.errors import UserError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB values in [0, 1] (torchvision)
-
 
 def default_config() -> ConfigDict:
     """A config with every field at its default. It is locked: setting a field that does not exist is an error.
@@ -19,25 +17,26 @@ def default_config() -> ConfigDict:
     release" is the code published with arXiv 2112.09445, which has the paper's method (arXiv 2104.08945) as well.
     """
     c = ConfigDict()
-    c.name = "unnamed"  # of the run; the workdir is runs/<name> unless --workdir is given
-    c.seed = 0  # of the initial parameters, the order of samples, their augmentation, and dropout
+    c.name = "unnamed"  # name of the run; the workdir is runs/<name> unless --workdir is given
+    c.seed = 0  # seed of the initial parameters, the sample order, augmentation and dropout
     c.batch_size = 512  # pairs per step, over all devices and hosts
-    # Pairs that a device embeds at a time, a divisor of its share of the batch; 0: its whole share. Less memory for one
-    # more forward pass. The update stays that of the whole batch, except that batch normalisation uses the statistics
-    # of a micro-batch (GradCache, arXiv 2101.06983).
+    # Pairs that a device embeds at a time, a divisor of its share of the batch; 0: its whole share. Fewer pairs need
+    # less memory, but one more forward pass. The update stays that of the whole batch, except that batch normalisation
+    # uses the statistics of a micro-batch (GradCache, arXiv 2101.06983).
     c.micro_batch = 0
-    c.steps = 10_000  # length of the run; the data repeats, `steps` alone ends the run
-    c.compute_dtype = "bfloat16"  # of the towers: bfloat16 | float32; everything else is float32
+    c.steps = 10_000  # steps in the run; the data repeats, `steps` alone ends the run
+    c.compute_dtype = "bfloat16"  # dtype inside the towers: bfloat16 | float32; everything else is float32
     c.compilation_cache = "~/.cache/zslflax/xla"  # folder of compiled programs; "" for no cache
     c.log_every = 20  # steps between lines of metrics.jsonl
     c.profile_steps = ""  # "100:105" writes a profiler trace of steps 100 to 105 into the workdir; "" for no trace
-    # ((pattern, step), ...): parameters that stay fixed until a step, or always for -1. Patterns are regular
-    # expressions that are matched from the start of a parameter's path, such as "image/tower" or
-    # "text/tower/layer_[0-5]". A tower that is always frozen runs once per step, without gradient.
+    # ((pattern, step), ...): parameters that are frozen until a step, or for the whole run with -1. Patterns are
+    # regular expressions that are matched from the start of a parameter's path, such as "image/tower" or
+    # "text/tower/layer_[0-5]". A tower that is frozen for the whole run is computed once per step, without gradient.
     c.freeze = ()
     c.model = model_fields()
     c.objective = objective_fields()
     c.teacher = teacher_fields()
+    c.features = features_fields()
     c.optimizer = optimizer_fields()
     c.data = data_fields()
     c.eval = eval_fields()
@@ -51,37 +50,49 @@ def model_fields() -> ConfigDict:
     c = ConfigDict()
     c.embed_dim = 768  # d, width of the joint space (OTTER's release)
     c.image = ConfigDict()
-    c.image.name = "resnet50"  # resnet18|34|50|101|_nano, vit_ti16|_s16|_b16|_b32|_nano4
+    # Tower: resnet18|34|50|101|_nano, mobilenet_v2, efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4,
+    # dinov2_s14|_b14|_l14, dinov2_s14_reg|…
+    c.image.name = "resnet50"
+    # Output of a ViT: cls (the class token) | mean (of the patches) | cls_mean (both, dino.txt); "": the tower's own.
+    c.image.pool = ""
     # Weights in safetensors format: a folder, package:MODULE/FOLDER, or a Hugging Face Hub id; "" for random weights.
     c.image.pretrained = ""
     c.image.size = 224  # pixels, height and width
-    c.image.mean = IMAGENET_MEAN  # of each colour channel, as the pretrained weights expect
-    c.image.std = IMAGENET_STD
-    # Recompute the activations inside a block in the backward pass: less memory, a third more computation.
+    # Mean and standard deviation of each colour channel, of values in [0, 1]. (): as the files of the pretrained
+    # weights say, or else ImageNet's (EfficientNet-Lite: 0.5).
+    c.image.mean = ()
+    c.image.std = ()
+    c.image.allow_other_statistics = False  # whether mean and std may contradict the files of the pretrained weights
+    c.image.projection = "linear"  # layers after the tower: linear | mlp | none (needs a tower as wide as embed_dim)
+    # Whether the backward pass recomputes the activations inside a block: less memory, a third more computation.
     c.image.remat = False
     c.text = ConfigDict()
     c.text.pretrained = ""  # a BERT or RoBERTa, given like image.pretrained; its config.json has the sizes
     c.text.tokenizer = ""  # given like image.pretrained; "": the folder of text.pretrained
-    c.text.max_tokens = 60  # longer captions are truncated; special tokens count (OTTER's release)
+    c.text.max_tokens = 60  # tokens of a caption, with special tokens; longer ones are truncated (OTTER's release)
     # Tokens in a row that several training captions share, at least max_tokens; 0: each caption has its own row.
     c.text.pack_length = 0
-    c.text.dropout = 0.1  # probability, on hidden states (BERT, arXiv 1810.04805)
-    # A learnt linear layer after the tower; False: none, where the tower is as wide as embed_dim (OTTER's release).
-    c.text.projection = True
+    c.text.dropout = 0.1  # dropout probability of hidden states (BERT, arXiv 1810.04805)
+    # Output: mean (over the tokens) | cls (the first token); "": as 1_Pooling/config.json of the encoder says, or mean.
+    c.text.pool = ""
+    c.text.projection = "linear"  # as image.projection; OTTER's release: none
     c.text.remat = False  # as image.remat
-    # Captions whose features are kept in memory, where the text tower is always frozen; 0: features are not kept.
+    # Captions whose features are kept in memory, where the text tower is always frozen and features.folder is "";
+    # 0: features are not kept.
     c.text.cached_captions = 0
     # Sizes of a BERT with random weights; vocab_size must be at least the tokenizer's (BERT base, arXiv 1810.04805).
     c.text.scratch = ConfigDict({"layers": 12, "width": 768, "heads": 12, "vocab_size": 30_522})
+    # Width and dropout probability between the two layers of a projection "mlp".
+    c.projection = ConfigDict({"hidden": 2048, "dropout": 0.0})
     return c
 
 
 def objective_fields() -> ConfigDict:
     """`config.objective`: what the loss compares, see `zslflax.losses.contrastive`."""
     c = ConfigDict()
-    c.name = "self_distillation"  # info_nce | label_smoothing | self_distillation | otter | sigmoid
+    c.name = "self_distillation"  # loss: info_nce | label_smoothing | self_distillation | otter | sigmoid
     c.log_logit_scale = 3.9  # initial log of each learnt logit scale; kept in [log 1, log 100] (OTTER's release)
-    c.smoothing = 0.1  # ε of label_smoothing: the probability of all other pairs together
+    c.smoothing = 0.1  # ε of label_smoothing, the probability of all other pairs together
     c.alpha = 0.5  # α, weight of the hard term; the soft term has 1 − α (OTTER's release)
     c.soft_ramp_steps = 0  # steps in which the weight of the soft term grows linearly from 0 to 1 − α
     # τ of self_distillation's soft labels. OTTER's release has 0.01, for pretrained towers. A run from random weights
@@ -91,9 +102,9 @@ def objective_fields() -> ConfigDict:
     # (arXiv 2104.08945) uses image-text similarity alone; OTTER's release sets both to 1.
     c.image_image_weight = 0.0
     c.text_text_weight = 0.0
-    c.remove_diagonal = False  # no soft label on the pair itself; OTTER's release: True
+    c.remove_diagonal = False  # whether a pair's soft label on itself is 0; OTTER's release: True
     c.sinkhorn_regulariser = 0.15  # λ of otter, in units of similarity (OTTER's release)
-    c.sinkhorn_iterations = 5  # of otter (OTTER's release)
+    c.sinkhorn_iterations = 5  # Sinkhorn iterations of otter (OTTER's release)
     c.logit_bias = -10.0  # initial bias of sigmoid (SigLIP, arXiv 2303.15343)
     # Similarities that a device holds at a time. A larger matrix is computed in chunks of rows; 0: never in chunks.
     c.max_similarities = 2**22
@@ -103,27 +114,41 @@ def objective_fields() -> ConfigDict:
 def teacher_fields() -> ConfigDict:
     """`config.teacher`: the model that gives the soft labels."""
     c = ConfigDict()
-    c.kind = "ema"  # ema: the student's moving average | checkpoint: the model of another run | none
-    c.ema_decay = 0.999  # d of the average, min(d, (1 + k) / (10 + k)) at the k-th update (OTTER's release: 0.999)
+    c.kind = "ema"  # teacher: ema, the student's moving average | checkpoint, the model of another run | none
+    c.ema_decay = 0.999  # decay of the average: min(ema_decay, (1 + k) / (10 + k)) at the k-th update (OTTER's release)
     # Statistics of the EMA teacher's batch normalisation in the train step. batch: of the current batch (OTTER's
     # release) | ema: the average of the student's running statistics | student: the student's running statistics.
     c.batch_norm = "batch"
-    c.workdir = ""  # kind "checkpoint": the workdir of a finished run, whose newest checkpoint is the teacher
+    c.workdir = ""  # workdir of a finished run, for kind "checkpoint"; its newest checkpoint is the teacher
+    return c
+
+
+def features_fields() -> ConfigDict:
+    """`config.features`: outputs of towers that are always frozen, computed once and kept on disk."""
+    c = ConfigDict()
+    # Folder that runs share. Steps then read no images: an always frozen image tower sees one crop of each image, or
+    # `views` random ones. "": towers run in each step, on a new random crop of each image.
+    c.folder = ""
+    c.dtype = "float16"  # in which features are kept: float16 | bfloat16 | float32
+    # Inputs that are computed of each training image. 1: the crop of evaluation. More: random crops by
+    # data.crop_scale and data.flip, of which each visit draws one.
+    c.views = 1
+    c.seed = 0  # of the random crops; runs with other values of `seed` then share their features
     return c
 
 
 def optimizer_fields() -> ConfigDict:
     """`config.optimizer`: the update of the parameters, see `zslflax.training.optimizer`."""
     c = ConfigDict()
-    c.name = "sgd"  # sgd (OTTER's release) | adamw | lamb
-    c.learning_rate = 3e-3  # highest; a linear warm-up leads to it and a cosine from it to 0 (OTTER's release)
-    c.warmup_steps = 0  # steps of the warm-up
-    c.momentum = 0.9  # of sgd (OTTER's release)
-    c.b1, c.b2, c.eps = 0.9, 0.98, 1e-6  # of adamw and lamb (CLIP, arXiv 2103.00020, for its ViTs)
-    c.weight_decay = 0.0  # decoupled from the gradient for adamw and lamb, added to it for sgd
-    c.no_decay = (r".*/(bias|scale)$", "objective/")  # patterns, as in `freeze`, of parameters without weight decay
+    c.name = "sgd"  # update rule: sgd (OTTER's release) | adamw | lamb
+    c.learning_rate = 3e-3  # peak, after a linear warm-up from 0; a cosine leads from it to 0 (OTTER's release)
+    c.warmup_steps = 0  # steps in the warm-up
+    c.momentum = 0.9  # momentum of sgd (OTTER's release)
+    c.b1, c.b2, c.eps = 0.9, 0.98, 1e-6  # moments of adamw and lamb (CLIP's ViTs, arXiv 2103.00020)
+    c.weight_decay = 0.0  # weight decay: decoupled for adamw and lamb, added to the gradient for sgd
+    c.no_decay = (r".*/(bias|scale)$", "objective/")  # patterns of parameters without weight decay, as in `freeze`
     c.lr_multipliers = ()  # ((pattern, factor), ...): factors of the learning rate; the first match counts
-    c.clip_norm = 0.0  # highest norm of the whole gradient, which is scaled down to it; 0: no clipping
+    c.clip_norm = 0.0  # largest norm of the gradient, which is scaled down to it; 0: no clipping
     c.max_nonfinite_steps = 0  # non-finite steps to skip before the run stops
     return c
 
@@ -135,19 +160,25 @@ def data_fields() -> ConfigDict:
     c.train = ("shapes",)
     c.exclude = ""  # CSV file whose column `name` lists training samples to leave out, as zslflax.noise writes it
     c.weights = ()  # relative weight of each source in the mixture; (): the number of its samples
-    c.crop_scale = (0.2, 1.0)  # range of a random crop's share of the image's area
-    c.flip = True  # mirror half of the images left to right
-    # Threads that read and decode, in each worker process; 0: one more than cores. Remote shards need more.
+    c.crop_scale = (0.2, 1.0)  # smallest and largest share of the image's area in a random crop
+    c.flip = True  # whether half of the images are mirrored, left to right
+    # Worker processes that read and decode; -1: none, threads of the main process do; 0: automatic, by the cores that
+    # the process may use: none below 8, else all but an eighth, at most 64. Batches are the same for all values.
+    c.workers = 0
+    # Threads that read and decode, in each worker; 0: automatic, one in each worker, or one more than cores without
+    # workers. Remote shards may need more.
     c.threads = 0
-    c.workers = 0  # worker processes; 0: threads of the main process
+    c.captions_per_line = False  # whether each line of a shard's KEY.txt is a caption of its own
+    c.request_timeout = 60.0  # seconds until one request for a part of a remote shard must be complete
+    c.read_timeout = 300.0  # seconds after which a read of a remote shard that failed is not tried again
     c.max_bad_fraction = 0.05  # the run stops when more than this share of the samples read so far is unreadable
-    c.tfds_dir = ""  # data_dir of tfds; "": the default of tfds
+    c.tfds_dir = ""  # folder of TFDS datasets; "": the default of tfds
     c.shapes = ConfigDict()  # the built-in images of coloured shapes
     c.shapes.root = "~/.cache/zslflax"  # folder in which they are written once
-    c.shapes.train, c.shapes.test = 20_000, 2_000  # images
+    c.shapes.train, c.shapes.test = 20_000, 2_000  # images in each split
     c.shapes.size = 32  # pixels, height and width
-    c.shapes.noise = 0.0  # share of the training captions that are another image's
-    c.shapes.seed = 0
+    c.shapes.noise = 0.0  # share of the training captions that belong to another image
+    c.shapes.seed = 0  # seed of the images and captions
     return c
 
 
@@ -159,9 +190,9 @@ def eval_fields() -> ConfigDict:
     c.resize_factor = 1.15  # shorter side before the centre crop, in units of the image size (about 256 / 224)
     # Prompts with {} for the class name, or a file with one prompt a line. A class embedding is their average.
     c.templates = ("a photo of a {}.",)
-    c.bootstrap_resamples = 1_000  # for the 95% intervals of --mode=evaluate; 0: no intervals
-    c.best_metric = ""  # such as "eval/test/hit@1": the checkpoint that is best by it is kept too; "": only the newest
-    c.class_cache = "~/.cache/zslflax/classes"  # folder of class embeddings for --mode=evaluate, up to 1 GB; ""
+    c.bootstrap_resamples = 1_000  # resamples for the 95% intervals of --mode=evaluate; 0: no intervals
+    c.best_metric = ""  # metric whose best checkpoint is kept, such as "eval/test/hit@1"; "": only the newest are kept
+    c.class_cache = "~/.cache/zslflax/classes"  # folder of class embeddings, at most 1 GB; "" for no cache
     c.sets = ConfigDict({"test": eval_set()})  # test sets by name
     return c
 

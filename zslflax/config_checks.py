@@ -43,15 +43,26 @@ def check_choices(config: ConfigDict) -> None:
     one_of("objective.name", config.objective.name, OBJECTIVES)
     one_of("teacher.kind", config.teacher.kind, ("ema", "checkpoint", "none"))
     one_of("teacher.batch_norm", config.teacher.batch_norm, ("batch", "ema", "student"))
+    one_of("features.dtype", config.features.dtype, ("float16", "bfloat16", "float32"))
     one_of("optimizer.name", config.optimizer.name, ("sgd", "adamw", "lamb"))
     one_of("compute_dtype", config.compute_dtype, ("bfloat16", "float32"))
 
 
 def check_ranges(config: ConfigDict) -> None:
     """Numbers of steps and samples, and of what the optimiser tolerates."""
-    for field in ("steps", "batch_size", "log_every", "eval.every", "eval.batch_size", "checkpoint.every"):
+    for field in (
+        "steps",
+        "batch_size",
+        "log_every",
+        "eval.every",
+        "eval.batch_size",
+        "checkpoint.every",
+        "features.views",
+    ):
         value = get_field(config, field)
         expect(value > 0, f"{field} is {value}, expected a positive number")
+    views = config.features.views
+    expect(views > 0, f"features.views is {views}, expected 1 (the crop of evaluation) or more random crops")
     for field in ("micro_batch", "optimizer.max_nonfinite_steps"):
         value = get_field(config, field)
         expect(value >= 0, f"{field} is {value}, expected 0 or a positive number")
@@ -110,6 +121,13 @@ def check_data(config: ConfigDict) -> None:
     expect(len(data.crop_scale) == 2, f"data.crop_scale is {data.crop_scale}, expected two shares of the area")
     low, high = data.crop_scale
     expect(0 < low <= high <= 1, f"data.crop_scale is {(low, high)}, expected 0 < smallest ≤ largest ≤ 1, of the area")
+    expect(data.workers >= -1, f"data.workers is {data.workers}, expected a number, 0 (automatic) or -1 (none)")
+    expect(data.threads >= 0, f"data.threads is {data.threads}, expected a number or 0 (automatic)")
+    expect(
+        data.request_timeout > 0 and data.read_timeout > 0,
+        f"data.request_timeout is {data.request_timeout} and data.read_timeout {data.read_timeout}, expected seconds "
+        "above 0",
+    )
     expect(
         0 <= data.max_bad_fraction <= 1,
         f"data.max_bad_fraction is {data.max_bad_fraction}, expected a share, from 0 to 1",

@@ -95,7 +95,7 @@ def from_dict(values: dict[str, Any], source: str) -> ConfigDict:
 
 def check_field_names(config: ConfigDict, values: dict[str, Any], source: str) -> None:
     """Raises a UserError where `values` have fields that do not exist, with the names that they have now."""
-    known, found = set(field_names(config)), list(field_names(values))
+    known, found = set(field_names(config)), sorted(field_names(values))
     unknown = [name for name in found if name not in known]
     if not unknown:
         return

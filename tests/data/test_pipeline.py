@@ -107,8 +107,18 @@ def test_batches_do_not_depend_on_the_number_of_threads(threads):
     assert_same(train(SOURCES, 7, threads=threads), train(SOURCES, 7, threads=2))
 
 
-def test_batches_do_not_depend_on_the_number_of_workers():
-    assert_same(train(SOURCES, 5, workers=2, start_step=3), train(SOURCES, 8)[3:])
+@pytest.mark.parametrize(("workers", "threads"), [(1, 1), (2, 3), (5, 1)])
+def test_batches_do_not_depend_on_the_number_of_workers(workers, threads, monkeypatch):
+    monkeypatch.setattr(pipeline, "CHUNK", 3)  # several chunks in a batch, and more than the workers hold
+    assert_same(train(SOURCES, 5, workers=workers, threads=threads, start_step=3), train(SOURCES, 8)[3:])
+
+
+@pytest.mark.parametrize(("cores", "chosen"), [(2, "3 threads, no worker"), (16, "14 worker processes with 1 thread")])
+def test_the_automatic_choice_follows_the_cores_and_is_logged(cores, chosen, monkeypatch, caplog):
+    monkeypatch.setattr(pipeline, "available_cores", lambda: cores)
+    caplog.set_level("INFO", "zslflax")
+    pipeline.train_batches([Memory(8)], (), Numbers(), batch_size=8, image_size=SIZE, seed=0)
+    assert chosen in caplog.text
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
@@ -122,7 +132,7 @@ def test_batches_do_not_depend_on_the_chunk_size(monkeypatch, chunk):
 def test_hosts_load_contiguous_rows_of_the_same_batches(hosts):
     whole = train(SOURCES, 6)
     parts = [train(SOURCES, 6, process_index=h, process_count=hosts) for h in range(hosts)]
-    assert_same([pipeline.concatenate(rows) for rows in zip(*parts, strict=True)], whole)
+    assert_same([pipeline.assemble(rows, 8) for rows in zip(*parts, strict=True)], whole)
 
 
 @pytest.mark.parametrize("step", [1, 4, 9])

@@ -48,7 +48,7 @@ def test_intervals_equal_scipys():
         assert np.std(draws[name]) == pytest.approx(expected.standard_error, rel=0.05)
 
 
-def test_all_figures_of_a_resample_have_the_same_images():
+def test_all_metrics_of_a_resample_have_the_same_images():
     values = np.random.default_rng(0).random(30)
     _, draws = bootstrap({"a": (values, np.ones(30)), "b": (1 - values, np.ones(30))}, 50)
     np.testing.assert_allclose(draws["a"] + draws["b"], 1, rtol=1e-12)
@@ -63,7 +63,7 @@ def test_resamples_depend_on_the_seed_and_not_on_the_chunk_size(monkeypatch):
     np.testing.assert_allclose(bootstrap({"a": (values, np.ones(30))}, 50)[1]["a"], runs[0], rtol=1e-12)
 
 
-def test_figures_with_images_missing_or_no_resamples():
+def test_metrics_of_few_images_or_without_resamples():
     nan = float("nan")
     means, draws = bootstrap({"all": ([1.0, 1.0], [1, 1]), "one": ([nan, 0.5], [0, 1])}, 200)
     assert means == {"all": 1.0, "one": 0.5}

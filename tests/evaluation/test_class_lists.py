@@ -70,6 +70,17 @@ def test_malformed_files_of_classes_are_refused(tmp_path, name, data, message):
         read_classes(write(tmp_path / name, data))
 
 
+def test_a_synset_mapping_has_ids_and_names_and_json_is_refused(tmp_path):
+    path = tmp_path / "LOC_synset_mapping.txt"
+    path.write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n")
+    names = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish"}
+    assert read_classes(str(path)) == (["n01440764", "n01443537"], names)
+    for text in ('["n01440764"]', '{"0": ["n01440764", "tench"]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="mapping.txt is JSON; expected lines with the ids"):
+            read_classes(str(path))
+
+
 def test_a_missing_file_of_classes_is_named(tmp_path):
     with pytest.raises(ValueError, match="there is no file 'none.txt' of classes"):
         read_classes(write(tmp_path / "ids.txt", b"n1\n") + ",none.txt")

@@ -117,7 +117,7 @@ def test_hierarchical_precision_is_also_reported_for_seen_and_unseen_classes():
     assert found["hierarchical@1"] == pytest.approx(found["hit@1"]) and "hierarchical@20" not in found
 
 
-def test_every_figure_has_an_interval():
+def test_every_metric_has_an_interval():
     image_emb, class_emb, labels, unseen = random_case(5, n=300)
     plain = flat_names(zero_shot_metrics(image_emb, class_emb, labels, unseen, (1, 2)))
     found = flat_names(zero_shot_metrics(image_emb, class_emb, labels, unseen, (1, 2), resamples=3000))

@@ -21,15 +21,15 @@ NAMES = ["dog", "house cat", "car"]
 
 
 @pytest.fixture
-def predictors(tiny):
+def predictors(tiny_config):
     """Two untrained models."""
     made = {}
     for seed, model_name in enumerate(("", "student")):
-        tiny.seed = seed
-        model, tokenizer = build_model(tiny)
-        state, _ = create_state(tiny, model, pretrained=False)
+        tiny_config.seed = seed
+        model, tokenizer = build_model(tiny_config)
+        state, _ = create_state(tiny_config, model, pretrained=False)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        made[model_name] = Predictor(tiny, model, variables, tokenizer, step=7)
+        made[model_name] = Predictor(tiny_config, model, variables, tokenizer, step=7)
     return made
 
 
@@ -48,15 +48,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_hits_and_intervals_of_a_folder_with_a_subfolder_per_class(tiny, predictors, folder):
-    with tiny.unlocked():
-        tiny.eval.sets = {
+def test_hits_and_intervals_of_a_folder_with_a_subfolder_per_class(tiny_config, predictors, folder):
+    with tiny_config.unlocked():
+        tiny_config.eval.sets = {
             "pets": config.eval_set(data=f"folder:{folder / 'images'}", classes=str(folder / "words.txt"))
         }
-    tiny.eval.templates = ("a photo of a {}.", "{}")
-    metrics = flat_names(zero_shot.evaluate(predictors, open_test_sets(tiny), tiny, folder, resamples=50))
+    tiny_config.eval.templates = ("a photo of a {}.", "{}")
+    metrics = flat_names(zero_shot.evaluate(predictors, open_test_sets(tiny_config), tiny_config, folder, resamples=50))
     for who, predictor in (("", predictors[""]), ("student/", predictors["student"])):
-        prompts = [[template.replace("{}", name) for template in tiny.eval.templates] for name in NAMES]
+        prompts = [[template.replace("{}", name) for template in tiny_config.eval.templates] for name in NAMES]
         classes = np.stack([np.mean([predictor.encode_text(p)[0] for p in of_name], axis=0) for of_name in prompts])
         classes /= np.linalg.norm(classes, axis=1, keepdims=True)
         hits = {1: [], 2: []}
@@ -75,11 +75,11 @@ def test_hits_and_intervals_of_a_folder_with_a_subfolder_per_class(tiny, predict
         assert picture.width > 600
 
 
-def test_retrieval_of_images_and_captions(tiny, predictors, tmp_path):
-    tiny.eval.sets.test.data = "shapes"
-    (test,) = open_test_sets(tiny)
+def test_retrieval_of_images_and_captions(tiny_config, predictors, tmp_path):
+    tiny_config.eval.sets.test.data = "shapes"
+    (test,) = open_test_sets(tiny_config)
     predictor = predictors[""]
-    metrics = flat_names(zero_shot.evaluate({"": predictor}, [test], tiny, workdir=tmp_path))
+    metrics = flat_names(zero_shot.evaluate({"": predictor}, [test], tiny_config, workdir=tmp_path))
     images = np.concatenate([predictor.encode_image(decode(test.source[i]["image"])) for i in range(24)])
     texts = predictor.encode_text([test.source[i]["text"][0] for i in range(24)])
     places = [int(np.sum(row > row[i])) for i, row in enumerate(images @ texts.T)]
@@ -89,9 +89,9 @@ def test_retrieval_of_images_and_captions(tiny, predictors, tmp_path):
         )
 
 
-def test_blank_captions_are_ignored(tiny, predictors, tmp_path):
-    tiny.eval.sets.test.data = "shapes"
-    (test,) = open_test_sets(tiny)
+def test_blank_captions_are_ignored(tiny_config, predictors, tmp_path):
+    tiny_config.eval.sets.test.data = "shapes"
+    (test,) = open_test_sets(tiny_config)
 
     class WithBlanks:
         classes, negatives, excluded = None, None, {}
@@ -107,17 +107,19 @@ def test_blank_captions_are_ignored(tiny, predictors, tmp_path):
             return record | {"text": (*record["text"], " ")}
 
     predictor = {"": predictors[""]}
-    expected = zero_shot.evaluate(predictor, [test], tiny, tmp_path)
+    expected = zero_shot.evaluate(predictor, [test], tiny_config, tmp_path)
     assert (
-        zero_shot.evaluate(predictor, [dataclasses.replace(test, source=WithBlanks(test.source))], tiny, tmp_path)
+        zero_shot.evaluate(
+            predictor, [dataclasses.replace(test, source=WithBlanks(test.source))], tiny_config, tmp_path
+        )
         == expected
     )
 
 
-def test_a_label_beyond_the_class_names_is_refused(tiny, predictors, tmp_path):
-    tiny.eval.sets.test.data = "shapes"
-    (test,) = open_test_sets(tiny)
-    tiny.eval.sets.test.data = test.source.paths[0]
-    tiny.eval.sets.test.class_names = "cat,dog,car"
+def test_a_label_beyond_the_class_names_is_refused(tiny_config, predictors, tmp_path):
+    tiny_config.eval.sets.test.data = "shapes"
+    (test,) = open_test_sets(tiny_config)
+    tiny_config.eval.sets.test.data = test.source.paths[0]
+    tiny_config.eval.sets.test.class_names = "cat,dog,car"
     with pytest.raises(ValueError, match=r"has the label \d+, but there are 3 names"):
-        zero_shot.evaluate(predictors, open_test_sets(tiny), tiny, tmp_path)
+        zero_shot.evaluate(predictors, open_test_sets(tiny_config), tiny_config, tmp_path)

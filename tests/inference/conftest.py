@@ -13,9 +13,9 @@ def export_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def predictor(tiny, finished):
+def predictor(tiny_config, finished_workdir):
     """The predictor of a finished run."""
-    return Predictor.restore(finished)
+    return Predictor.restore(finished_workdir)
 
 
 @pytest.fixture

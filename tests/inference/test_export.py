@@ -33,11 +33,11 @@ def test_an_exported_model_computes_exactly_the_same(predictor, exported, images
     assert files == {"README.md", "config.json", "model.safetensors"} | tokenizer
 
 
-def test_an_export_has_no_paths_of_the_machine_that_trained_it(finished, exported, scenes_root):
-    assert str(scenes_root) in (finished / "config.json").read_text()
+def test_an_export_has_no_paths_of_the_machine_that_trained_it(finished_workdir, exported, shapes_root):
+    assert str(shapes_root) in (finished_workdir / "config.json").read_text()
     for path in exported.rglob("*.*"):
-        assert str(scenes_root) not in path.read_text(errors="replace")
-        assert str(finished) not in path.read_text(errors="replace")
+        assert str(shapes_root) not in path.read_text(errors="replace")
+        assert str(finished_workdir) not in path.read_text(errors="replace")
 
 
 def test_an_export_can_be_exported_and_moved(predictor, exported, tmp_path):
@@ -49,21 +49,29 @@ def test_an_export_can_be_exported_and_moved(predictor, exported, tmp_path):
         again.export(tmp_path / "third")
 
 
-def test_the_sizes_of_a_pretrained_encoder_are_exported(tiny, tmp_path):
+def test_the_sizes_of_a_pretrained_encoder_are_exported(tiny_config, tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     sizes |= {"vocab_size": 30_522, "max_position_embeddings": 12, "type_vocab_size": 2, "model_type": "bert"}
-    (tmp_path / "encoder").mkdir()
+    for folder in ("encoder", "tower"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "encoder" / "config.json").write_text(json.dumps(sizes))
-    tiny.model.text.pretrained = str(tmp_path / "encoder")
-    tiny.model.image.pretrained = str(tmp_path / "tower")
-    model, tokenizer = build_model(tiny)
+    (tmp_path / "encoder" / "1_Pooling").mkdir()
+    (tmp_path / "encoder" / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(statistics))
+    tiny_config.model.text.pretrained = str(tmp_path / "encoder")
+    tiny_config.model.image.pretrained = str(tmp_path / "tower")
+    model, tokenizer = build_model(tiny_config)
     image, text = np.zeros((1, 16, 16, 3), np.uint8), np.zeros((1, 12), np.int32)
     variables = jax.jit(model.init)(jax.random.key(0), image, text, text == 0)
-    predictor = Predictor(tiny, model, variables, tokenizer)
+    predictor = Predictor(tiny_config, model, variables, tokenizer)
     predictor.export(tmp_path / "exported")
     assert str(tmp_path) not in (tmp_path / "exported" / "config.json").read_text()
     shutil.rmtree(tmp_path / "encoder")
+    shutil.rmtree(tmp_path / "tower")
     again = Predictor.restore(tmp_path / "exported")
+    assert (again.model.mean, again.model.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert again.model.text.tower.config.pool == "cls"
     assert (16, 24) in {x.shape for x in jax.tree.leaves(again.variables["params"]["text"]["tower"])}
     np.testing.assert_array_equal(again.encode_text(CLASS_NAMES), predictor.encode_text(CLASS_NAMES))
 
@@ -81,8 +89,8 @@ def test_an_exported_folder_loads_without_orbax_torch_or_tensorflow(exported):
 
 
 @pytest.mark.parametrize("kind", ["run", "exported"])
-def test_a_changed_or_unidentified_tokenizer_is_refused(finished, exported, tmp_path, kind):
-    folder = shutil.copytree({"run": finished, "exported": exported}[kind], tmp_path / "copy")
+def test_a_changed_or_unidentified_tokenizer_is_refused(finished_workdir, exported, tmp_path, kind):
+    folder = shutil.copytree({"run": finished_workdir, "exported": exported}[kind], tmp_path / "copy")
     path = folder / "text_encoder" / "tokenizer.json"
     rules = json.loads(path.read_text())
     vocabulary = rules["model"]["vocab"]
@@ -95,11 +103,11 @@ def test_a_changed_or_unidentified_tokenizer_is_refused(finished, exported, tmp_
         Predictor.restore(folder)
 
 
-def test_folders_without_a_model_missing_steps_and_damaged_files_are_refused(exported, finished, tmp_path):
+def test_folders_without_a_model_missing_steps_and_damaged_files_are_refused(exported, finished_workdir, tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json: expected the --workdir of a training run, or an exp"):
         Predictor.restore(tmp_path)
     with pytest.raises(FileNotFoundError, match="no complete checkpoint of step 2; found steps 3, 6"):
-        Predictor.restore(finished, step=2)
+        Predictor.restore(finished_workdir, step=2)
     for wrong in ({"step": 4}, {"use": "student"}):
         with pytest.raises(ValueError, match="no steps and no student"):
             Predictor.restore(exported, **wrong)

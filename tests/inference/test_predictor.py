@@ -144,7 +144,9 @@ def test_blank_names_templates_without_a_place_and_k_of_0_are_refused(predictor,
         predictor.classify(images, CLASS_NAMES, top_k=0)
 
 
-def test_class_embeddings_are_computed_once_for_a_run_and_its_export(workdir, exported, tmp_path, monkeypatch, caplog):
+def test_class_embeddings_are_computed_once_for_a_run_and_its_export(
+    trained_workdir, exported, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr(class_cache, "MIN_PROMPTS", len(CLASS_NAMES))
     folder, computed = tmp_path / "classes", []
 
@@ -155,38 +157,42 @@ def test_class_embeddings_are_computed_once_for_a_run_and_its_export(workdir, ex
         computed.append(used)
         return predictor
 
-    first = restore(workdir).class_embeddings(CLASS_NAMES)
+    first = restore(trained_workdir).class_embeddings(CLASS_NAMES)
     assert len(computed[0]) == 3 and len(list(folder.iterdir())) == 1
-    for source in (workdir, exported):
+    for source in (trained_workdir, exported):
         np.testing.assert_array_equal(restore(source).class_embeddings(tuple(CLASS_NAMES)), first)
         assert computed[-1] == []
-    student = restore(workdir, use="student")
+    student = restore(trained_workdir, use="student")
     assert np.abs(student.class_embeddings(CLASS_NAMES) - first).max() > 1e-4
-    earlier = restore(workdir, step=3)
+    earlier = restore(trained_workdir, step=3)
     assert np.abs(earlier.class_embeddings(CLASS_NAMES) - first).max() > 1e-4
-    restore(workdir).class_embeddings(CLASS_NAMES, ["the {}"])
+    restore(trained_workdir).class_embeddings(CLASS_NAMES, ["the {}"])
     assert list(map(len, computed)) == [3, 0, 0, 3, 3, 3]
     assert len(list(folder.iterdir())) == 4
 
-    (path,) = (path for path in folder.iterdir() if path == restore(workdir).class_cache.path(CLASS_NAMES, TEMPLATES))
+    (path,) = (
+        path for path in folder.iterdir() if path == restore(trained_workdir).class_cache.path(CLASS_NAMES, TEMPLATES)
+    )
     path.write_bytes(path.read_bytes()[:-100])
-    np.testing.assert_array_equal(restore(workdir).class_embeddings(CLASS_NAMES), first)
+    np.testing.assert_array_equal(restore(trained_workdir).class_embeddings(CLASS_NAMES), first)
     assert len(computed[-1]) == 3 and f"{path} cannot be used" in caplog.text
     restore(exported).class_embeddings(CLASS_NAMES)
     assert computed[-1] == []
 
 
-def test_class_embeddings_of_a_model_in_training_are_not_cached(tiny, workdir, tmp_path, monkeypatch):
+def test_class_embeddings_of_a_model_in_training_are_not_cached(tiny_config, trained_workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(class_cache, "MIN_PROMPTS", len(CLASS_NAMES))
-    predictor = Predictor.restore(workdir, cache=str(tmp_path / "classes"))
+    predictor = Predictor.restore(trained_workdir, cache=str(tmp_path / "classes"))
     predictor.with_variables(predictor.variables, 5).class_embeddings(CLASS_NAMES)
     assert not (tmp_path / "classes").exists()
 
 
-def test_the_identity_of_a_text_encoder_covers_weights_sizes_precision_and_tokenizer(tiny, workdir, exported):
-    one, same = (Predictor.restore(source).text_encoder_identity() for source in (workdir, exported))
+def test_the_identity_of_a_text_encoder_covers_weights_sizes_precision_and_tokenizer(
+    tiny_config, trained_workdir, exported
+):
+    one, same = (Predictor.restore(source).text_encoder_identity() for source in (trained_workdir, exported))
     assert one == same and json.loads(json.dumps(one)) == one
-    predictor = Predictor.restore(workdir)
+    predictor = Predictor.restore(trained_workdir)
     params = jax.tree.map(np.array, predictor.variables["params"])
     params["text"]["projection"]["bias"] = np.nextafter(params["text"]["projection"]["bias"], 1)
     text = {"model.text.max_tokens": 10, "model.text.scratch.heads": 1, "compute_dtype": "bfloat16"}

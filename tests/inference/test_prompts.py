@@ -1,5 +1,7 @@
 """Class names and prompt templates, from files and from the command line."""
 
+import json
+
 import pytest
 
 from zslflax.config import default_config
@@ -57,3 +59,48 @@ def test_resolve_templates_replaces_a_file_by_its_templates(tmp_path):
     assert config.eval.templates == ("a photo of a {}.", "{}")
     resolve_templates(config)
     assert config.eval.templates == ("a photo of a {}.", "{}")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["cat", "golden retriever"],
+        {"0": "cat", "1": "golden retriever"},
+        {"0": ["n02121808", "cat"], "1": ["n02099601", "golden retriever"]},
+        {"golden retriever": 1, "cat": 0},
+    ],
+)
+def test_class_names_may_be_json(tmp_path, value):
+    (tmp_path / "names.json").write_text(json.dumps(value, indent=1))
+    assert read_class_names(str(tmp_path / "names.json")) == ["cat", "golden retriever"]
+    assert read_class_names(json.dumps(value)) == ["cat", "golden retriever"]
+
+
+@pytest.mark.parametrize("value", [{"0": "cat", "2": "dog"}, [1, 2], [], {"a": {"b": 1}}, ["cat", ""], {"cat": True}])
+def test_json_of_another_form_is_refused(tmp_path, value):
+    (tmp_path / "names.json").write_text(json.dumps(value))
+    with pytest.raises(ValueError, match="names.json is JSON, expected a list of names"):
+        read_class_names(str(tmp_path / "names.json"))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["n01440764 tench, Tinca tinca", "n01443537 goldfish, Carassius auratus"],
+        ["n01440764\ttench", "n01443537\tgoldfish"],
+        ["/m/01,Cat", "/m/0bt9lr,Dog"],
+        ["id,name", "7,cat", "9,dog"],
+        ["0,cat", "1,dog"],
+        ["1: cat", "2: dog"],
+    ],
+)
+def test_ids_beside_class_names_are_refused(tmp_path, lines):
+    (tmp_path / "names.txt").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="names.txt has lines such as .*, with an id beside the name, expected names"):
+        read_class_names(str(tmp_path / "names.txt"))
+
+
+def test_names_with_commas_and_numbers_in_a_file_are_names(tmp_path):
+    names = ["tench, Tinca tinca", "747 aircraft", "7 up", "[unused]", "id card"]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    assert read_class_names(str(tmp_path / "names.txt")) == names

@@ -105,10 +105,10 @@ def run(home, endpoint: str, **variables) -> list[str]:
     return subprocess.check_output([sys.executable, "-c", PROGRAM], env=environment, text=True).splitlines()
 
 
-def test_models_are_downloaded_by_id_and_then_found_without_network(tiny, tmp_path):
-    model, tokenizer = build_model(tiny)
+def test_models_are_downloaded_by_id_and_then_found_without_network(tiny_config, tmp_path):
+    model, tokenizer = build_model(tiny_config)
     image, text = np.zeros((1, 16, 16, 3), np.uint8), np.zeros((1, 12), np.int32)
-    predictor = Predictor(tiny, model, jax.jit(model.init)(jax.random.key(0), image, text, text == 0), tokenizer)
+    predictor = Predictor(tiny_config, model, jax.jit(model.init)(jax.random.key(0), image, text, text == 0), tokenizer)
     predictor.export(tmp_path / "hub" / "some-org" / "shapes")
     encoder = shutil.copytree(
         tmp_path / "hub" / "some-org" / "shapes" / "text_encoder", tmp_path / "hub" / "some-org" / "encoder"

@@ -2,6 +2,7 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from zslflax.models.import_weights.layouts import HF_RESNET, TORCHVISION_RESNET
 from zslflax.models.import_weights.load import load_image_tower, load_variables
-from zslflax.models.resnet import RESNETS, ResNet
+from zslflax.models.resnet import KAIMING, RESNETS, ResNet, StemConv
 
 PARAMETERS = {  # of torchvision's models without their classifier of 1,000 classes
     "resnet18": 11_689_512 - 513_000,
@@ -54,6 +55,28 @@ def random_images(b, size, seed=0):
 def assert_agree(ours, original):
     assert original.std() > 0.05, "the output of the original is nearly constant: the comparison would mean nothing"
     np.testing.assert_allclose(ours, original, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 46), (7, 31)])
+def test_the_stem_on_pixels_as_channels_is_the_convolution_of_flax(height, width):
+    """With the same parameters, forward and backward; odd sides show how each side is padded."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, height, width, 3)), jnp.float32)
+    plain = nn.Conv(16, (7, 7), (2, 2), ((3, 3), (3, 3)), use_bias=False, kernel_init=KAIMING)
+    variables = plain.init(jax.random.key(0), x)
+    weights = np.random.default_rng(1).normal(size=plain.apply(variables, x).shape)
+
+    def value_and_gradients(module):
+        return jax.jit(jax.grad(lambda v, x: jnp.sum(weights * module.apply(v, x)), argnums=(0, 1)))(variables, x)
+
+    for pixels_as_channels in (False, True):
+        stem = StemConv(16, jnp.float32, pixels_as_channels)
+        jax.tree.map(np.testing.assert_array_equal, stem.init(jax.random.key(0), x), variables)
+        output = jax.jit(stem.apply)(variables, x)
+        np.testing.assert_allclose(output, plain.apply(variables, x), rtol=0, atol=3e-6)
+        for ours, theirs in zip(
+            jax.tree.leaves(value_and_gradients(stem)), jax.tree.leaves(value_and_gradients(plain))
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max() * 10)
 
 
 @pytest.mark.parametrize("bottleneck", [True, False])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from zslflax.config import default_config
+from zslflax.models import two_tower
 from zslflax.models.bert import Bert, BertConfig
 from zslflax.models.build import build_two_tower
 from zslflax.models.resnet import ResNet
@@ -104,6 +105,40 @@ def test_without_train_an_embedding_does_not_depend_on_the_batch():
     assert np.abs(together[:1] - jax.jit(train)(image[:1])[0]).max() > 1e-3
     before = variables["batch_stats"]["image"]["tower"]["bn1"]["mean"]
     assert np.abs(updated["batch_stats"]["image"]["tower"]["bn1"]["mean"] - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["resnet_nano", "vit_nano4"])
+def test_images_in_chunks_have_the_embeddings_of_the_whole_batch(monkeypatch, name):
+    config = model_config()
+    config.image.name = name
+    model = build_two_tower(config)
+    image, text, mask = inputs(b=7, size=16)
+    variables = jax.jit(model.init)(jax.random.key(0), image, text, mask)
+    encode = lambda: jax.jit(lambda x: model.apply(variables, x, method="encode_image"))
+    whole = encode()(image)
+    assert not list(scans(jax.make_jaxpr(encode())(image).jaxpr))
+    monkeypatch.setattr(two_tower, "CHUNK_PIXELS", 3 * 16**2 + 1)
+    assert [eqn.params["length"] for eqn in scans(jax.make_jaxpr(encode())(image).jaxpr)] == [2]  # and 1 is left over
+    np.testing.assert_allclose(encode()(image), whole, rtol=0, atol=1e-6)
+
+
+def scans(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn
+        for inner in jax.core.jaxprs_in_params(eqn.params):
+            yield from scans(inner)
+
+
+def test_gradients_through_chunks_are_those_of_the_whole_batch(built, monkeypatch):
+    model, variables = built
+    image = inputs(b=7)[0]
+    loss = lambda v: jnp.sum(jnp.sin(model.apply(v, image, method="encode_image")))
+    whole = jax.jit(jax.grad(loss))(variables)
+    monkeypatch.setattr(two_tower, "CHUNK_PIXELS", 3 * 8**2)
+    chunked = jax.jit(jax.grad(lambda v: loss(v)))(variables)
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(np.abs(b).max(), 1e-2))
+    jax.tree.map(near, chunked, whole)
 
 
 def test_the_model_runs_without_implicit_type_promotion(built, strict_types):

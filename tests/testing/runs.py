@@ -12,13 +12,14 @@ import pytest
 from zslflax import checkpoint
 from zslflax.data import pipeline
 from zslflax.training.metrics import MEASURED
+from zslflax.training.stopwatch import Stopwatch
 from zslflax.training.train_state import TrainState
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what measures time."""
+def read_metrics(workdir: Path, measured: bool = False) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without the metrics that measure time unless `measured`."""
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith(MEASURED)} for line in found]
+    return [{k: v for k, v in line.items() if measured or not k.endswith(MEASURED)} for line in found]
 
 
 def read_state(workdir: Path, step: int) -> dict[str, Any]:
@@ -42,13 +43,23 @@ def assert_same_run(expected: Path, workdir: Path) -> None:
 
 
 def act_at_batch(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Any]) -> None:
-    """Calls `action` when the batch of a step is made. That is during the step before, because of prefetching."""
-    train_batches = pipeline.train_batches
+    """Calls `action` when the loop asks for the batch before that of a step. The step before is then still to be taken.
 
-    def acting(*args, start_step=0, **kwargs):
-        for i, batch in enumerate(train_batches(*args, start_step=start_step, **kwargs), start=start_step + 1):
-            if i == step:
-                action()
-            yield batch
+    An exception of the action comes out of the loop as one of the pipeline.
+    """
+    train_batches, next_batch, taken = pipeline.train_batches, Stopwatch.next, 0
 
-    monkeypatch.setattr(pipeline, "train_batches", acting)
+    def starting(*args, start_step=0, **kwargs):
+        nonlocal taken
+        taken = start_step
+        return train_batches(*args, start_step=start_step, **kwargs)
+
+    def acting(self, *args):
+        nonlocal taken
+        taken += 1
+        if taken == max(step - 1, 1):
+            action()
+        return next_batch(self, *args)
+
+    monkeypatch.setattr(pipeline, "train_batches", starting)
+    monkeypatch.setattr(Stopwatch, "next", acting)

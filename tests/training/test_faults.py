@@ -1,7 +1,8 @@
-"""Whole runs that meet a signal, a full disk, damage or a second run, against one that met nothing."""
+"""Whole runs that meet a signal, a full disk, damage or a second run, compared with an undisturbed run."""
 
 import contextlib
 import fcntl
+import json
 import os
 import resource
 import signal
@@ -10,65 +11,46 @@ import jax
 import numpy as np
 import pytest
 
-from tests.test_checkpoint import reads_damage, unfinished_reads  # noqa: F401, the second is its fixture
-from tests.training.test_loop import assert_same_bits, lines, saved
-from zslflax.data import pipeline
+from tests.testing.checkpoints import flip_arrays, reads_damage
+from tests.testing.runs import act_at_batch, assert_same_bits, assert_same_run, read_metrics, read_state
+from zslflax import checkpoint
 from zslflax.data.sources import shapes
+from zslflax.errors import MissingFileError, NonFiniteError, StorageError, UserError
 from zslflax.evaluation import zero_shot
 from zslflax.inference.predictor import Predictor
-from zslflax.training import checkpoint, input, loop
-
-
-def at_batch(monkeypatch, number, action):
-    """`action` happens as the batch of a step is made: during the step before, for two are on their way."""
-    batches = pipeline.train_batches
-
-    def acting(*args, start_step=0, **kwargs):
-        for i, batch in enumerate(batches(*args, start_step=start_step, **kwargs), start=start_step + 1):
-            if i == number:
-                action()
-            yield batch
-
-    monkeypatch.setattr(pairs, "train_batches", acting)
-
-
-def assert_same_run(whole, workdir):
-    assert lines(whole) == lines(workdir)
-    steps = [checkpoint.available(folder) for folder in (whole, workdir)]
-    assert steps[0][-1] == steps[1][-1]
-    for step in set(steps[0]) & set(steps[1]):  # where it was stopped, one more was saved, and an older one went
-        assert_same_bits(saved(whole, step), saved(workdir, step))
+from zslflax.training import input, loop, setup, workdir
 
 
 @pytest.fixture
-def whole(workdir):
-    """A run that met nothing."""
-    return workdir
+def undisturbed(trained_workdir):
+    """The workdir of an undisturbed run of `tiny_config`."""
+    return trained_workdir
 
 
-def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_bits(tiny, whole, tmp_path, monkeypatch, caplog):
+def test_a_run_that_was_asked_to_stop_resumes_to_the_same_bits(tiny_config, undisturbed, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "zslflax")
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
+    # The last step is between two reports, before the first report, and one with an evaluation.
     for number, batch, step in ((signal.SIGTERM, 6, 5), (signal.SIGINT, 2, 1), (signal.SIGTERM, 4, 3)):
-        parts = tmp_path / f"{number.name}{step}"
+        folder = tmp_path / f"{number.name}{step}"
         with monkeypatch.context() as context:
-            at_batch(context, batch, lambda: os.kill(os.getpid(), number))
-            loop.train(tiny, parts)
-        assert checkpoint.available(parts)[-1] == step  # between two reports, before the first, and at an evaluation
-        assert f"stopped and saved at step {step} of 6; the same command goes on" in caplog.text
-        loop.train(tiny, parts)
-        assert_same_run(whole, parts)
+            act_at_batch(context, batch, lambda: os.kill(os.getpid(), number))
+            loop.train(tiny_config, folder)
+        assert checkpoint.complete_steps(folder)[-1] == step
+        assert f"stopped and saved at step {step} of 6; the same command continues" in caplog.text
+        loop.train(tiny_config, folder)
+        assert_same_run(undisturbed, folder)
     assert "SIGINT: saving after this step, then stopping; once more stops at once" in caplog.text
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_an_evaluation_is_broken_off_and_comes_first_at_the_next_start(
-    tiny, whole, tmp_path, monkeypatch, caplog, step
+def test_an_interrupted_evaluation_comes_first_at_the_next_start(
+    tiny_config, undisturbed, tmp_path, monkeypatch, caplog, step
 ):
     caplog.set_level("INFO", "zslflax")
-    tiny.eval.best_metric = "eval/test/hit@1"
+    tiny_config.eval.best_metric = "eval/test/hit@1"
     measure_model, measured = zero_shot.measure_model, []
 
     def interrupted(*args):
@@ -77,19 +59,20 @@ def test_an_evaluation_is_broken_off_and_comes_first_at_the_next_start(
             os.kill(os.getpid(), signal.SIGTERM)
         return measure_model(*args)
 
+    folder = tmp_path / "run"
     with monkeypatch.context() as context:
         context.setattr(zero_shot, "measure_model", interrupted)
-        loop.train(tiny, tmp_path / "parts")
-    assert len(measured) == 2 * step // 3 and checkpoint.available(tmp_path / "parts")[-1] == step
-    assert lines(tmp_path / "parts")[-1]["step"] < step
+        loop.train(tiny_config, folder)
+    assert len(measured) == 2 * step // 3 and checkpoint.complete_steps(folder)[-1] == step
+    assert read_metrics(folder)[-1]["step"] < step
     assert f"stopped and saved at step {step} of 6" in caplog.text
-    loop.train(tiny, tmp_path / "parts")
-    assert_same_run(whole, tmp_path / "parts")
+    loop.train(tiny_config, folder)
+    assert_same_run(undisturbed, folder)
 
 
 @contextlib.contextmanager
 def full_disk(size):
-    """No file can grow beyond `size` bytes: writing more fails as on a full disk, with another number."""
+    """No file can grow beyond `size` bytes: writing more fails as on a full disk, with another error number."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -99,25 +82,25 @@ def full_disk(size):
 
 
 @reads_damage
-def test_a_full_disk_ends_the_run_in_time_and_the_last_checkpoint_stays(tiny, whole, tmp_path, monkeypatch):
-    tiny.checkpoint.every = 1  # so that an error of one save is met long before the end
-    parts = tmp_path / "parts"
+def test_a_full_disk_ends_the_run_early_and_the_last_checkpoint_stays(tiny_config, undisturbed, tmp_path, monkeypatch):
+    tiny_config.checkpoint.every = 1  # the error of one save is met long before the end
+    folder = tmp_path / "run"
     with contextlib.ExitStack() as stack, monkeypatch.context() as context:
-        at_batch(context, 4, lambda: stack.enter_context(full_disk(1 << 20)))
+        act_at_batch(context, 4, lambda: stack.enter_context(full_disk(1 << 20)))
         with pytest.raises(
-            OSError, match=r"could not be written to .*/parts/checkpoints; whole are those of steps: \d"
+            StorageError, match=r"could not be written to .*/run/checkpoints; complete are those of steps: \d"
         ):
-            loop.train(tiny, parts)
-    step = checkpoint.available(parts)[-1]
+            loop.train(tiny_config, folder)
+    step = checkpoint.complete_steps(folder)[-1]
     assert 1 <= step <= 3
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(saved(parts, step)))
-    loop.train(tiny, parts)
-    assert_same_bits(saved(whole, 6), saved(parts, 6))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(read_state(folder, step)))
+    loop.train(tiny_config, folder)
+    assert_same_bits(read_state(undisturbed, 6), read_state(folder, 6))
 
 
 @contextlib.contextmanager
 def no_permission():
-    """As somebody who may not write here, where the tests run as root."""
+    """Acts as a user who may not write here, where the tests run as root."""
     if os.geteuid():
         yield
         return
@@ -128,124 +111,145 @@ def no_permission():
         os.seteuid(0)
 
 
-def test_a_workdir_that_cannot_be_written_is_refused_at_once(tiny, tmp_path):
+def test_a_workdir_that_cannot_be_written_is_refused_at_once(tiny_config, tmp_path):
     (tmp_path / "folder").mkdir(mode=0o555)
-    with no_permission(), pytest.raises(PermissionError, match="folder/run"):
-        loop.train(tiny, tmp_path / "folder" / "run")
+    with no_permission(), pytest.raises(StorageError, match="folder/run cannot be written: Perm") as refused:
+        loop.train(tiny_config, tmp_path / "folder" / "run")
+    assert isinstance(refused.value.__cause__, PermissionError)
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="file/run"):
-        loop.train(tiny, tmp_path / "file" / "run")
+    with pytest.raises(StorageError, match="file/run cannot be written: Not a directory") as refused:
+        loop.train(tiny_config, tmp_path / "file" / "run")
+    assert isinstance(refused.value.__cause__, NotADirectoryError)
 
 
-def test_a_shard_that_is_cut_off_ends_the_run_with_its_name_and_the_last_checkpoint_stays(tiny, tmp_path, monkeypatch):
-    c = tiny.data.shapes
+def test_a_truncated_shard_ends_the_run_with_its_name_and_the_last_checkpoint_stays(tiny_config, tmp_path, monkeypatch):
+    c = tiny_config.data.shapes
     folder = shapes.ensure_shards(c.root, train=c.train, test=c.test, size=c.size).path
     shard = tmp_path / "shard.tar"
     shard.write_bytes((folder / "train-00000.tar").read_bytes())
-    tiny.data.train, tiny.steps = (str(shard),), 100  # threads read some batches ahead
-    at_batch(monkeypatch, 6, lambda: os.truncate(shard, 0))
-    with pytest.raises(ValueError, match=f"{shard} has been changed while it was in use"):
-        loop.train(tiny, tmp_path / "run")
-    step = checkpoint.available(tmp_path / "run")[-1]
-    assert 3 <= step < 100 and int(saved(tmp_path / "run", step)["step"]) == step
+    tiny_config.data.train, tiny_config.steps = (str(shard),), 100  # threads read some batches ahead
+    act_at_batch(monkeypatch, 6, lambda: os.truncate(shard, 0))
+    with pytest.raises(UserError, match=f"{shard} has been changed while it was in use"):
+        loop.train(tiny_config, tmp_path / "run")
+    step = checkpoint.complete_steps(tmp_path / "run")[-1]
+    assert 3 <= step < 100 and int(read_state(tmp_path / "run", step)["step"]) == step
 
 
 @reads_damage
-def test_a_damaged_checkpoint_is_trained_again(tiny, whole, tmp_path, caplog):
-    expected = saved(whole, 6)
-    for path in (whole / "checkpoints" / "6" / "state").rglob("d/*"):
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 4
-        path.write_bytes(data)
-    before = lines(whole)
-    loop.train(tiny, whole)
-    assert f"{whole}/checkpoints/6 is damaged, moved to {whole}/damaged/6" in caplog.text
-    assert lines(whole) == before
-    assert_same_bits(saved(whole, 6), expected)
+def test_the_steps_of_a_damaged_checkpoint_are_trained_again(tiny_config, undisturbed, caplog):
+    expected = read_state(undisturbed, 6)
+    flip_arrays(undisturbed / "checkpoints" / "6")
+    before = read_metrics(undisturbed)
+    loop.train(tiny_config, undisturbed)
+    assert f"{undisturbed}/checkpoints/6 is damaged, moved to {undisturbed}/damaged/6" in caplog.text
+    assert read_metrics(undisturbed) == before
+    assert_same_bits(read_state(undisturbed, 6), expected)
 
 
-def test_a_metric_to_be_best_by_that_no_evaluation_gives_is_named_with_the_nearest(tiny, whole, tmp_path):
-    tiny.eval.best_metric, run = "eval/test/hit@3", tmp_path / "run"
+def test_a_best_metric_that_no_evaluation_gives_is_refused_with_the_nearest(tiny_config, undisturbed, tmp_path):
+    tiny_config.eval.best_metric, folder = "eval/test/hit@3", tmp_path / "run"
     with pytest.raises(
-        ValueError, match="eval.best_metric is 'eval/test/hit@3', which no evaluation gives.*eval/test/hit@"
+        UserError, match="eval.best_metric is 'eval/test/hit@3', which no evaluation gives.*eval/test/hit@"
     ):
-        loop.train(tiny, run)
-    assert checkpoint.available(run) == [3]  # an evaluation that fails costs no step
-    tiny.eval.best_metric = "eval/test/hit@1"
-    loop.train(tiny, run)
-    assert_same_run(whole, run)
+        loop.train(tiny_config, folder)
+    assert checkpoint.complete_steps(folder) == [3]  # an evaluation that fails costs no step
+    tiny_config.eval.best_metric = "eval/test/hit@1"
+    loop.train(tiny_config, folder)
+    assert_same_run(undisturbed, folder)
 
 
-def test_another_config_goes_on_when_told(tiny, whole, caplog):
-    tiny.optimizer.learning_rate = 0.5
-    with pytest.raises(ValueError, match="--changed"):
-        loop.train(tiny, whole)
-    tiny.steps = 7
-    loop.train(tiny, whole, changed=True)
-    assert checkpoint.available(whole)[-1] == 7 and "optimizer.learning_rate: 0.01 there, 0.5 now" in caplog.text
+def test_a_run_resumes_with_another_config_if_it_is_told_to(tiny_config, undisturbed, caplog):
+    tiny_config.optimizer.learning_rate = 0.5
+    with pytest.raises(UserError, match="--changed"):
+        loop.train(tiny_config, undisturbed)
+    tiny_config.steps = 7
+    loop.train(tiny_config, undisturbed, changed=True)
+    assert checkpoint.complete_steps(undisturbed)[-1] == 7
+    assert "optimizer.learning_rate: 0.01 there, 0.5 now" in caplog.text
 
 
-@reads_damage  # what does not fit is read in vain as well
-def test_a_change_that_does_not_fit_the_checkpoint_changes_nothing(tiny, whole):
-    before = (whole / "config.json").read_text()
-    tiny.model.embed_dim = 12
-    with pytest.raises(ValueError, match="take back what --changed let pass"):
-        loop.train(tiny, whole, changed=True)
-    assert (whole / "config.json").read_text() == before
-    assert Predictor.restore(whole).step == 6
+def test_a_change_that_does_not_fit_the_checkpoint_changes_nothing(tiny_config, undisturbed):
+    before = (undisturbed / "config.json").read_text()
+    tiny_config.model.embed_dim = 12
+    with pytest.raises(UserError, match="take back what --changed let pass"):
+        loop.train(tiny_config, undisturbed, changed=True)
+    assert (undisturbed / "config.json").read_text() == before
+    assert Predictor.restore(undisturbed).step == 6
 
 
-def test_a_second_run_in_the_same_workdir_is_refused(tiny, tmp_path):
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_workdir_of_an_older_version_is_refused_and_stays_as_it_is(tiny_config, undisturbed, changed):
+    path = undisturbed / "config.json"
+    older = json.loads(path.read_text())
+    older["teacher"]["decay"], older["report_every"] = older["teacher"].pop("ema_decay"), older.pop("log_every")
+    path.write_text(json.dumps(older))
+    before = {entry: entry.stat().st_mtime_ns for entry in undisturbed.rglob("*") if entry.name != "lock"}
+    message = (
+        rf"{path} was written by an older version .*report_every \(now log_every\), teacher.decay \(now teacher.ema_dec"
+    )
+    with pytest.raises(UserError, match=message):
+        loop.train(tiny_config, undisturbed, changed=changed)
+    with pytest.raises(UserError, match=message):
+        Predictor.restore(undisturbed)
+    assert {entry: entry.stat().st_mtime_ns for entry in undisturbed.rglob("*") if entry.name != "lock"} == before
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(tiny_config, tmp_path):
     with open(tmp_path / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match=f"another process is training in {tmp_path}"):
-            loop.train(tiny, tmp_path)
+        with pytest.raises(UserError, match=f"another process is training in {tmp_path}"):
+            loop.train(tiny_config, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
-def plant(monkeypatch, *steps):
-    """Features of captions that are not finite, in the batches of these steps."""
-    made = input.with_text_features
+def test_a_workdir_that_a_process_does_not_see_is_refused(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir.distributed, "is_main", lambda: False)
+    with pytest.raises(MissingFileError, match="a file system that all hosts share"):
+        workdir.write_config(tiny_config, tmp_path / "run")
 
-    def planted(batches, text_features):
-        for i, batch in enumerate(made(batches, text_features), start=1):
+
+def make_features_nonfinite(monkeypatch, *steps):
+    """Makes a caption's features non-finite in the batches of these steps."""
+    with_text_features = input.with_text_features
+
+    def changed(batches, text_features):
+        for i, batch in enumerate(with_text_features(batches, text_features), start=1):
             features = np.array(batch["text_features"])
             features[0, 0] = np.nan if i in steps else features[0, 0]
             yield batch | {"text_features": features}
 
-    monkeypatch.setattr(feed, "with_text_features", planted)
+    monkeypatch.setattr(input, "with_text_features", changed)
 
 
-def test_steps_that_are_not_finite_are_dropped_and_counted_up_to_a_number(tiny, tmp_path, monkeypatch):
-    tiny.freeze, tiny.model.text.cached_captions, tiny.eval.sets.test.data = (("text/tower", -1),), 100, ""
-    plant(monkeypatch, 4, 5)
-    with pytest.raises(FloatingPointError, match="step 4 is not finite; the state before it is saved as step 3"):
-        loop.train(tiny, tmp_path / "stop")
-    tiny.optimizer.max_nonfinite_steps = 1
-    with pytest.raises(FloatingPointError, match="step 5 is not finite, after 1 that were dropped"):
-        loop.train(tiny, tmp_path / "one")
-    tiny.optimizer.max_nonfinite_steps = 2
-    loop.train(tiny, tmp_path / "one")  # goes on with it
-    assert checkpoint.available(tmp_path / "one")[-1] == 6
-    loop.train(tiny, tmp_path / "two")
-    assert [line["train/nonfinite_steps"] for line in lines(tmp_path / "two")] == [0, 0, 1, 2]
-    assert lines(tmp_path / "two")[2]["train/loss"] is None  # of the one step since the last report
-    assert np.isfinite(lines(tmp_path / "two")[3]["train/loss"])
+def test_nonfinite_steps_are_skipped_and_counted_up_to_a_limit(tiny_config, tmp_path, monkeypatch):
+    tiny_config.freeze, tiny_config.model.text.cached_captions = (("text/tower", -1),), 100
+    tiny_config.eval.sets.test.data = ""
+    make_features_nonfinite(monkeypatch, 4, 5)
+    with pytest.raises(NonFiniteError, match="step 4 is not finite; the state before it is saved as step 3"):
+        loop.train(tiny_config, tmp_path / "stop")
+    tiny_config.optimizer.max_nonfinite_steps = 1
+    with pytest.raises(NonFiniteError, match="step 5 is not finite, after 1 that were skipped"):
+        loop.train(tiny_config, tmp_path / "one")
+    tiny_config.optimizer.max_nonfinite_steps = 2
+    loop.train(tiny_config, tmp_path / "one")  # resumes with the higher limit
+    assert checkpoint.complete_steps(tmp_path / "one")[-1] == 6
+    loop.train(tiny_config, tmp_path / "two")
+    assert [line["train/nonfinite_steps"] for line in read_metrics(tmp_path / "two")] == [0, 0, 1, 2]
+    assert read_metrics(tmp_path / "two")[2]["train/loss"] is None  # of the one step since the last report
+    assert np.isfinite(read_metrics(tmp_path / "two")[3]["train/loss"])
 
 
-def test_what_does_not_fit_together_is_refused_before_anything_is_made(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.states, "create", None)  # would be next
-    tiny.freeze = (("text/towr", -1),)
-    with pytest.raises(ValueError, match="freeze: no parameter matches 'text/towr'.*nearest: text/tower$"):
-        loop.train(tiny, tmp_path / "a")
-    tiny.freeze, tiny.model.text.max_tokens = (), 600
-    with pytest.raises(ValueError, match="model.text.max_tokens is 600, but the encoder in .* takes 512"):
-        loop.train(tiny, tmp_path / "b")
-    tiny.model.text.max_tokens, tiny.model.text.scratch.vocab_size = 12, 30_000
-    with pytest.raises(
-        ValueError, match="ids up to 30521, but the text tower's table has 30000 rows.*vocab_size=30522"
-    ):
-        loop.train(tiny, tmp_path / "c")
-    tiny.model.text.scratch.vocab_size, tiny.model.image.name = 30_522, "vit_b61"
-    with pytest.raises(ValueError, match="model.image.name is 'vit_b61'.*nearest: vit_b16"):
-        loop.train(tiny, tmp_path / "d")
+def test_what_does_not_fit_together_is_refused_before_a_state_is_made(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "create_train_state", None)  # would be next
+    tiny_config.freeze = (("text/towr", -1),)
+    with pytest.raises(UserError, match="freeze: no parameter matches 'text/towr'.*nearest: text/tower$"):
+        loop.train(tiny_config, tmp_path / "a")
+    tiny_config.freeze, tiny_config.model.text.max_tokens = (), 600
+    with pytest.raises(UserError, match="model.text.max_tokens is 600, but the encoder in .* takes 512"):
+        loop.train(tiny_config, tmp_path / "b")
+    tiny_config.model.text.max_tokens, tiny_config.model.text.scratch.vocab_size = 12, 30_000
+    with pytest.raises(UserError, match="ids up to 30521, but the text tower's table has 30000 rows.*vocab_size=30522"):
+        loop.train(tiny_config, tmp_path / "c")
+    tiny_config.model.text.scratch.vocab_size, tiny_config.model.image.name = 30_522, "vit_b61"
+    with pytest.raises(UserError, match="model.image.name is 'vit_b61'.*nearest: vit_b16"):
+        loop.train(tiny_config, tmp_path / "d")

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.testing.runs import read_metrics
 from zslflax import checkpoint
 from zslflax.errors import StorageError, UserError
 from zslflax.training import loop, metrics, setup
-from zslflax.training.metrics import BadSampleCounter, Profile, Reporter, Stopwatch
+from zslflax.training.metrics import BadSampleCounter, Profile, Reporter
 from zslflax.training.step import TrainStep
 
 
@@ -62,25 +63,14 @@ def test_an_average_leaves_out_values_that_are_not_finite_and_has_the_last_count
     assert np.isnan(means.pop("train/grad_norm")) and not means
 
 
-def test_a_stopwatch_divides_by_the_time_that_passed(monkeypatch):
-    times = iter([10.0, 11.0, 12.0, 13.0, 13.5, 14.0, 15.0])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(times))
-    watch = Stopwatch(pairs=8)  # at 10
-    batches = iter("ab")
-    assert watch.next(batches) == "a" and watch.next(batches) == "b"  # 11 to 12, 13 to 13.5
-    assert watch.lap(step_flops=100) == {  # at 14
-        "train/pairs_per_second": 16 / 4,
-        "train/waiting_for_data": 1.5 / 4,
-        "train/flops_per_second": 200 / 4,
-    }
-    assert watch.steps == 0 and watch.started == 15.0
-
-
 class OnDevice:
     """Stands for a value on the devices, which only a step, a report or a save may read."""
 
     def __init__(self, value):
         self.value = value
+
+    def is_ready(self):  # does not wait
+        return all(array.is_ready() for array in jax.tree.leaves(self.value))
 
 
 def test_between_reports_nothing_waits_for_the_devices(tiny_config, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF".split()  # Pillow knows others, some
 IMAGE_EXTENSIONS = tuple(
     "jpg jpeg jpe jfif png webp gif bmp tif tiff avif".split()
 )  # of FORMATS, in order of preference
+CLUTTER = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}  # folders
 MAX_PIXELS = 1 << 26  # 8192 × 8192: 200 MB once decoded
 MAX_FILE_BYTES = 1 << 30  # of an image file: one of MAX_PIXELS, 16 bits and 4 channels takes half of it uncompressed
 MAX_SCANS = 100  # of a progressive JPEG: each costs the time of a whole image, and usual files have 10
@@ -48,6 +49,15 @@ def has_image_extension(path: str | Path) -> bool:
     (True, False)
     """
     return str(path).lower().endswith(tuple(f".{extension}" for extension in IMAGE_EXTENSIONS))
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder is one that programs hide beside images: previews, metadata, waste.
+
+    >>> is_clutter(".ipynb_checkpoints"), is_clutter("@eaDir"), is_clutter("cat")
+    (True, True, False)
+    """
+    return name.startswith(".") or name in CLUTTER
 
 
 def decode(data: bytes, apply_orientation: bool = False) -> np.ndarray:

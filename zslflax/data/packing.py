@@ -4,16 +4,15 @@ The number of rows follows from the lengths of the training captions alone; the 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from zslflax.data.images import BadSample
-from zslflax.data.pipeline import default_threads, global_order
-from zslflax.data.preprocess import AUGMENTATION_STREAM, Batch, choose_caption
-from zslflax.data.sources.base import Source
 from zslflax.errors import UserError
+
+if TYPE_CHECKING:  # benchmarks pack captions where no image codec is installed
+    from zslflax.data.preprocess import Batch
 
 COUNTED_CAPTIONS = 4_096  # whose lengths determine the number of rows
 SIGMAS = 6.0  # above the mean: a normal variable exceeds it once in a billion draws
@@ -116,51 +115,11 @@ def pack(text: np.ndarray, mask: np.ndarray, rows: int, width: int) -> dict[str,
     return packed | {"text_truncated": lengths > limit}
 
 
-def pack_batches(batches: Iterator[Batch], rows: int, width: int, parts: int) -> Iterator[Batch]:
+def pack_batches(batches: "Iterator[Batch]", rows: int, width: int, parts: int) -> "Iterator[Batch]":
     """The same batches with `pack`ed text: `parts` equal parts, one after another, each packed into `rows` rows."""
     for batch in batches:
         texts, masks = np.split(batch["text"], parts), np.split(batch["text_mask"], parts)
         packed = [pack(text, mask, rows, width) for text, mask in zip(texts, masks)]
         joined = {name: np.concatenate([part[name] for part in packed]) for name in packed[0]}
         rest = {key: value for key, value in batch.items() if key != "text_mask"}
-        yield Batch(**(rest | joined))  # type: ignore[typeddict-item]
-
-
-def count_lengths(
-    sources: Sequence[Source],
-    weights: Sequence[float],
-    tokenize: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]],
-    *,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 0,
-) -> np.ndarray:
-    """How many of the first training captions have 0, 1, … max_tokens tokens: int64 [max_tokens + 1].
-
-    Counts the first `COUNTED_CAPTIONS` positions of the global order, or one epoch if that is shorter. Host h of H
-    reads the positions h, h + H, …; the sum over all hosts does not depend on their number. Samples that cannot be
-    read are left out.
-
-    Args:
-        sources, weights, seed: as in `train_batches`.
-        tokenize: the tokenizer.
-        process_index, process_count: h and H.
-        threads: that read; 0: `default_threads()`.
-    """
-    sizes = [len(source) for source in sources]
-    order = global_order(sizes, weights, seed)
-
-    def read_caption(position: int) -> str | None:
-        source, index = order[position]
-        try:
-            rng = np.random.default_rng([AUGMENTATION_STREAM, seed, position])
-            return choose_caption(sources[source][index], rng)
-        except BadSample:
-            return None
-
-    positions = range(process_index, min(COUNTED_CAPTIONS, sum(sizes)), process_count)
-    with ThreadPoolExecutor(threads or default_threads()) as pool:
-        captions = [caption for caption in pool.map(read_caption, positions) if caption is not None]
-    _, mask = tokenize(captions)
-    return np.bincount(mask.sum(axis=1), minlength=mask.shape[1] + 1)
+        yield cast("Batch", rest | joined)

@@ -3,21 +3,31 @@
 import collections
 import dataclasses
 import functools
-import itertools
-import os
+import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, cast
 
 import grain
 import numpy as np
-from absl import flags
 
-from zslflax.data.preprocess import ORDER_STREAM, Batch, CaptionTokenizer, EvalTransform, TrainTransform, Transform
+from zslflax.data.preprocess import (
+    ORDER_STREAM,
+    AnnotationTransform,
+    Batch,
+    CaptionTokenizer,
+    CaptionTransform,
+    EvalTransform,
+    TrainTransform,
+    Transform,
+)
 from zslflax.data.sources.base import Source
+from zslflax.data.workers import NO_WORKERS, WorkerPool, available_cores, choose_threads, choose_workers
 from zslflax.errors import UserError
 
-CHUNK = 64  # samples that a thread loads at a time, with one call of the tokenizer
+log = logging.getLogger("zslflax")
+
+CHUNK = 64  # samples that a thread or worker loads at a time, with one call of the tokenizer
 GIVE_UP_AFTER = 1_000  # unreadable samples, if no sample was readable
 
 
@@ -36,7 +46,9 @@ def train_batches(
     flip: bool = True,
     threads: int = 0,
     workers: int = 0,
-) -> Iterator[Batch]:
+    views: int = 0,
+    local_processes: int = 1,
+) -> Generator[Batch]:
     """This host's share of an infinite sequence of training batches, from a step on.
 
     Batch i consists of the positions [i·n, (i+1)·n) of one global order. In this order each source is shuffled
@@ -55,14 +67,16 @@ def train_batches(
         process_index, process_count: h and H.
         crop_scale: bounds of a crop's share of the image's area.
         flip: whether to mirror half of the images left to right.
-        threads: that read and decode, in each worker; 0: `default_threads()`.
-        workers: processes; 0: threads of this process. Workers are spawned, so the program needs a `__main__` guard.
+        threads: that read and decode, in each worker; 0: automatic.
+        workers: processes; 0: automatic (`workers.choose_workers`), -1: threads of this process.
+        local_processes: processes of the run among which the cores of this process are shared.
+        views: of each image, whose features are kept; images are then not read. 0: images are read.
 
     Yields:
         `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `valid` bool [b] and `errors`, a
         tuple of (name, message). A sample that cannot be read or has no caption is not valid and has an error. Its
         image is zeros and its text is padding; the first token is in `text_mask`, which keeps a mean over tokens
-        finite.
+        finite. With `views`, there are `source`, `index` and `view` int64 [b] instead of `image`.
 
     Raises:
         UserError: there are fewer samples than a batch has; the hosts cannot share a batch evenly; or, while
@@ -77,9 +91,14 @@ def train_batches(
     if batch_size % process_count:
         raise UserError(f"batch_size is {batch_size}, which {process_count} hosts cannot share evenly")
     per_host = batch_size // process_count
-    transform = TrainTransform(tuple(sources), tokenizer, image_size, seed, (crop_scale[0], crop_scale[1]), flip)
+    transform: Transform = CaptionTransform(tuple(sources), tokenizer, seed, views)
+    if not views:
+        transform = TrainTransform(tuple(sources), tokenizer, image_size, seed, (crop_scale[0], crop_scale[1]), flip)
     order = TrainOrder(global_order(sizes, weights, seed), batch_size, per_host * process_index)
     steps = range(start_step, sys.maxsize // batch_size)
+    cores = available_cores() / local_processes
+    workers, threads = choose_workers(NO_WORKERS if views and not workers else workers, threads, cores)
+    log.info("data: %s, for %.3g cores (data.workers, data.threads)", describe_loading(workers, threads), cores)
     return load_batches(order, transform, per_host, steps, threads, workers, give_up_after=GIVE_UP_AFTER)
 
 
@@ -92,6 +111,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 0,
+    read_images: bool = True,
 ) -> Iterator[Batch]:
     """All samples once, in order. Host h of H loads the samples h, h + H, …; all hosts get equally many batches.
 
@@ -101,7 +121,8 @@ def eval_batches(
         image_size: s, pixels.
         resize: shorter side of an image before its centre crop, pixels.
         process_index, process_count: h and H.
-        threads: that read and decode; 0: `default_threads()`.
+        threads: that read and decode; 0: automatic.
+        read_images: whether the batches have images.
 
     Yields:
         `image` uint8 [b, s, s, 3], `valid` bool [b] (False: padding or unreadable), `index` int64 [b] (position in
@@ -116,10 +137,10 @@ def eval_batches(
         raise UserError("the evaluation data has no samples")
     if resize < image_size:
         raise UserError(f"resize is {resize} pixels, expected at least the image's size, {image_size}")
-    transform = EvalTransform(source, image_size, resize)
+    transform: Transform = EvalTransform(source, image_size, resize) if read_images else AnnotationTransform(source)
     order = EvalOrder(len(source), batch_size, process_index, process_count)
     steps = -(-len(source) // (batch_size * process_count))
-    give_up_after = min(GIVE_UP_AFTER, len(source))
+    threads, give_up_after = choose_threads(threads), min(GIVE_UP_AFTER, len(source))
     return load_batches(order, transform, batch_size, range(steps), threads, workers=0, give_up_after=give_up_after)
 
 
@@ -189,28 +210,6 @@ class EvalOrder:
         return [index if index < self.size else -1 for index in indices]
 
 
-@dataclasses.dataclass(frozen=True)
-class ChunkLoader:
-    """Loads batches in chunks, which bounds memory and latency: chunk c is part c % chunks of batch c // chunks.
-
-    Attributes:
-        order: a `TrainOrder` or `EvalOrder`.
-        transform: of samples into arrays.
-        per_host: batch size of this host.
-        chunks: per batch.
-    """
-
-    order: Callable[[int, int, int], Sequence[Any]]
-    transform: Transform
-    per_host: int
-    chunks: int
-
-    def __call__(self, chunk: int) -> Batch:
-        step, part = divmod(int(chunk), self.chunks)
-        start, stop = part * self.per_host // self.chunks, (part + 1) * self.per_host // self.chunks
-        return self.transform(self.order(step, start, stop))
-
-
 def load_batches(
     order: Callable[[int, int, int], Sequence[Any]],
     transform: Transform,
@@ -219,27 +218,34 @@ def load_batches(
     threads: int,
     workers: int,
     give_up_after: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yields the batches of some steps, loaded ahead by threads, or by worker processes with threads each.
+
+    Batches are loaded in chunks, which bounds memory and latency.
 
     Raises:
         UserError: the first `give_up_after` samples are all unreadable; says why.
     """
-    chunks, threads = -(-per_host // CHUNK), threads or default_threads()
-    dataset = grain.MapDataset.range(steps.start * chunks, steps.stop * chunks)
-    dataset = dataset.map(ChunkLoader(order, transform, per_host, chunks))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + chunks)
-    loaded = dataset.to_iter_dataset(options)
+    per_batch = -(-per_host // CHUNK)
+    bounds = [part * per_host // per_batch for part in range(per_batch + 1)]
+
+    def samples(chunk: int) -> Sequence[Any]:
+        step, part = divmod(chunk, per_batch)
+        return order(step, bounds[part], bounds[part + 1])
+
+    numbers = range(steps.start * per_batch, steps.stop * per_batch)
+    chunks: Any
     if workers:
-        # Grain's workers read absl's flags, which a notebook or a test has not parsed.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
-    iterator, any_valid = iter(loaded), False
+        chunks = WorkerPool(transform, map(samples, numbers), workers, threads)
+    else:
+        dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(lambda chunk: transform(samples(int(chunk))))
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + per_batch)
+        chunks = iter(dataset.to_iter_dataset(options))
+    any_valid = False
     errors: list[tuple[str, str]] = []
     try:
         for _ in steps:
-            batch = concatenate([next(iterator) for _ in range(chunks)])
+            batch = assemble((next(chunks) for _ in range(per_batch)), per_host)
             any_valid = any_valid or bool(batch["valid"].any())
             if not any_valid:
                 errors += batch["errors"]
@@ -247,25 +253,34 @@ def load_batches(
                     raise_unreadable(errors)
             yield batch
     finally:
-        iterator.close()
+        chunks.close()
 
 
-def default_threads() -> int:
-    """One more than the cores that this process may use; each further thread contends for Python's lock."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # SLURM limits them
-    return (cores or 1) + 1
+def describe_loading(workers: int, threads: int) -> str:
+    """How batches are loaded, in words.
+
+    >>> describe_loading(workers=14, threads=1)
+    '14 worker processes with 1 thread each'
+    """
+    if workers:
+        return f"{workers} worker processes with {threads} thread{'s' * (threads > 1)} each"
+    return f"{threads} threads, no worker processes"
 
 
-def concatenate(batches: Sequence[Batch]) -> Batch:
-    """Concatenates the arrays, lists and tuples of batches, key by key."""
+def assemble(chunks: Iterable[Batch], rows: int) -> Batch:
+    """One batch of the rows of its chunks, key by key. The arrays of a chunk are read before the next one is taken."""
     whole: dict[str, Any] = {}
-    for key, first in batches[0].items():
-        values = [cast(dict[str, Any], batch)[key] for batch in batches]
-        if isinstance(first, np.ndarray):
-            whole[key] = np.concatenate(values)
-        else:
-            joined = itertools.chain.from_iterable(values)
-            whole[key] = tuple(joined) if isinstance(first, tuple) else list(joined)
+    start = 0
+    for chunk in chunks:
+        values = cast(dict[str, Any], chunk)
+        for key, value in values.items():
+            if not isinstance(value, np.ndarray):
+                whole[key] = whole[key] + value if key in whole else value
+                continue
+            if key not in whole:
+                whole[key] = np.empty((rows, *value.shape[1:]), value.dtype)
+            whole[key][start : start + len(value)] = value
+        start += len(values["valid"])
     return cast(Batch, whole)
 
 

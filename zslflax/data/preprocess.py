@@ -8,9 +8,12 @@ import numpy as np
 
 from zslflax.data import images
 from zslflax.data.images import BadSample
-from zslflax.data.sources.base import Record, Source
+from zslflax.data.sources.base import Annotations, Record, Source
 
 ORDER_STREAM, AUGMENTATION_STREAM = 0, 1  # first entry of the random seeds, so that the two streams are independent
+MAX_TOKENIZED = 1 << 18  # samples whose tokens are kept in memory; about 120 MB at 32 tokens
+
+Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 [b, t] and mask bool [b, t]
 
 
 class Batch(TypedDict, total=False):
@@ -22,9 +25,11 @@ class Batch(TypedDict, total=False):
         text_mask: bool [b, t], False at padding.
         text_segment, text_position: int32 [rows, width], of packed text (`packing.pack`).
         text_truncated: bool [b], of packed text.
-        text_features: fp32 [b, f], outputs of a frozen text tower.
+        image_features, text_features: fp32 [b, f], outputs of a frozen tower.
         valid: bool [b], False where the sample is padding or unreadable.
+        source: int64 [b], which of the training sources a sample is from.
         index: int64 [b], positions in the source, -1 at padding.
+        view: int64 [b], which of the views of an image.
         label: b tuples of true classes.
         errors: (name, message) of each unreadable sample.
     """
@@ -35,9 +40,12 @@ class Batch(TypedDict, total=False):
     text_segment: np.ndarray
     text_position: np.ndarray
     text_truncated: np.ndarray
+    image_features: np.ndarray
     text_features: np.ndarray
     valid: np.ndarray
+    source: np.ndarray
     index: np.ndarray
+    view: np.ndarray
     label: list[tuple[int, ...]]
     errors: tuple[tuple[str, str], ...]
 
@@ -110,6 +118,79 @@ class TrainTransform:
 
 
 @dataclasses.dataclass(frozen=True)
+class CaptionTransform:
+    """Reads and tokenizes the captions of training samples, whose images are not read.
+
+    The captions that are drawn are those that `TrainTransform` draws. The tokens of up to `MAX_TOKENIZED` samples are
+    kept, so that later visits neither read nor tokenize.
+
+    Attributes:
+        sources: what samples are read from.
+        tokenizer: of their captions.
+        seed: of the choices of captions and views.
+        views: of each image.
+        tokenized: by (source, index), the ids and the mask of a sample's captions that are not blank, [captions, t].
+    """
+
+    sources: tuple[Source, ...]
+    tokenizer: CaptionTokenizer
+    seed: int
+    views: int
+    tokenized: dict[tuple[int, int], Tokens] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, samples: Sequence[tuple[int, int, int]]) -> Batch:
+        """Loads samples, each given as (position in the global order, source, index in the source).
+
+        Returns:
+            `text`, `text_mask`, `valid`, `source`, `index`, `view` and `errors`.
+        """
+        tokens, errors = self.load_tokens(samples)
+        text, text_mask = map(np.concatenate, zip(*[self.tokenizer([""])] * len(samples)))
+        text[:], text_mask[:] = self.tokenizer.identity["pad_id"], False
+        valid, view = np.zeros(len(samples), bool), np.zeros(len(samples), np.int64)
+        for i, (position, source, index) in enumerate(samples):
+            if (source, index) not in tokens:
+                continue
+            ids, mask = tokens[source, index]
+            caption = 0
+            if len(ids) > 1 or self.views > 1:  # otherwise there is no choice, and generators are slow to make
+                rng = np.random.default_rng([AUGMENTATION_STREAM, self.seed, position])
+                caption, view[i] = int(rng.integers(len(ids))), rng.integers(self.views)
+            text[i], text_mask[i], valid[i] = ids[caption], mask[caption], True
+        text_mask[:, 0] = True
+        _, sources, indices = np.array(samples, np.int64).T
+        return Batch(
+            text=text, text_mask=text_mask, valid=valid, source=sources, index=indices, view=view, errors=tuple(errors)
+        )
+
+    def load_tokens(
+        self, samples: Sequence[tuple[int, int, int]]
+    ) -> tuple[dict[tuple[int, int], Tokens], list[tuple[str, str]]]:
+        """The tokens of samples by (source, index), without unreadable samples, and the errors of these."""
+        tokens, captions, errors = {}, {}, []
+        for _, source, index in samples:
+            if (source, index) in self.tokenized:
+                tokens[source, index] = self.tokenized[source, index]
+                continue
+            name = f"{type(self.sources[source]).__name__}:{index}"
+            try:
+                annotations = self.sources[source].read_annotations(index)
+                name = annotations["name"]
+                captions[source, index] = nonblank_captions(annotations)
+            except BadSample as error:
+                errors.append((error.name or name, str(error)))
+        if captions:
+            ids, mask = self.tokenizer([text for texts in captions.values() for text in texts])
+            ends = np.cumsum([len(texts) for texts in captions.values()])
+            for sample, end in zip(captions, ends):
+                start = end - len(captions[sample])
+                tokens[sample] = ids[start:end], mask[start:end]
+                if len(self.tokenized) < MAX_TOKENIZED:
+                    self.tokenized[sample] = tokens[sample]
+        return tokens, errors
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalTransform:
     """Reads and crops evaluation samples.
 
@@ -149,6 +230,38 @@ class EvalTransform:
         return Batch(image=image, valid=valid, index=indices, label=label, text=text, errors=tuple(errors))
 
 
+@dataclasses.dataclass(frozen=True)
+class AnnotationTransform:
+    """Reads the captions and labels of evaluation samples, whose images are not read.
+
+    Attributes:
+        source: what samples are read from.
+    """
+
+    source: Source
+
+    def __call__(self, samples: Sequence[int]) -> Batch:
+        """Loads samples, each given by its index in the source, or -1 for padding.
+
+        Returns:
+            As `EvalTransform`, without `image`.
+        """
+        valid = np.zeros(len(samples), bool)
+        label: list[tuple[int, ...]] = [()] * len(samples)
+        text: list[tuple[str, ...]] = [()] * len(samples)
+        errors = []
+        for i, index in enumerate(samples):
+            if index < 0:
+                continue
+            try:
+                annotations = self.source.read_annotations(index)
+                valid[i], label[i], text[i] = True, tuple(annotations["label"]), tuple(annotations["text"])
+            except BadSample as error:
+                errors.append((error.name or f"{type(self.source).__name__}:{index}", str(error)))
+        indices = np.asarray(samples, np.int64)
+        return Batch(valid=valid, index=indices, label=label, text=text, errors=tuple(errors))
+
+
 def allocate_images(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Uninitialised images, uint8 [count, size, size, 3], and which of them are valid: none yet, bool [count]."""
     return np.empty((count, size, size, 3), np.uint8), np.zeros(count, bool)
@@ -160,8 +273,18 @@ def record_image(record: Record) -> np.ndarray:
     return image if isinstance(image, np.ndarray) else images.decode(image)
 
 
-def choose_caption(record: Record, rng: np.random.Generator) -> str:
+def choose_caption(record: Annotations, rng: np.random.Generator) -> str:
     """A random one of the captions that are not blank.
+
+    Raises:
+        BadSample: there is none.
+    """
+    captions = nonblank_captions(record)
+    return captions[rng.integers(len(captions))]
+
+
+def nonblank_captions(record: Annotations) -> list[str]:
+    """The captions that are not blank.
 
     Raises:
         BadSample: there is none.
@@ -169,4 +292,4 @@ def choose_caption(record: Record, rng: np.random.Generator) -> str:
     captions = [caption for caption in record["text"] if caption.strip()]
     if not captions:
         raise BadSample("its caption is empty" if record["text"] else "it has no caption")
-    return captions[rng.integers(len(captions))]
+    return captions

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zslflax.evaluation.labels import Labels, is_labelled, label_pairs
-from zslflax.inference.top_k import top_k_of_columns
+from zslflax.inference.top_k import merge_scores
 
 CLASS_CHUNK = 1 << 10  # classes whose scores exist at a time
 IMAGE_CHUNK = 64  # images whose top k are updated at a time
@@ -32,8 +32,7 @@ class AveragePrecision:
         per_class: fp64 [c], NaN for a class that has no image, or that has negatives given but none of its own.
 
     Raises:
-        ValueError: no image has a label, an id is not below c, a class is both a label and a negative of an image, or
-            the numbers of labels and negatives differ.
+        ValueError: no image has a label, an id is not below c, or a class is both a label and a negative of an image.
     """
 
     def __init__(self, labels: Labels, num_classes: int, negatives: Labels | None = None):
@@ -105,7 +104,7 @@ def rank_classes(
         precisions of the classes, fp64 [c].
 
     Raises:
-        ValueError: there is not one embedding per image, or as `AveragePrecision`.
+        ValueError: embeddings, labels and negatives are not of the same number of images; or as `AveragePrecision`.
     """
     n, c = len(image_emb), len(class_emb)
     if not n == len(labels) == len(labels if negatives is None else negatives):
@@ -149,26 +148,13 @@ def score_chunk(
     Returns:
         Inner products fp32 [b, n], and the new `best`.
     """
-    n, k = best[0].shape
     scores = jnp.einsum("bd,nd->bn", class_emb, image_emb, precision=jax.lax.Precision.HIGHEST)
+    is_new = jnp.arange(len(scores))[:, None] >= seen
 
-    def merge(first: jax.Array) -> tuple[jax.Array, jax.Array]:
-        old_scores, old_ids = (jax.lax.dynamic_slice_in_dim(x, first, image_chunk) for x in best)
-        new_scores = jax.lax.dynamic_slice_in_dim(scores, first, image_chunk, axis=1)
-        new_scores = jnp.where(jnp.arange(len(scores))[:, None] < seen, -jnp.inf, new_scores)
-        # Old ids are lower than new ones, and of equal scores the earlier one comes first.
-        top_scores, place = top_k_of_columns(jnp.concatenate([old_scores.T, new_scores]), k)
-        is_old = place < k
-        return top_scores, jnp.where(
-            is_old, jnp.take_along_axis(old_ids, jnp.where(is_old, place, 0), axis=1), place - k + first_class
-        )
+    def score_images(first: jax.Array) -> jax.Array:
+        return jnp.where(is_new, jax.lax.dynamic_slice_in_dim(scores, first, image_chunk, axis=1), -jnp.inf)
 
-    # The last chunk of images overlaps the one before, and both compute the same rows.
-    firsts = np.minimum(np.arange(0, n, image_chunk), n - image_chunk).astype(np.int32)
-    top_scores, top_ids = jax.lax.map(merge, jnp.asarray(firsts))
-    row = np.zeros(n, np.int32)
-    row[(firsts[:, None] + np.arange(image_chunk)).ravel()] = np.arange(len(firsts) * image_chunk)
-    return scores, (top_scores.reshape(-1, k)[row], top_ids.reshape(-1, k)[row])
+    return scores, merge_scores(score_images, first_class, best, image_chunk)
 
 
 def average_precisions(

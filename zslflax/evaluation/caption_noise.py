@@ -25,7 +25,7 @@ from zslflax.errors import UserError
 from zslflax.evaluation.embedding import embed_images
 from zslflax.files import write_text
 from zslflax.inference.predictor import Predictor
-from zslflax.inference.top_k import top_k
+from zslflax.inference.top_k import top_k_or_all
 
 log = logging.getLogger("zslflax")
 BATCH_SIZES = (512, 1024, 2048)  # n
@@ -170,7 +170,7 @@ def draw_pairs(pairs: EmbeddedPairs, chosen: np.ndarray, source: Source) -> Imag
     scores, captions = pair_scores(pairs), sorted(set(pairs.captions))
     first = {caption: i for i, caption in reversed(list(enumerate(pairs.captions)))}
     text_emb = pairs.text_emb[[first[caption] for caption in captions]]
-    best_scores, best = top_k(pairs.image_emb[chosen], text_emb, min(DRAWN_CAPTIONS, len(captions)))
+    best_scores, best = top_k_or_all(pairs.image_emb[chosen], text_emb, DRAWN_CAPTIONS)
     rows = []
     for i, ids, of_ids in zip(chosen, best, best_scores):
         own = pairs.captions[i]

@@ -2,10 +2,12 @@
 
 import csv
 import os
+import re
 
 from zslflax.errors import MissingFileError, UserError
 from zslflax.files import read_rows
 
+SYNSET = re.compile(r"n\d{8} +\S")  # a WordNet id and a name
 OPEN_IMAGES = ["LabelName", "DisplayName"]
 ML_IMAGES = ["category_index", "category_id", "index_of_parent_category", "category name"]
 
@@ -17,6 +19,7 @@ def read_classes(spec: str) -> tuple[list[str], dict[str, str]]:
 
         ID                   a plain list
         ID <tab> NAME        ImageNet's words.txt
+        ID NAME              with WordNet's ids: ImageNet's LOC_synset_mapping.txt
         NUMBER <tab> ID <tab> NUMBER <tab> NAME, with a header: Tencent ML-Images'
                              dictionary_and_semantic_hierarchy.txt, whose first number is the class's place
         ID,NAME              in a .csv: Open Images' class-descriptions, with or without their header
@@ -45,6 +48,10 @@ def read_class_file(path: str) -> list[list[str]]:
     """Reads the classes of one file: [id] each, or [id, name] each; see `read_classes`."""
     is_csv = path.endswith(".csv")
     rows = read_rows(path) if is_csv else read_rows(path, "\t", csv.QUOTE_NONE)
+    if rows and rows[0][1][0].startswith(("{", "[")):
+        raise UserError(f"{path} is JSON; expected lines with the ids of the classes, ID or ID <tab> NAME")
+    if not is_csv and rows and all(len(row) == 1 and SYNSET.match(row[0]) for _, row in rows):
+        rows = [(number, row[0].split(maxsplit=1)) for number, row in rows]
     if rows and rows[0][1] == OPEN_IMAGES:
         rows = rows[1:]
     elif rows and rows[0][1] == ML_IMAGES:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from zslflax import distributed
 from zslflax.data import pipeline
+from zslflax.data.image_features import ImageFeatures, with_image_features
 from zslflax.data.sources.base import Source
 from zslflax.errors import UserError
 from zslflax.inference.predictor import Predictor
@@ -35,7 +36,13 @@ class EmbeddedImages:
     captions: list[tuple[str, ...]]
 
 
-def embed_images(predictors: Mapping[str, Predictor], source: Source, name: str, config: ConfigDict) -> EmbeddedImages:
+def embed_images(
+    predictors: Mapping[str, Predictor],
+    source: Source,
+    name: str,
+    config: ConfigDict,
+    features: ImageFeatures | None = None,
+) -> EmbeddedImages:
     """Embeds every readable sample by every predictor. Each process reads and embeds its share; all get the whole.
 
     Args:
@@ -43,6 +50,7 @@ def embed_images(predictors: Mapping[str, Predictor], source: Source, name: str,
         source: its samples.
         name: of the source in messages.
         config: the whole config.
+        features: of the source's images, by the frozen image tower that all predictors share; None: images are read.
 
     Raises:
         UserError: no sample can be read.
@@ -56,13 +64,17 @@ def embed_images(predictors: Mapping[str, Predictor], source: Source, name: str,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=config.data.threads,
+        read_images=features is None,
     )
+    if features is not None:
+        batches = with_image_features(batches, [features])
     parts: dict[str, list[np.ndarray]] = {model: [] for model in predictors}
     samples, descriptions = [], []
     errors: list[tuple[str, str]] = []
     for batch in batches:
         for model, predictor in predictors.items():
-            parts[model].append(predictor.encode_image(batch["image"]))
+            project = predictor.encode_image if features is None else predictor.project_image
+            parts[model].append(project(batch["image"] if features is None else batch["image_features"]))
         samples.append(np.where(batch["valid"], batch["index"], -1))
         descriptions += [
             (labels, [text for text in texts if text.strip()]) for labels, texts in zip(batch["label"], batch["text"])

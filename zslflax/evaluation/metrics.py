@@ -87,7 +87,7 @@ def zero_shot_metrics(
 ) -> Results:
     """Measures classification among c classes: flat hit@k and mean average precision, also of seen and unseen classes.
 
-    All c classes are candidates in every figure. With `unseen` there are also the groups "seen" and "unseen", whose
+    All c classes are candidates in every metric. With `unseen` there are also the groups "seen" and "unseen", whose
     hits are over the images of `split_seen` and whose mAP is over the classes of that kind on all images; and the group
     "harmonic" of hit@k. A group without images or classes is left out, and so are k above c.
 

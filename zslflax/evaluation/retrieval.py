@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from zslflax.evaluation.bootstrap import bootstrap
 from zslflax.evaluation.results import Metric, Results, with_intervals
-from zslflax.inference.top_k import top_k
+from zslflax.inference.top_k import top_k_or_all
 
 
 def retrieval_recall(
@@ -52,16 +52,16 @@ def retrieval_recall(
     if text_image.min() < 0 or text_image.max() >= n:
         raise ValueError(f"expected captions of {n} images, found rows {text_image.min()} … {text_image.max()}")
     captioned = np.unique(text_image)
-    _, texts = top_k(np.asarray(image_emb)[captioned], text_emb, min(max(ks), m))
-    _, images = top_k(text_emb, image_emb, min(max(ks), n))
+    _, texts = top_k_or_all(np.asarray(image_emb)[captioned], text_emb, max(ks))
+    _, images = top_k_or_all(text_emb, image_emb, max(ks))
     is_own_text = text_image[texts] == captioned[:, None]
     is_own_image = images == text_image[:, None]
     num_captions = np.bincount(text_image, minlength=n)
-    figures: dict[Metric, tuple[np.ndarray, np.ndarray]] = {}
+    metrics: dict[Metric, tuple[np.ndarray, np.ndarray]] = {}
     for k in ks:
         image_hits = np.zeros(n)
         image_hits[captioned] = is_own_text[:, :k].any(axis=1)
         text_hits = np.bincount(text_image, is_own_image[:, :k].any(axis=1), minlength=n)
-        figures[Metric("image_to_text", k)] = image_hits, num_captions > 0
-        figures[Metric("text_to_image", k)] = text_hits, num_captions
-    return with_intervals(*bootstrap(figures, resamples, seed))
+        metrics[Metric("image_to_text", k)] = image_hits, num_captions > 0
+        metrics[Metric("text_to_image", k)] = text_hits, num_captions
+    return with_intervals(*bootstrap(metrics, resamples, seed))

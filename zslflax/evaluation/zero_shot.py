@@ -3,7 +3,7 @@
 import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from PIL import Image
 
 from zslflax import distributed, figures
 from zslflax.data import preprocess
+from zslflax.data.image_features import ImageFeatures
 from zslflax.data.sources.base import Source
 from zslflax.errors import UserError
 from zslflax.evaluation.embedding import EmbeddedImages, embed_images
@@ -22,7 +23,7 @@ from zslflax.evaluation.retrieval import retrieval_recall
 from zslflax.evaluation.test_sets import TestSet, open_test_sets
 from zslflax.inference.class_embeddings import share_among_processes
 from zslflax.inference.predictor import Predictor
-from zslflax.inference.top_k import top_k
+from zslflax.inference.top_k import top_k_or_all
 
 log = logging.getLogger("zslflax")
 DRAWN_IMAGES, DRAWN_ANSWERS = 12, 5  # in the prediction picture, and beside each image
@@ -95,6 +96,7 @@ def evaluate(
     config: ConfigDict,
     workdir: Path,
     resamples: int = 0,
+    features_of: Callable[[Source], ImageFeatures] | None = None,
 ) -> Results:
     """Measures every model on every test set, and draws the first model's predictions into `workdir`/predictions.
 
@@ -104,6 +106,8 @@ def evaluate(
         config: the whole config.
         workdir: predictions/STEP.png is written there, or STEP-SET.png where there are several sets.
         resamples: of the bootstrap for 95% intervals; 0 for none.
+        features_of: opens the features of a test set's images, by the frozen image tower that all models share; None:
+            images are read and embedded.
 
     Returns:
         The same results in every process.
@@ -111,7 +115,8 @@ def evaluate(
     results: Results = {}
     shipped = next(iter(predictors))
     for test_set in test_sets:
-        images = embed_images(predictors, test_set.source, f"eval.sets.{test_set.name}", config)
+        features = features_of(test_set.source) if features_of is not None else None
+        images = embed_images(predictors, test_set.source, f"eval.sets.{test_set.name}", config, features)
         truth = true_labels(test_set, images)
         for model, predictor in predictors.items():
             image_emb = images.image_emb[model]
@@ -230,7 +235,7 @@ def draw_predictions(source: Source, sample: np.ndarray, image_emb: np.ndarray, 
         candidates: what the images are matched with.
     """
     rows, texts = drawn_images(len(sample)), candidates.texts
-    scores, ids = top_k(image_emb[rows], candidates.text_emb, min(DRAWN_ANSWERS, len(texts)))
+    scores, ids = top_k_or_all(image_emb[rows], candidates.text_emb, DRAWN_ANSWERS)
     true = [candidates.true[i] for i in rows]
     answers = [
         [(texts[c], float(score), c in of_image) for c, score in zip(best, best_scores)]

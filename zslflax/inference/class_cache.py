@@ -106,12 +106,3 @@ def remove_oldest(folder: Path) -> None:
         total += size
         if i > 0 and total > MAX_BYTES:
             path.unlink(missing_ok=True)
-
-
-def hash_arrays(arrays: dict[str, np.ndarray]) -> str:
-    """Returns the SHA-256 of the names, types, shapes and contents of arrays."""
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

@@ -15,11 +15,12 @@ from safetensors.numpy import save_file
 
 from zslflax.config import default_config
 from zslflax.config_json import read_config
+from zslflax.data.feature_files import hash_arrays
 from zslflax.data.text import Tokenizer
 from zslflax.errors import MissingFileError, UserError
 from zslflax.files import open_tensors, read_json, read_text, write_atomically, write_json, write_text
-from zslflax.inference.class_cache import hash_arrays
 from zslflax.inference.model_checks import check_finite, check_saved_config, check_shapes
+from zslflax.models.build import resolve_model
 from zslflax.models.import_weights.locate import locate
 
 TEXT_FOLDER = "text_encoder"  # in workdirs and exports: the tokenizer, and the config.json of a pretrained text encoder
@@ -84,7 +85,7 @@ def save_model(folder: Path, config: ConfigDict, variables: dict[str, Any], step
 
 def prediction_fields(config: ConfigDict) -> dict[str, Any]:
     """Returns the fields of a config that prediction needs, with the paths that they have in the exported folder."""
-    model = config.model.to_dict()
+    model = resolve_model(config.model, check=False).to_dict()
     model["image"]["pretrained"] = ""  # its weights are among the tensors
     model["text"]["tokenizer"] = TEXT_FOLDER
     model["text"]["pretrained"] = TEXT_FOLDER if config.model.text.pretrained else ""

@@ -126,11 +126,12 @@ def is_one_image(value: Any) -> bool:
 def find_images(folder: Path) -> Iterator[Path]:
     """Yields the images below a folder, in the order of their names.
 
-    Left out are hidden files and folders, files without an image's extension, and links that lead out of the folder.
+    Left out are hidden files and folders and `images.CLUTTER`, files without an image's extension, and links that lead
+    out of the folder.
     """
     root = folder.resolve()
     for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        hidden = any(images.is_clutter(part) for part in path.relative_to(folder).parts)
         if images.has_image_extension(path) and not hidden and path.resolve().is_relative_to(root):
             if not path.is_dir():
                 yield path

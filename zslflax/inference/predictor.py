@@ -13,12 +13,13 @@ from ml_collections import ConfigDict
 
 import zslflax
 from zslflax import distributed
+from zslflax.data.feature_files import hash_arrays
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.images import resize_center_crop
 from zslflax.data.text import Tokenizer
 from zslflax.errors import FolderExistsError, UserError
 from zslflax.files import local_path, storage_errors
-from zslflax.inference.class_cache import ClassCache, hash_arrays
+from zslflax.inference.class_cache import ClassCache
 from zslflax.inference.class_embeddings import cached_class_embeddings
 from zslflax.inference.export import TEXT_FOLDER, save_model, save_text_encoder
 from zslflax.inference.image_input import ImageInput, describe_array, is_array, is_one_image, read_image, to_numpy
@@ -70,6 +71,7 @@ class Predictor:
             lambda variables, x: model.apply(variables, x, method=method)
         )
         self._encode_image, self._project_text = map_method("encode_image"), map_method("project_text")
+        self._project_image = map_method("project_image")
 
     def with_variables(self, variables: Any, step: int) -> "Predictor":
         """Returns a predictor with other variables of the same model; nothing is compiled again."""
@@ -137,6 +139,10 @@ class Predictor:
             UserError: a file is not an image or is damaged, or an array has another shape or type.
         """
         return self._apply_in_batches(self._encode_image, self._preprocess_all(images))
+
+    def project_image(self, features: np.ndarray) -> np.ndarray:
+        """Projects outputs of the image tower, fp32 [b, f], to unit vectors fp32 [b, d]."""
+        return self._apply_in_batches(self._project_image, features)
 
     def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """Embeds texts, as unit vectors fp32 [b, d]. Texts are truncated to `model.text.max_tokens`."""

@@ -1,6 +1,7 @@
 """Finds the classes whose embeddings have the highest inner products with each image's embedding."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +79,32 @@ def merge_chunk(
         best: scores fp32 [n, k] and ids int32 [n, k] of the chunks before.
         image_chunk: images whose scores are computed at a time, at most n.
     """
+
+    def score_images(first: jax.Array) -> jax.Array:
+        rows = jax.lax.dynamic_slice_in_dim(image_emb, first, image_chunk)
+        # With classes first, both the product and the maxima over groups of classes are faster on a CPU.
+        return jnp.einsum("cd,bd->cb", class_emb, rows, precision=jax.lax.Precision.HIGHEST)
+
+    return merge_scores(score_images, start, best, image_chunk)
+
+
+def merge_scores(
+    score_images: Callable[[jax.Array], jax.Array],
+    start: jax.Array | np.int32,
+    best: tuple[jax.Array, jax.Array],
+    image_chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Merges the scores of a chunk of classes into the running top-k, one chunk of images at a time.
+
+    Args:
+        score_images: index of the first image → scores fp32 [c, image_chunk] of the chunk of classes with that image
+            and the following ones.
+        start, best, image_chunk: as in `merge_chunk`.
+    """
     n, k = best[0].shape
 
     def merge_images(first: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = jax.lax.dynamic_slice_in_dim(image_emb, first, image_chunk)
-        # With classes first, both the product and the maxima over groups of classes are faster on a CPU.
-        scores = jnp.einsum("cd,bd->cb", class_emb, rows, precision=jax.lax.Precision.HIGHEST)
+        scores = score_images(first)
         new_scores, new_ids = top_k_of_columns(scores, min(k, len(scores)))
         old_scores, old_ids = (jax.lax.dynamic_slice_in_dim(x, first, image_chunk) for x in best)
         # Old ids are lower than new ones, and lax.top_k puts the earlier of two equal scores first.

@@ -151,19 +151,23 @@ def pair_losses(
     Returns:
         `loss` and its parts, fp32 [b] each.
     """
-    b = len(valid)
-    position = jax.lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
-    rows = Pairs(position, valid, student, jax.lax.stop_gradient(teacher))
-    batch = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), rows)
-    num_chunks = count_chunks(b, len(batch.valid), config.max_similarities)
+    teacher = jax.lax.stop_gradient(teacher)
+    gather = lambda x: jax.lax.all_gather(x, axis_name, tiled=True)
+    student_batch, teacher_batch, valid_batch = jax.tree.map(gather, (student, teacher, valid))
+    b, n = len(valid), len(valid_batch)
+    own_positions = jax.lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
+    rows = Pairs(own_positions, valid, student, teacher)
+    batch = Pairs(jnp.arange(n, dtype=jnp.int32), valid_batch, student_batch, teacher_batch)
+    num_chunks = count_chunks(b, n, config.max_similarities)
 
     objective, potential = OBJECTIVES[config.name], jnp.zeros(())
     if objective.transport:
         potential = plan_potential(config, split(rows, num_chunks), batch, axis_name)
-    row_losses = partial(sigmoid_losses if objective.pairwise else softmax_losses, config, params, batch, potential)
-    losses = map_chunks(
-        row_losses if num_chunks == 1 else jax.checkpoint(row_losses, prevent_cse=False), rows, num_chunks
-    )
+    losses_of = sigmoid_losses if objective.pairwise else softmax_losses
+    row_losses: Callable[[Pairs], dict[str, jax.Array]] = partial(losses_of, config, params, batch, potential)
+    if num_chunks > 1:
+        row_losses = jax.checkpoint(row_losses, prevent_cse=False)  # keep no chunk's matrices for the gradient
+    losses = map_chunks(row_losses, rows, num_chunks)
     if not objective.needs_teacher:
         return losses | {"loss": losses["hard_loss"]}
     weight = soft_weight(config, step)

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa as sentence encoders with mean pooling over the tokens (DeCLUTR, Sentence-BERT, MiniLM)."""
+"""BERT and RoBERTa as sentence encoders with pooling over the tokens (DeCLUTR, Sentence-BERT, MiniLM, BGE)."""
 
 import dataclasses
 from functools import partial
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from zslflax.errors import UserError
 from zslflax.models.transformer import Attention, Mlp
 
+ROBERTAS = ("roberta", "xlm-roberta", "camembert")  # values of Hugging Face's model_type for one architecture
 HF_SIZES = {  # field of BertConfig: field of a Hugging Face config.json
     "vocab_size": "vocab_size",
     "width": "hidden_size",
@@ -35,6 +36,7 @@ class BertConfig:
         first_position: row of the first token's position embedding: 0 for BERT, pad id + 1 for RoBERTa.
         types: rows of the table of token types; only the first one is used.
         eps: of the layer norms.
+        pool: "mean": the average over the tokens of a text; "cls": the vector of its first token.
         dropout: probability that an element of the embeddings or of a sublayer's output becomes 0 in training.
     """
 
@@ -48,6 +50,7 @@ class BertConfig:
     types: int = 2
     eps: float = 1e-12
     dropout: float = 0.1
+    pool: str = "mean"
 
     @property
     def max_tokens(self) -> int:
@@ -67,8 +70,8 @@ class BertConfig:
             UserError: `Bert` does not implement the architecture or one of its options.
         """
         kind = values.get("model_type")
-        if kind not in ("bert", "roberta"):
-            raise UserError(f"config.json has model_type {kind!r}; expected bert or roberta")
+        if kind != "bert" and kind not in ROBERTAS:
+            raise UserError(f"config.json has model_type {kind!r}; expected bert or {', '.join(ROBERTAS)}")
         for field, wanted in (
             ("hidden_act", "gelu"),
             ("position_embedding_type", "absolute"),
@@ -81,7 +84,7 @@ class BertConfig:
             raise UserError(f"config.json lacks {', '.join(missing)}; take the one published with the weights")
         return cls(
             **{ours: values[theirs] for ours, theirs in HF_SIZES.items()},
-            first_position=values.get("pad_token_id", 1) + 1 if kind == "roberta" else 0,
+            first_position=values.get("pad_token_id", 1) + 1 if kind in ROBERTAS else 0,
             types=values.get("type_vocab_size", 2),
             eps=values.get("layer_norm_eps", 1e-12),
             dropout=dropout,
@@ -106,7 +109,7 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """Maps a text to one vector: the mean of the last layer over the tokens of the text.
+    """Maps a text to one vector: the last layer's mean over the tokens of the text, or its vector of the first token.
 
     `__call__` takes one text per row; `packed` takes rows that hold several texts, and computes the same vectors.
     Dropout is applied to the embeddings and to the output of each sublayer, but not to attention weights.
@@ -140,7 +143,8 @@ class Bert(nn.Module):
             )
         position = jnp.arange(text.shape[1], dtype=jnp.int32)[None]
         x = self.last_layer(text, position, text_mask[:, None, None, :], train)
-        weight = text_mask[:, :, None].astype(jnp.float32)
+        pooled = text_mask & (position == 0) if c.pool == "cls" else text_mask
+        weight = pooled[:, :, None].astype(jnp.float32)
         return jnp.sum(x.astype(jnp.float32) * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)
 
     def packed(
@@ -158,7 +162,8 @@ class Bert(nn.Module):
         same_text = segment[:, None, :, None] == segment[:, None, None, :]
         x = self.last_layer(text, position, same_text, train).astype(jnp.float32)
         # Padding gets an index out of range, which segment_sum drops; thousands of additions to one row would be slow.
-        owner = jnp.where(segment > 0, segment - 1, texts).reshape(-1)
+        pooled = (segment > 0) & (position == 0) if self.config.pool == "cls" else segment > 0
+        owner = jnp.where(pooled, segment - 1, texts).reshape(-1)
         total = partial(jax.ops.segment_sum, segment_ids=owner, num_segments=texts)
         tokens = total(jnp.ones(segment.size, jnp.float32))
         return total(x.reshape(-1, x.shape[-1])) / jnp.maximum(tokens[:, None], 1e-9)

@@ -17,6 +17,45 @@ RESNETS = {  # name: (blocks in each stage, whether they are bottlenecks)
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015b, as in torchvision
 
 
+class StemConv(nn.Module):
+    """The 7×7 convolution of stride 2 and padding 3, in the form that suits accelerators.
+
+    Matrix units are filled badly by the 3 channels of an image. With each 2×2 pixels as 12 channels of one, the same
+    products are a 4×4 convolution of stride 1; its kernel is the 7×7 one with a row and a column of zeros in front.
+    The results differ by rounding alone. On a CPU the plain form is the faster one.
+
+    Attributes:
+        features: channels of the result.
+        dtype: of the computation.
+        pixels_as_channels: whether to compute in that form; None: wherever the backend is not a CPU.
+    """
+
+    features: int
+    dtype: Any
+    pixels_as_channels: bool | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, h, w, c] → [b, ⌈h/2⌉, ⌈w/2⌉, features]."""
+        kernel = self.param("kernel", KAIMING, (7, 7, x.shape[-1], self.features)).astype(self.dtype)
+        stride, padding = 2, ((3, 3), (3, 3))
+        if jax.default_backend() != "cpu" if self.pixels_as_channels is None else self.pixels_as_channels:
+            x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+            x = space_to_depth(x)
+            kernel = space_to_depth(jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0))).transpose(3, 0, 1, 2))
+            kernel, stride, padding = kernel.transpose(1, 2, 3, 0), 1, ((2, 1), (2, 1))
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype), kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+
+def space_to_depth(x: jax.Array) -> jax.Array:
+    """Each 2×2 pixels as the channels of one: [b, h, w, c] → [b, h/2, w/2, 4c]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // 2, 2, w // 2, 2, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c)
+
+
 class Block(nn.Module):
     """One residual block.
 
@@ -92,8 +131,12 @@ class ResNet(nn.Module):
             axis_name=self.axis_name if train else None,
         )
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
-        side, pad = (3, 1) if self.small else (7, 3)
-        x = conv(self.stem_width, (side, side), (2, 2), ((pad, pad), (pad, pad)), name="conv1")(x.astype(self.dtype))
+        stem: nn.Module
+        if self.small:
+            stem = conv(self.stem_width, (3, 3), (2, 2), ((1, 1), (1, 1)), name="conv1")
+        else:
+            stem = StemConv(self.stem_width, self.dtype, name="conv1")
+        x = stem(x.astype(self.dtype))
         x = nn.relu(norm(name="bn1")(x))
         if not self.small:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))

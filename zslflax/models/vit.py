@@ -1,4 +1,4 @@
-"""Vision transformer (Dosovitskiy et al. 2021) with pre-norm blocks and a class token."""
+"""Vision transformer (Dosovitskiy et al. 2021) with pre-norm blocks and a class token; also as DINOv2 has it."""
 
 from typing import Any
 
@@ -16,6 +16,28 @@ VITS = {  # name: (patch in pixels, width, depth, heads)
     "vit_b16": (16, 768, 12, 12),
     "vit_b32": (32, 768, 12, 12),
 }
+DINOV2 = {  # likewise; with layer scale (Oquab et al. 2023, arXiv 2304.07193)
+    "dinov2_s14": (14, 384, 12, 6),
+    "dinov2_b14": (14, 768, 12, 12),
+    "dinov2_l14": (14, 1024, 24, 16),
+}
+REGISTERS = 4  # of "dinov2_s14_reg" and so on (Darcet et al. 2023, arXiv 2309.16588)
+POOLS = ("cls", "mean", "cls_mean")
+
+
+class LayerScale(nn.Module):
+    """Multiplies each channel by a learnt factor, at first 1e-5 (Touvron et al. 2021, arXiv 2103.17239).
+
+    Attributes:
+        dtype: of the computation; parameters are fp32.
+    """
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., w] → [..., w]."""
+        return x * self.param("scale", nn.initializers.constant(1e-5), (x.shape[-1],)).astype(self.dtype)
 
 
 class Block(nn.Module):
@@ -25,23 +47,29 @@ class Block(nn.Module):
         heads: of the attention.
         dtype: of the computation.
         eps: of the layer norms.
+        layer_scale: whether a `LayerScale` follows the attention and the perceptron.
     """
 
     heads: int
     dtype: Any
     eps: float
+    layer_scale: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [b, t, w] → [b, t, w]."""
         y = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="norm1")(x)
-        x = x + Attention(self.heads, self.dtype, name="attention")(y)
+        x = x + self.scale(1, Attention(self.heads, self.dtype, name="attention")(y))
         y = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="norm2")(x)
-        return x + Mlp(4 * x.shape[-1], self.dtype, name="mlp")(y)
+        return x + self.scale(2, Mlp(4 * x.shape[-1], self.dtype, name="mlp")(y))
+
+    def scale(self, number: int, x: jax.Array) -> jax.Array:
+        """Applies the layer scale of this number, if the block has layer scales."""
+        return LayerScale(self.dtype, name=f"layer_scale{number}")(x) if self.layer_scale else x
 
 
 class ViT(nn.Module):
-    """Maps images to the class token after the last layer norm.
+    """Maps images to the class token, the mean of the patches, or both, after the last layer norm.
 
     Attributes:
         patch: side of a patch in pixels; the sides of an image must be multiples of it.
@@ -50,6 +78,10 @@ class ViT(nn.Module):
         eps: of the layer norms: 1e-6 as in the original and in timm. (Hugging Face's copies of these weights say
             1e-12; the difference matters only where the variance is tiny.)
         remat: whether the backward pass recomputes the activations inside each block instead of storing them.
+        layer_scale: whether the blocks have layer scales.
+        registers: number of learnt tokens that take part in the attention and not in the output.
+        pool: "cls": the class token; "mean": the mean over the patches; "cls_mean": one after the other (dino.txt,
+            Jose et al. 2024, arXiv 2412.16334).
     """
 
     patch: int
@@ -59,10 +91,15 @@ class ViT(nn.Module):
     dtype: Any = jnp.float32
     eps: float = 1e-6
     remat: bool = False
+    layer_scale: bool = False
+    registers: int = 0
+    pool: str = "cls"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps normalised pixels [b, h, w, 3] → fp32 [b, width]. `train` changes nothing; all towers take it.
+        """Maps normalised pixels [b, h, w, 3] → fp32 [b, width], or [b, 2 · width] for "cls_mean".
+
+        `train` changes nothing; all towers take it.
 
         Raises:
             UserError: patches do not fill the image.
@@ -79,7 +116,17 @@ class ViT(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)).astype(self.dtype), x], axis=1)
         position = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
         x = x + position.astype(self.dtype)
+        if self.registers:  # they have no position and stand between the class token and the patches
+            shape = (1, self.registers, self.width)
+            registers = self.param("registers", nn.initializers.normal(0.02), shape).astype(self.dtype)
+            registers = jnp.broadcast_to(registers, (x.shape[0], *shape[1:]))
+            x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
         block = nn.remat(Block) if self.remat else Block
         for i in range(self.depth):
-            x = block(self.heads, self.dtype, self.eps, name=f"block_{i}")(x)
-        return nn.LayerNorm(epsilon=self.eps, name="norm")(x[:, 0].astype(jnp.float32))
+            x = block(self.heads, self.dtype, self.eps, self.layer_scale, name=f"block_{i}")(x)
+        norm = nn.LayerNorm(epsilon=self.eps, name="norm")
+        if self.pool == "cls":
+            return norm(x[:, 0].astype(jnp.float32))
+        x = norm(x.astype(jnp.float32))
+        mean = jnp.mean(x[:, 1 + self.registers :], axis=1)
+        return mean if self.pool == "mean" else jnp.concatenate([x[:, 0], mean], axis=-1)

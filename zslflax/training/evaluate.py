@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from zslflax.data.image_features import ImageFeatures
+from zslflax.data.sources.base import Source
 from zslflax.errors import UserError, nearest_names
 from zslflax.evaluation.results import flat_names, format_table
 from zslflax.evaluation.test_sets import TestSet
@@ -19,6 +21,7 @@ def evaluate_state(
     test_sets: list[TestSet],
     workdir: Path,
     extra_metrics: Callable[[dict[str, Predictor]], dict[str, float]] | None,
+    features_of: Callable[[Source], ImageFeatures] | None,
     state: TrainState,
 ) -> dict[str, float]:
     """Evaluates the EMA teacher and the student; without an EMA, the student alone.
@@ -28,6 +31,7 @@ def evaluate_state(
         test_sets: from `open_test_sets`.
         workdir: the folder for pictures of predictions.
         extra_metrics: maps {"": the shipped predictor, "student": the student, if there is an EMA} to more metrics.
+        features_of: as `zero_shot.evaluate` takes it.
         state: the train state.
 
     Returns:
@@ -41,7 +45,7 @@ def evaluate_state(
     predictors = {"": student}
     if state.teacher_params:
         predictors = {"": predictor.with_variables(teacher_variables(state), step), "student": student}
-    results = evaluate(predictors, test_sets, predictor.config, workdir)
+    results = evaluate(predictors, test_sets, predictor.config, workdir, features_of=features_of)
     if results:
         log.info("step %d\n%s", step, format_table(results))
     metrics = flat_names(results)

@@ -11,14 +11,14 @@ from zslflax.models.partition import MODALITIES, Tree
 from zslflax.models.two_tower import TwoTower
 from zslflax.training.train_state import TrainState, student_variables, teacher_variables
 
-Batch = dict[str, jax.Array]
+DeviceBatch = dict[str, jax.Array]
 Rngs = dict[str, jax.Array] | None
 
 
 def embed(
     model: TwoTower,
     variables: Tree,
-    batch: Batch,
+    batch: DeviceBatch,
     features: dict[str, jax.Array],
     *,
     train: tuple[str, ...],
@@ -32,7 +32,7 @@ def embed(
         batch: as `train_step` takes it.
         features: outputs of the towers that need not run, by modality.
         train: the modalities whose tower runs in training mode (batch statistics, dropout).
-        rngs: the keys of the dropout.
+        rngs: the keys of the dropout; None for no dropout.
     """
     features, batch_stats = dict(features), variables["batch_stats"]
     for modality in MODALITIES:
@@ -41,13 +41,13 @@ def embed(
             features[modality], batch_stats = tower_features(
                 model, current, batch, modality, train=modality in train, rngs=rngs
             )
-    image_emb: Any = model.apply(variables, features["image"], method="project_image")
-    text_emb: Any = model.apply(variables, features["text"], method="project_text")
+    image_emb: Any = model.apply(variables, features["image"], method="project_image", rngs=rngs)
+    text_emb: Any = model.apply(variables, features["text"], method="project_text", rngs=rngs)
     return Embeddings(image_emb, text_emb), batch_stats
 
 
 def tower_features(
-    model: TwoTower, variables: Tree, batch: Batch, modality: str, *, train: bool, rngs: Rngs = None
+    model: TwoTower, variables: Tree, batch: DeviceBatch, modality: str, *, train: bool, rngs: Rngs = None
 ) -> tuple[jax.Array, Tree]:
     """One tower's output fp32 [b, f] for this device's pairs, and the batch statistics after it."""
     method, inputs = f"{modality}_features", tower_inputs(batch, modality)
@@ -60,7 +60,7 @@ def tower_features(
     return outputs, {**variables["batch_stats"], **updated.get("batch_stats", {})}
 
 
-def tower_inputs(batch: Batch, modality: str) -> tuple[Any, ...]:
+def tower_inputs(batch: DeviceBatch, modality: str) -> tuple[Any, ...]:
     """The arguments of `TwoTower.image_features`, `text_features` or `packed_text_features`."""
     if modality == "image":
         return (batch["image"],)
@@ -70,11 +70,17 @@ def tower_inputs(batch: Batch, modality: str) -> tuple[Any, ...]:
 
 
 def no_grad_outputs(
-    state: TrainState, fixed_teacher: Tree, model: TwoTower, teacher_model: TwoTower, config: ConfigDict, batch: Batch
+    state: TrainState,
+    fixed_teacher: Tree,
+    model: TwoTower,
+    teacher_model: TwoTower,
+    config: ConfigDict,
+    batch: DeviceBatch,
 ) -> tuple[dict[str, jax.Array], Embeddings | None]:
     """What needs no gradient: the frozen towers' outputs by modality, and the teacher's embeddings.
 
-    The teacher shares the outputs of those of its towers that are the student's frozen ones. Its embeddings are None
+    A tower is frozen forever, or for now, where the batch has its outputs. The teacher shares the outputs of those of
+    its towers that are the student's frozen ones. Its embeddings are None
     for an objective without a teacher.
     """
     student = student_variables(state)
@@ -82,7 +88,8 @@ def no_grad_outputs(
         modality: batch[f"{modality}_features"]
         if f"{modality}_features" in batch
         else tower_features(model, student, batch, modality, train=False)[0]
-        for modality in state.frozen_params
+        for modality in MODALITIES
+        if modality in state.frozen_params or f"{modality}_features" in batch
     }
     if not OBJECTIVES[config.objective.name].needs_teacher:
         return features, None

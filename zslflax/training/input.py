@@ -1,33 +1,41 @@
 """The train step's input: batches on the devices, with captions as tokens, as packed tokens, or as frozen features."""
 
+import functools
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from zslflax import distributed
+from zslflax.background import BackgroundIterator
 from zslflax.data import packing, pipeline
-from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
+from zslflax.data.caption_lengths import count_lengths
+from zslflax.data.features import TextFeatures
+from zslflax.data.image_features import ImageFeatures, with_image_features
 from zslflax.data.preprocess import Batch
+from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
-from zslflax.models.two_tower import TwoTower
-from zslflax.training.train_state import TrainState
+from zslflax.training.optimizer import FOREVER
 
 log = logging.getLogger("zslflax")
 
 
 def device_batches(
     config: ConfigDict,
-    sources: Sequence[Any],
+    sources: Sequence[Source],
     tokenizer: Tokenizer,
     start_step: int,
     text_features: TextFeatures | None,
-) -> Iterator[tuple[dict[str, jax.Array], Any]]:
+    image_features: Sequence[ImageFeatures] = (),
+    images_from: int = FOREVER,
+) -> BackgroundIterator[tuple[dict[str, jax.Array], Any]]:
     """Yields (batch on the devices, errors of unreadable samples) from a step on.
+
+    Everything that a batch needs runs in a thread: assembling, packing, text features, and the copy to the devices.
 
     Args:
         config: the whole config.
@@ -35,17 +43,31 @@ def device_batches(
         tokenizer: the text tower's tokenizer.
         start_step: the number of batches to leave out.
         text_features: features of a frozen text tower; None where the text tower is trained.
+        image_features: of each source's images, by a frozen image tower; (): batches have images.
+        images_from: the step from which batches have images nevertheless, because the tower is trained.
     """
-    batches: Iterator[Any] = host_batches(config, sources, tokenizer, start_step)
-    if text_features is not None and config.model.text.cached_captions:
+    # All processes exchange values here, and not later in a thread of their own.
+    load = functools.partial(host_batches, config, sources, tokenizer, distributed.local_processes())
+    if image_features:
+        batches = feature_batches(load, start_step, image_features, images_from, config.features.views)
+    else:
+        batches = load(start_step)
+    if text_features is not None and (config.features.folder or config.model.text.cached_captions):
         batches = with_text_features(batches, text_features)
     elif config.model.text.pack_length:
         batches = with_packed_text(config, sources, tokenizer, batches)
     return distributed.prefetch_to_devices(batches)
 
 
-def host_batches(config: ConfigDict, sources: Sequence[Any], tokenizer: Tokenizer, start_step: int) -> Iterator[Batch]:
-    """This host's share of the batches from a step on."""
+def host_batches(
+    config: ConfigDict,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    local_processes: int,
+    start_step: int,
+    views: int = 0,
+) -> Iterator[Batch]:
+    """This host's share of the batches from a step on; with `views`, of positions of images instead of images."""
     return pipeline.train_batches(
         sources,
         config.data.weights,
@@ -60,33 +82,46 @@ def host_batches(config: ConfigDict, sources: Sequence[Any], tokenizer: Tokenize
         flip=config.data.flip,
         threads=config.data.threads,
         workers=config.data.workers,
+        local_processes=local_processes,
+        views=views,
     )
 
 
-def cached_text_features(config: ConfigDict, model: TwoTower, state: TrainState) -> TextFeatures:
-    """A cache of texts' features. It lasts for the whole run if the text tower is frozen, or else for one state."""
-    capacity = max(config.model.text.cached_captions, DEFAULT_CAPACITY)
-    if "text" not in state.frozen_params:
-        return TextFeatures(model, None, capacity)
-    tower = jax.tree.map(jnp.copy, state.frozen_params["text"]["tower"])  # a copy: the step donates the state's buffers
-    variables = distributed.replicate({"params": {"text": {"tower": tower}}})
-    return TextFeatures(model, variables, capacity, frozen=True)
+def feature_batches(
+    load: Callable[..., Iterator[Batch]],
+    start_step: int,
+    image_features: Sequence[ImageFeatures],
+    images_from: int,
+    views: int,
+) -> Iterator[Batch]:
+    """This host's share of the batches from a step on, with features of images until `images_from`.
+
+    Args:
+        load: `host_batches` from its argument `start_step` on.
+        start_step, image_features, images_from: as `device_batches` takes them.
+        views: of each image.
+    """
+    steps = None if images_from == FOREVER else max(0, images_from - start_step)
+    batches = load(start_step, views)
+    for batch in itertools.islice(with_image_features(batches, image_features), steps):
+        yield Batch(**{key: value for key, value in batch.items() if key != "index"})  # type: ignore[typeddict-item]
+    yield from load(max(start_step, images_from))
 
 
-def with_text_features(batches: Iterator[Batch], text_features: TextFeatures) -> Iterator[dict[str, Any]]:
+def with_text_features(batches: Iterator[Batch], text_features: TextFeatures) -> Iterator[Batch]:
     """Adds the output of a frozen text tower to batches."""
     for batch in batches:
         yield batch | {"text_features": text_features(batch["text"], batch["text_mask"])}
 
 
 def with_packed_text(
-    config: ConfigDict, sources: Sequence[Any], tokenizer: Tokenizer, batches: Iterator[Batch]
+    config: ConfigDict, sources: Sequence[Source], tokenizer: Tokenizer, batches: Iterator[Batch]
 ) -> Iterator[Batch]:
     """Packs the captions of each micro-batch into as few rows as the lengths of the training captions allow."""
     options: dict[str, Any] = dict(
         seed=config.seed, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    counts = packing.count_lengths(sources, config.data.weights, tokenizer, threads=config.data.threads, **options)
+    counts = count_lengths(sources, config.data.weights, tokenizer, threads=config.data.threads, **options)
     counts = distributed.gather_hosts(counts[None]).sum(axis=0)  # the same shape on all hosts
     per_device, length = config.batch_size // jax.device_count(), config.model.text.pack_length
     captions = config.micro_batch or per_device

@@ -14,9 +14,13 @@ from zslflax import checkpoint, distributed
 from zslflax.data.features import TextFeatures
 from zslflax.errors import NonFiniteError
 from zslflax.inference.predictor import Predictor
-from zslflax.training.metrics import BadSampleCounter, Stopwatch, average
+from zslflax.models.build import resolve_model
+from zslflax.training.metrics import BadSampleCounter, average
 from zslflax.training.preemption import StopRequest
 from zslflax.training.setup import Run, set_up
+from zslflax.training.startup import StartupTimes, process_age
+from zslflax.training.step import Metrics
+from zslflax.training.stopwatch import Stopwatch
 from zslflax.training.train_state import TrainState
 from zslflax.training.workdir import check_config, lock_workdir
 
@@ -48,13 +52,22 @@ def train(
     Raises:
         UserError: the config, the data or the workdir is wrong, or a step is not finite (`NonFiniteError`).
     """
+    startup = StartupTimes(process_age())
+    config = config.copy_and_resolve_references()
+    config.model = resolve_model(config.model)
     with lock_workdir(workdir):
         check_config(config, workdir, changed)
         with checkpoint.open_manager(workdir, config.eval.best_metric) as checkpoints:
             run = set_up(
-                config, workdir, checkpoints, changed, text_features=text_features, extra_metrics=extra_metrics
+                config,
+                workdir,
+                checkpoints,
+                changed,
+                text_features=text_features,
+                extra_metrics=extra_metrics,
+                startup=startup,
             )
-            with contextlib.closing(run.reporter), contextlib.closing(run.profile), StopRequest() as stop:
+            with run.batches, contextlib.closing(run.reporter), contextlib.closing(run.profile), StopRequest() as stop:
                 last_step, complete = train_loop(run, stop)
     if complete:
         log.info("finished %d steps; everything is in %s", config.steps, workdir)
@@ -75,14 +88,17 @@ def train_loop(run: Run, stop: StopRequest) -> tuple[int, bool]:
     config, step, state, train_step = run.config, run.first_step, run.state, run.train_step
     watch, bad_samples = Stopwatch(config.batch_size), BadSampleCounter(config.data.max_bad_fraction)
     stopping = not report_and_save(run, step, state, watch, stop)  # a resumed run may owe an evaluation
+    metrics = None
 
     while step < config.steps and not stopping:
         with save_on_error(run, step, state):
-            batch, errors = watch.next(run.batches)
+            first = run.startup.phase("the first batch") if metrics is None else contextlib.nullcontext()
+            with first:
+                batch, errors = watch.next(run.batches, metrics)
             bad_samples.count(errors, config.batch_size // jax.process_count())
         step += 1
         run.profile.before(step, state)
-        state, metrics = train_step(state, batch)
+        state, metrics = take_first_step(run, state, batch) if step == run.first_step + 1 else train_step(state, batch)
         run.profile.after(step, metrics)
         run.recent_metrics.append(metrics)
         checkpoint.check_for_errors(run.checkpoints)
@@ -91,6 +107,16 @@ def train_loop(run: Run, stop: StopRequest) -> tuple[int, bool]:
     raise_if_failed(run, state)
     save_and_wait(run, state)
     return step, step == config.steps and not run.recent_metrics
+
+
+def take_first_step(run: Run, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+    """The run's first step, which is compiled, and the log of the times that the start took."""
+    log.info("compiling the train step; this can take minutes the first time")
+    with run.startup.phase("compiling and the first step"):
+        state, metrics = run.train_step(state, batch)
+        jax.block_until_ready(metrics)
+    run.startup.report()
+    return state, metrics
 
 
 def report_and_save(run: Run, step: int, state: TrainState, watch: Stopwatch, stop: StopRequest) -> bool:

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from zslflax.errors import UserError
 from zslflax.files import storage_errors, write_text
-from zslflax.training import flops
 
 log = logging.getLogger("zslflax")
 
@@ -110,42 +109,6 @@ def tensorboard_writer(workdir: Path, step: int) -> Any:
         if hide_torch:
             del modules["torch"]
     return SummaryWriter(str(workdir), purge_step=step + 1)
-
-
-class Stopwatch:
-    """Measures throughput since the last `lap`.
-
-    Args:
-        pairs: the number of pairs in a step.
-    """
-
-    def __init__(self, pairs: int):
-        self.pairs = pairs
-        self.start()
-
-    def start(self) -> None:
-        """Starts again from zero."""
-        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
-
-    def next(self, batches: Iterator[Any]) -> Any:
-        """The next batch. Counts a step, and measures the wait for the batch."""
-        before = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - before
-        self.steps += 1
-        return batch
-
-    def lap(self, step_flops: int) -> dict[str, float]:
-        """Pairs per second, the share of the time spent waiting for data, and `flops.rates` of one device.
-
-        Args:
-            step_flops: floating-point operations of one device in a step.
-        """
-        elapsed = max(time.perf_counter() - self.started, 1e-9)
-        rates = {"pairs_per_second": self.steps * self.pairs / elapsed, "waiting_for_data": self.waited / elapsed}
-        rates |= flops.rates(self.steps * step_flops, elapsed, jax.local_devices()[0].device_kind)
-        self.start()
-        return {f"train/{name}": value for name, value in rates.items()}
 
 
 class Profile:

@@ -67,8 +67,19 @@ def frozen_towers(params: Tree, freeze: tuple[tuple[str, int], ...]) -> tuple[st
     >>> frozen_towers(params, (("text/tower", -1), ("image/tower", 1_000)))
     ('text',)
     """
+    return tuple(modality for modality, step in frozen_until(params, freeze).items() if step == FOREVER)
+
+
+def frozen_until(params: Tree, freeze: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    """By modality, the step until which all parameters of its tower are frozen: 0 for none, or `FOREVER`.
+
+    >>> params = {m: {"tower": {"kernel": 1}, "projection": {"kernel": 2}} for m in ("image", "text")}
+    >>> frozen_until(params, (("text/tower", -1), ("image/tower", 1_000)))
+    {'image': 1000, 'text': -1}
+    """
     until = match_patterns(params, freeze, 0, "freeze")
-    return tuple(m for m in MODALITIES if all(step == FOREVER for step in jax.tree.leaves(until[m]["tower"])))
+    steps = {modality: set(jax.tree.leaves(until[modality]["tower"])) - {FOREVER} for modality in MODALITIES}
+    return {modality: min(steps[modality], default=FOREVER) for modality in MODALITIES}
 
 
 def schedule(config: ConfigDict, steps: int) -> optax.Schedule:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import CheckpointManager
 
 from zslflax import checkpoint, distributed
+from zslflax.background import BackgroundIterator
 from zslflax.config import profiled_steps
 from zslflax.data.features import TextFeatures
+from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
 from zslflax.data.text import Tokenizer
@@ -31,12 +33,14 @@ from zslflax.models.import_weights.locate import locate
 from zslflax.models.partition import Tree, partition
 from zslflax.models.two_tower import TwoTower
 from zslflax.training.evaluate import evaluate_state
-from zslflax.training.input import cached_text_features, device_batches
+from zslflax.training.frozen_features import FrozenFeatures, open_features
+from zslflax.training.input import device_batches
 from zslflax.training.metrics import Profile, Reporter
 from zslflax.training.optimizer import build_optimizer, frozen_towers
+from zslflax.training.startup import StartupTimes
 from zslflax.training.step import TrainStep
 from zslflax.training.train_state import TrainState, create_train_state, towers
-from zslflax.training.workdir import write_config
+from zslflax.training.workdir import check_data, write_config, write_data
 
 log = logging.getLogger("zslflax")
 
@@ -51,11 +55,12 @@ class Run:
         first_step: the step of that state.
         recent_metrics: metrics of the steps since the last report, oldest first; the loop adds to them.
         train_step: (state, batch) → (state, metrics).
-        batches: yields (batch on the devices, errors of unreadable samples).
+        batches: yields (batch on the devices, errors of unreadable samples), which it makes in a thread.
         evaluate: state → metrics of the test sets.
         checkpoints: the workdir's manager.
         reporter: writes metrics and shows progress.
         profile: writes a trace of some steps.
+        startup: measures the time to the end of the first step.
     """
 
     config: ConfigDict
@@ -63,11 +68,12 @@ class Run:
     first_step: int
     recent_metrics: list[dict[str, Any]]
     train_step: TrainStep
-    batches: Iterator[tuple[dict[str, jax.Array], Any]]
+    batches: BackgroundIterator[tuple[dict[str, jax.Array], Any]]
     evaluate: Callable[[TrainState], dict[str, float]]
     checkpoints: CheckpointManager
     reporter: Reporter
     profile: Profile
+    startup: StartupTimes
 
 
 def set_up(
@@ -78,27 +84,32 @@ def set_up(
     *,
     text_features: TextFeatures | None = None,
     extra_metrics: Callable[[dict[str, Predictor]], dict[str, float]] | None = None,
+    startup: StartupTimes | None = None,
 ) -> Run:
     """Builds a run. Its arguments are those of `zslflax.training.loop.train`, and the workdir's checkpoint manager.
 
     Errors that a user can fix are found here, before any training.
     """
-    model, tokenizer = build_model(config)
-    teacher_model, fixed_teacher = load_fixed_teacher(config, model, tokenizer)
-    sources = open_train_sources(config)
-    test_sets = open_test_sets(config)
-
-    state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints)
+    startup = startup or StartupTimes(0.0)
+    with startup.phase("opening the data"):
+        model, tokenizer = build_model(config)
+        sources = open_train_sources(config)
+        check_data(config.data.train, sources, workdir, changed)
+        test_sets = open_test_sets(config)
+    with startup.phase("building the state"):
+        teacher_model, fixed_teacher = load_fixed_teacher(config, model, tokenizer)
+        state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints)
     first_step = int(state.step)
     if distributed.is_main() and (changed or first_step == 0):
         save_text_encoder(config, tokenizer, workdir / TEXT_FOLDER)
     write_config(config, workdir)
+    write_data(config.data.train, sources, workdir)
     log_setup(config, state, sources)
 
     fixed_teacher = distributed.replicate(without_shared_towers(fixed_teacher, state.frozen_params))
-    if text_features is None:
-        text_features = cached_text_features(config, model, state)
-    frozen_text_features = text_features if "text" in state.frozen_params else None
+    features = open_features(config, model, tokenizer, state, sources, [test_set.source for test_set in test_sets])
+    check_teacher_needs_no_images(config, features, fixed_teacher)
+    text_features = text_features or features.text
     predictor = Predictor(config, model, None, tokenizer, text_features=text_features)
     main = distributed.is_main()
     return Run(
@@ -107,15 +118,33 @@ def set_up(
         first_step=first_step,
         recent_metrics=recent_metrics,
         train_step=TrainStep(fixed_teacher, model=model, teacher_model=teacher_model, tx=tx, config=config),
-        batches=device_batches(config, sources, tokenizer, first_step, frozen_text_features),
-        evaluate=functools.partial(evaluate_state, predictor, test_sets, workdir, extra_metrics),
+        batches=device_batches(
+            config,
+            sources,
+            tokenizer,
+            first_step,
+            text_features if features.text_frozen else None,
+            features.train_images,
+            features.images_from,
+        ),
+        evaluate=functools.partial(evaluate_state, predictor, test_sets, workdir, extra_metrics, features.of_images),
         checkpoints=checkpoints,
         reporter=Reporter(workdir, first_step - len(recent_metrics), config.steps, main),
         profile=Profile(profiled_steps(config) if main else None, workdir / "profile"),
+        startup=startup,
     )
 
 
-def open_train_sources(config: ConfigDict) -> list[Any]:
+def check_teacher_needs_no_images(config: ConfigDict, features: FrozenFeatures, fixed_teacher: Tree) -> None:
+    """Raises a UserError where steps read no images and the teacher has an image tower of its own."""
+    if features.train_images and "tower" in fixed_teacher.get("params", {}).get("image", {}):
+        raise UserError(
+            f"features.folder is {config.features.folder!r}, so that steps read no images, but the teacher in "
+            f"{config.teacher.workdir} has another image tower, which needs them; set features.folder=''"
+        )
+
+
+def open_train_sources(config: ConfigDict) -> list[Source]:
     """Opens the training sources, without the samples that the config excludes."""
     sources = [open_source(spec, config.data, "train") for spec in config.data.train]
     sources = exclude_samples(sources, config.data.exclude)
@@ -161,9 +190,10 @@ def create_state(
     size, tokens = config.model.image.size, config.model.text.max_tokens
     example = (jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, tokens), jnp.int32), jnp.ones((1, tokens), bool))
     key, objective_params = jax.random.key(config.seed), init_params(config.objective)
-    shapes = {**jax.eval_shape(model.init, key, *example)["params"], "objective": objective_params}
+    init = jax.jit(model.init)  # is traced once, for the shapes and for the arrays
+    shapes = {**jax.eval_shape(init, key, *example)["params"], "objective": objective_params}
     tx = build_optimizer(config, shapes, config.steps)  # checks the patterns before any parameter is made
-    variables: Any = jax.jit(model.init)(key, *example)
+    variables: Any = init(key, *example)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     if pretrained:
         variables = import_towers(config, variables)
@@ -231,7 +261,7 @@ def trees_equal(a: Tree, b: Tree) -> bool:
     return structures[0] == structures[1] and all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def log_setup(config: ConfigDict, state: TrainState, sources: Sequence[Any]) -> None:
+def log_setup(config: ConfigDict, state: TrainState, sources: Sequence[Source]) -> None:
     """Logs what is trained, and on what."""
     frozen = state.frozen_params
     tower = lambda m: (frozen.get(m) or state.params[m])["tower"]

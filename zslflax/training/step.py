@@ -14,7 +14,7 @@ from zslflax.losses.contrastive import LOG_LOGIT_SCALE_RANGE, Embeddings, pair_l
 from zslflax.models.partition import MODALITIES, Tree, combine
 from zslflax.models.two_tower import TwoTower
 from zslflax.training import flops
-from zslflax.training.forward import Batch, embed, no_grad_outputs
+from zslflax.training.forward import DeviceBatch, embed, no_grad_outputs
 from zslflax.training.gradients import compute_gradients
 from zslflax.training.train_state import TrainState, student_variables, towers, update_ema
 
@@ -24,7 +24,7 @@ Metrics = dict[str, jax.Array]
 def train_step(
     state: TrainState,
     fixed_teacher: Tree,
-    batch: Batch,
+    batch: DeviceBatch,
     *,
     model: TwoTower,
     teacher_model: TwoTower,
@@ -65,7 +65,7 @@ def train_step(
     frozen_features, teacher_emb = map_chunks(run_without_grad, batch, num_micro_batches)
 
     def embed_student(
-        params: Tree, inputs: tuple[Batch, dict[str, jax.Array]], key: jax.Array
+        params: Tree, inputs: tuple[DeviceBatch, dict[str, jax.Array]], key: jax.Array
     ) -> tuple[Embeddings, Tree]:
         variables = {**student_variables(state), "params": combine(params, state.frozen_params)}
         return embed(model, variables, *inputs, train=MODALITIES, rngs={"dropout": key})
@@ -187,12 +187,12 @@ class TrainStep:
         self.flops = 0
         jitted = jax.jit(functools.partial(train_step, **static))
 
-        def count_and_step(state: TrainState, fixed_teacher: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
+        def count_and_step(state: TrainState, fixed_teacher: Tree, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
             self.flops = flops.count(jitted.trace(state, fixed_teacher, batch).jaxpr).total()
             return jitted(state, fixed_teacher, batch)  # reuses the trace above
 
         self.pmapped = jax.pmap(count_and_step, AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=0)
         self.fixed_teacher = fixed_teacher
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
         return self.pmapped(state, self.fixed_teacher, batch)

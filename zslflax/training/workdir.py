@@ -1,26 +1,34 @@
-"""The workdir of a run: locks it, checks that its checkpoints have the same config, and writes config.json."""
+"""The workdir of a run: locks it, checks that its checkpoints have the same config and data, and describes these."""
 
 import contextlib
 import fcntl
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from zslflax import checkpoint, distributed
 from zslflax.config_json import compare, from_json, read_config, to_json
+from zslflax.data.addresses import hide_credentials
+from zslflax.data.sources.base import Source, hash_values
+from zslflax.data.sources.subset import Subset
+from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import storage_errors, write_text
+from zslflax.files import read_json, storage_errors, write_json, write_text
 
 log = logging.getLogger("zslflax")
+
+DATA_FILE = "data.json"
+MAX_NAMED = 3  # shards in a message
 
 # Fields, or beginnings of fields, that a resumed run may change: they change neither the state nor the sample order.
 CHANGEABLE = (
     *("eval.", "log_every", "checkpoint.", "data.threads", "data.workers", "compilation"),
     *("profile_steps", "model.image.remat", "model.text.remat"),
     # Thresholds that a stopped run may have to raise before it can continue.
-    *("data.max_bad_fraction", "optimizer.max_nonfinite_steps"),
+    *("data.max_bad_fraction", "optimizer.max_nonfinite_steps", "data.request_timeout", "data.read_timeout"),
 )
 
 
@@ -71,10 +79,37 @@ def check_config(config: ConfigDict, workdir: Path, changed: bool = False) -> No
         UserError: a field differs that is not in `CHANGEABLE`, or config.json is of an older version. The message names
             the fields, with both values or with their current names.
     """
+    refuse_differences("config", lambda: config_differences(config, workdir), workdir, changed)
+
+
+def check_data(specs: Sequence[str], sources: Sequence[Source], workdir: Path, changed: bool = False) -> None:
+    """Checks that the workdir's checkpoints, if there are any, were trained on this data.
+
+    Args:
+        specs: of the training sources, as in the config.
+        sources: these sources.
+        workdir: the run's folder.
+        changed: log the differences instead of raising.
+
+    Raises:
+        UserError: a source has other files, sizes, numbers of samples or contents than workdir/data.json says.
+    """
+    refuse_differences("data", lambda: data_differences(describe_data(specs, sources), workdir), workdir, changed)
+
+
+def refuse_differences(what: str, find: Callable[[], list[str]], workdir: Path, changed: bool) -> None:
+    """Raises a UserError in all processes if the main process finds differences, or logs them if `changed`.
+
+    Args:
+        what: differs, for the message.
+        find: describes the differences; it is called in the main process.
+        workdir: the run's folder.
+        changed: whether the user has allowed differences.
+    """
     differences, error = [], ""
     if distributed.is_main():
         try:
-            differences = config_differences(config, workdir)
+            differences = find()
         except UserError as raised:
             error = str(raised)
     differences, error = distributed.gather_json([differences, error])[0]
@@ -83,11 +118,11 @@ def check_config(config: ConfigDict, workdir: Path, changed: bool = False) -> No
     described = "\n  ".join(differences)
     if differences and not changed:
         raise UserError(
-            f"{workdir} holds a run of another config; choose another --workdir, undo the change, or say --changed to "
+            f"{workdir} holds a run of another {what}; choose another --workdir, undo the change, or say --changed to "
             f"resume with it:\n  {described}"
         )
     if differences:
-        log.warning("%s resumes with another config:\n  %s", workdir, described)
+        log.warning("%s resumes with another %s:\n  %s", workdir, what, described)
 
 
 def config_differences(config: ConfigDict, workdir: Path) -> list[str]:
@@ -97,10 +132,66 @@ def config_differences(config: ConfigDict, workdir: Path) -> list[str]:
         return []
     current = from_json(to_json(config))  # with tuples for lists, as read_config returns them
     return [
-        f"{field}: {old!r} there, {new!r} now"
+        hide_credentials(f"{field}: {old!r} there, {new!r} now")
         for field, old, new in compare(read_config(path), current)
         if not field.startswith(CHANGEABLE)
     ]
+
+
+def describe_data(specs: Sequence[str], sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """What data.json says of each training source: `source`, `samples`, `digest`, and `files` where it has shards.
+
+    Each of the `files` is [name, bytes, samples, digest of what is in it].
+    """
+    described = []
+    for spec, source in zip(specs, sources, strict=True):
+        entry: dict[str, Any] = {"source": hide_credentials(spec), "samples": len(source)}
+        whole = source.source if isinstance(source, Subset) else source
+        if isinstance(whole, WebDataset):
+            entry["files"] = [list(file) for file in whole.files()]
+            kept = source.indices.tolist() if isinstance(source, Subset) else None
+            entry["digest"] = hash_values(entry["files"], kept)
+        else:
+            entry["digest"] = source.fingerprint()
+        described.append(entry)
+    return described
+
+
+def data_differences(current: list[dict[str, Any]], workdir: Path) -> list[str]:
+    """Descriptions of how the training data differs from that of the workdir's checkpoints."""
+    path = workdir / DATA_FILE
+    if not (path.exists() and checkpoint.complete_steps(workdir)):
+        return []
+    before = read_json(path, list)
+    if len(before) != len(current):
+        return [f"{len(before)} sources there, {len(current)} now"]
+    differences = []
+    for old, new in zip(before, current):
+        if not isinstance(old, dict):
+            raise UserError(f"{path} is damaged: expected an object for each source; remove it to train on this data")
+        if old.get("digest") == new["digest"]:
+            continue
+        differences.append(f"{new['source']}: {old.get('samples')} samples there, {new['samples']} now")
+        files = [{f[0]: f[1:] for f in entry.get("files") or ()} for entry in (old, new)]
+        for reason, names in (
+            ("missing", files[0].keys() - files[1].keys()),
+            ("new", files[1].keys() - files[0].keys()),
+            ("other content", {name for name in files[0].keys() & files[1].keys() if files[0][name] != files[1][name]}),
+        ):
+            if names:
+                shown = ", ".join(sorted(names)[:MAX_NAMED]) + (", …" if len(names) > MAX_NAMED else "")
+                differences[-1] += f"; {reason}: {len(names)} shards ({shown})"
+    return differences
+
+
+def write_data(specs: Sequence[str], sources: Sequence[Source], workdir: Path) -> None:
+    """Writes data.json, which describes the data of the workdir's checkpoints. Call it after `check_data`.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    if distributed.is_main():
+        write_json(workdir / DATA_FILE, describe_data(specs, sources))
 
 
 def write_config(config: ConfigDict, workdir: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import os
 import pickle
 
 import numpy as np
@@ -59,6 +60,44 @@ def test_subfolders_are_classes(tmp_path):
     }
     batch = next(pipeline.eval_batches(pickle.loads(pickle.dumps(source)), batch_size=4, image_size=8, resize=8))
     assert batch["label"] == [(0,), (0,), (1,), (2,)] and batch["valid"].all()
+
+
+def test_what_programs_leave_in_folders_is_neither_a_class_nor_an_image(tmp_path):
+    for path in ("cat/a.jpg", "cat/b.tif", "cat/c.JFIF", "cat/d.avif", "dog/e.bmp"):
+        write(tmp_path / path, jpeg(0))
+    clutter = (".ipynb_checkpoints/x.jpg", "@eaDir/x.jpg", "__MACOSX/cat/._a.jpg", "cat/._a.jpg", "lost+found/x.jpg")
+    for path in (*clutter, *(f"cat/{path}" for path in clutter)):
+        write(tmp_path / path, jpeg(0))
+    source = READERS["folder"](str(tmp_path))
+    assert source.classes == ["cat", "dog"]
+    assert [name.removeprefix(f"{tmp_path}/") for name in source.names()] == [
+        *("cat/a.jpg", "cat/b.tif", "cat/c.JFIF", "cat/d.avif", "dog/e.bmp")
+    ]
+
+
+def test_a_pipe_that_is_named_like_an_image_is_a_bad_sample(tmp_path):
+    write(tmp_path / "cat" / "a.jpg", jpeg(0))
+    os.mkfifo(tmp_path / "cat" / "b.jpg")
+    with open(tmp_path / "cat" / "c.jpg", "wb") as file:
+        file.truncate(30 << 30)  # a sparse file of 30 GB
+    source = READERS["folder"](str(tmp_path))
+    assert source[0]["image"] == jpeg(0)
+    for index, message in ((1, "b.jpg is no regular file"), (2, "c.jpg is larger than")):
+        with pytest.raises(BadSample, match=message):
+            source[index]
+
+
+def test_labels_of_several_words_are_one_class_unless_separated(tmp_path, caplog):
+    for name in "abc":
+        write(tmp_path / f"{name}.jpg", jpeg(0))
+    text = "path,labels\na.jpg,golden retriever\nb.jpg,cat\nc.jpg,golden retriever\n"
+    with caplog.at_level(logging.WARNING):
+        source = READERS["csv"](str(write(tmp_path / "x.csv", text)))
+    assert source.classes == ["cat", "golden retriever"] and source.labels == [(1,), (0,), (1,)]
+    assert "'golden retriever' is one class" in caplog.text and "separate several by ;" in caplog.text
+    codes = "path,labels\na.jpg,/m/01 /m/02\nb.jpg,7 12\nc.jpg,n01440764\n"
+    source = READERS["csv"](str(write(tmp_path / "y.csv", codes)))
+    assert source.classes == ["/m/01", "/m/02", "12", "7", "n01440764"]
 
 
 def test_numeric_class_ids_are_in_numerical_order(tmp_path):
@@ -248,7 +287,7 @@ def test_labelled_images_are_refused_for_training(tmp_path):
 
 def test_a_file_that_vanishes_raises_bad_sample(tmp_path):
     source = LabelledImages([tmp_path / "gone.jpg"], [(0,)], ["cat"])
-    with pytest.raises(BadSample, match="its file cannot be read: No such file") as caught:
+    with pytest.raises(BadSample, match="its file cannot be read: there is no file") as caught:
         source[0]
     assert caught.value.name == str(tmp_path / "gone.jpg")
 

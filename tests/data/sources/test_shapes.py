@@ -280,3 +280,14 @@ def test_options_out_of_range_are_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match="shapes: "):
         shapes.ensure_shards(tmp_path, **{"train": 5, "test": 3, **wrong})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_names_the_folder_and_leaves_nothing_behind(tmp_path):
+    """The limit of a file's size fails like a full disk, in the middle of a write."""
+    code = (
+        f"from zslflax.data.sources.shapes import ensure_shards; ensure_shards({str(tmp_path / 'root')!r}, train=500)"
+    )
+    command = f'ulimit -f 100; exec {sys.executable} -c "{code}"'
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert f"StorageError: {tmp_path}/root cannot be written: File too large" in result.stderr
+    assert list((tmp_path / "root").iterdir()) == []

@@ -1,5 +1,7 @@
 """Patterns of shards: braces against a shell's expansion, globs, the home folder, and what is missing."""
 
+import os
+
 import pytest
 
 from tests.testing.shards import sample, write_tar
@@ -39,6 +41,51 @@ def test_missing_shards_are_named(tmp_path):
         expand_patterns(f"{tmp_path}/nowhere/{{0..8}}.tar")
     with pytest.raises(FileNotFoundError, match="no shard fits the pattern .*x-"):
         expand_patterns(f"{tmp_path}/x-*.tar")
+
+
+def test_folders_with_brackets_and_braces_in_their_names(tmp_path):
+    for name in ("dir [v2]/a.tar", "dir [v2]/b.tar", "{0..1}.tar", "c[1].tar", "c1.tar"):
+        write_tar(tmp_path / name, sample(1))
+    names = lambda pattern: [path.removeprefix(f"{tmp_path}/") for path in expand_patterns(f"{tmp_path}/{pattern}")]
+    assert names("dir [v2]/*.tar") == names("dir [v2]/{a,b}.tar") == ["dir [v2]/a.tar", "dir [v2]/b.tar"]
+    assert names("dir [v2]/a.tar") == ["dir [v2]/a.tar"] and names("dir*/[b].tar") == ["dir [v2]/b.tar"]
+    assert names("{0..1}.tar") == ["{0..1}.tar"]  # there is a file of this name
+    assert names("c[1].tar") == ["c[1].tar"] and names("c[12].tar") == ["c1.tar"]
+
+
+def test_links_to_folders_do_not_multiply_shards(tmp_path):
+    for name in ("a.tar", "b/c.tar"):
+        write_tar(tmp_path / name, sample(1))
+    (tmp_path / "here").symlink_to(".")
+    (tmp_path / "b" / "up").symlink_to("..")
+    assert expand_patterns(f"{tmp_path}/**/*.tar") == [f"{tmp_path}/a.tar", f"{tmp_path}/b/c.tar"]
+
+
+def test_colons_separate_patterns(tmp_path):
+    for name in ("a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"):
+        write_tar(tmp_path / name, sample(1))
+    pattern = f"{tmp_path}/a/{{0..1}}.tar::{tmp_path}/b/{{0..1}}.tar"
+    assert expand_patterns(pattern) == [f"{tmp_path}/{name}.tar" for name in ("a/0", "a/1", "b/0", "b/1")]
+    wide = "https://a.org/{0..9999}.tar::https://a.org/x{0..9999}.tar"
+    assert len(expand_patterns(wide)) == 20_000
+    with pytest.raises(
+        ValueError, match="stands for 100,000,000 shards, more than the 1,000,000 allowed; give several"
+    ):
+        expand_patterns("https://a.org/{0..9999}/{0..9999}.tar")
+    with pytest.raises(ValueError, match="has an empty pattern beside ::"):
+        expand_patterns("a.tar::")
+    assert expand_patterns("simplecache::s3://bucket/0.tar") == ["simplecache::s3://bucket/0.tar"]
+
+
+def test_folders_and_pipes_are_told_from_missing_files(tmp_path):
+    (tmp_path / "shards").mkdir()
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(
+        ValueError, match="shards is a folder, expected tar files: give its shards, such as '.*/shards/"
+    ):
+        expand_patterns(f"{tmp_path}/shards")
+    with pytest.raises(ValueError, match="pipe.tar is a pipe or a device"):
+        expand_patterns(f"{tmp_path}/pipe.tar")
 
 
 def test_commands_and_empty_lists_are_refused():

@@ -13,6 +13,7 @@ import pathlib
 import pickle
 import shutil
 import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -125,6 +126,72 @@ def test_captions_and_labels_come_from_text_json_and_label_files(tmp_path):
     without = [("0.jpg", b"x"), ("0.json", to_json(caption=" of json ")), ("1.jpg", b""), ("1.json", b"{}")]
     source = WebDataset(write_tar(tmp_path / "b.tar", without), require_captions=True)
     assert [r["text"] for r in source] == [("of json",), ()]
+
+
+def test_several_captions_come_from_lists_in_json_and_if_asked_for_from_lines(tmp_path):
+    to_json = lambda value: json.dumps(value).encode()
+    cases = [
+        ({"json": to_json({"caption": ["a", " b "]})}, ("a", "b")),
+        ({"json": to_json({"captions": ["a", "b"]})}, ("a", "b")),
+        ({"json": to_json({"captions": "a"})}, ("a",)),
+        ({"json": to_json({"caption": None, "captions": ["a", 3]})}, ("a",)),
+        ({"txt.json": to_json(["a", "b"]), "txt": b"c", "json": to_json({"caption": "d"})}, ("a", "b")),
+        ({"txt": b"a\n\n b\r\n"}, ("a\n\n b",)),
+    ]
+    members = [(f"{i}.{e}", data) for i, (files, _) in enumerate(cases) for e, data in ({"jpg": b"x"} | files).items()]
+    path = write_tar(tmp_path / "a.tar", members)
+    assert [record["text"] for record in WebDataset(path, require_captions=True)] == [texts for _, texts in cases]
+    assert WebDataset(path, captions_per_line=True)[5]["text"] == ("a", "b")
+    for i, (files, texts) in enumerate(cases[:5]):  # each form alone has captions
+        alone = [(f"{i}.{e}", data) for e, data in ({"jpg": b"x"} | files).items()]
+        source = WebDataset(write_tar(tmp_path / f"{i}.tar", alone), require_captions=True)
+        assert source[0]["text"] == texts
+    path = write_tar(tmp_path / "bad.tar", [("0.jpg", b"x"), ("0.txt.json", b'{"a": 1}')])
+    with pytest.raises(BadSample, match="its list of captions is dict .*expected a JSON list of texts"):
+        WebDataset(path)[0]
+
+
+def test_training_draws_one_of_several_captions_and_evaluation_has_all(tmp_path):
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    texts = json.dumps({"captions": ["one", "two", "three"]}).encode()
+    members = [(f"{i}.{e}", d) for i in range(8) for e, d in (("jpg", encode(pixels, "JPEG")), ("json", texts))]
+    source = WebDataset(write_tar(tmp_path / "a.tar", members), require_captions=True)
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(["[PAD]", "one", "two", "three"])})
+    )
+    batches = pipeline.train_batches([source], (), Tokenizer(words, 2, "[PAD]"), batch_size=8, image_size=8, seed=0)
+    drawn = np.concatenate([batch["text"][:, 0] for batch in itertools.islice(batches, 4)])
+    assert set(drawn.tolist()) == {1, 2, 3}
+    batch = next(pipeline.eval_batches(source, batch_size=8, image_size=8, resize=8))
+    assert batch["text"] == [("one", "two", "three")] * 8
+
+
+def test_keys_may_have_dots(tmp_path):
+    """A key ends at the first dot, except where that would leave a captioned or lonely image out."""
+    files = ["a.jpg", "a.txt", "a.seg.png", "Photo.V2.jpg", "Photo.V2.txt", "b.1.jpg", "b.1.txt", "b.2.jpg", "b.2.txt"]
+    files += ["c.jpg", "c.txt", "c.old.png", "c.old.txt", "d.left.png", "e.1.2.jpg", "e.1.2.json"]
+    members = [(name, name.encode() if not name.endswith("json") else b"{}") for name in files]
+    source = WebDataset(write_tar(tmp_path / "a.tar", members))
+    found = [(r["name"].rpartition(":")[2], r["image"].decode(), r["text"]) for r in source]
+    assert found == [
+        ("a", "a.jpg", ("a.txt",)),
+        ("Photo.V2", "Photo.V2.jpg", ("Photo.V2.txt",)),
+        ("b.1", "b.1.jpg", ("b.1.txt",)),
+        ("b.2", "b.2.jpg", ("b.2.txt",)),
+        ("c", "c.jpg", ("c.txt",)),
+        ("c.old", "c.old.png", ("c.old.txt",)),
+        ("d.left", "d.left.png", ()),
+        ("e.1.2", "e.1.2.jpg", ()),
+    ]
+
+
+def test_images_of_every_extension_that_the_decoder_reads_are_samples_and_others_are_counted(tmp_path, caplog):
+    names = [f"{i}.{extension}" for i, extension in enumerate([*images.IMAGE_EXTENSIONS, "JPG", "heic", "txt"])]
+    with caplog.at_level(logging.WARNING):
+        source = WebDataset(write_tar(tmp_path / "a.tar", [(name, b"x") for name in names]))
+    assert len(source) == len(names) - 2 and source.excluded == {"no_image": 2}
+    assert f"2 of {len(names)} keys have no image that can be read" in caplog.text and "with heic" in caplog.text
+    assert WebDataset(write_tar(tmp_path / "b.tar", [("0.jpg", b"x")])).excluded == {}
 
 
 def test_extensions_of_images_captions_and_labels_can_be_chosen(tmp_path):
@@ -249,6 +316,87 @@ def test_a_shard_that_is_replaced_while_it_is_used_raises(tmp_path):
     os.replace(tmp_path / "b.tar", path)
     with pytest.raises(ValueError, match="has been changed while it was in use"):
         source[0]
+
+
+def test_an_index_file_that_cannot_be_of_its_shard_is_built_anew(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples(range(6)))
+    place = tmp_path / "a.tar.index.npz"
+    WebDataset(path)
+    with np.load(place) as stored:
+        arrays = dict(stored)
+
+    def compressed(arrays):
+        with open(place, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    def plain(arrays):
+        with open(place, "wb") as file:
+            np.savez(file, **arrays)
+
+    def claiming(arrays):
+        """An array whose header claims more than the file has."""
+        plain(arrays)
+        data = place.read_bytes()
+        place.write_bytes(data.replace(b"(12,)", b"(99999999999,)".ljust(14), 1).replace(b"      \n", b"\n", 1))
+
+    other = WebDataset(write_tar(tmp_path / "other.tar", samples(range(3)) + samples(range(10, 30))))
+    assert len(other) == 23
+    with np.load(tmp_path / "other.tar.index.npz") as stored:
+        foreign = dict(stored) | {"fingerprint": arrays["fingerprint"]}
+    for write, changed in [
+        (plain, foreign),
+        (plain, arrays | {"sample": arrays["sample"] + 1_000}),
+        (plain, arrays | {"extension": arrays["extension"] - 5}),
+        (plain, arrays | {"offset": arrays["offset"] + 512 * 10**9}),
+        (plain, arrays | {"offset": arrays["offset"] + 7}),
+        (plain, arrays | {"size": arrays["size"][:-1]}),
+        (plain, arrays | {"size": -arrays["size"]}),
+        (plain, arrays | {"keys": np.array([b"x" * 10] * 6, object)}),
+        (plain, {name: array for name, array in arrays.items() if name != "header"}),
+        (compressed, arrays),
+        (claiming, arrays),
+    ]:
+        write(changed)
+        assert [record["text"] for record in WebDataset(path)] == [(f"caption {i}",) for i in range(6)]
+        with np.load(place) as stored:
+            assert all(np.array_equal(stored[name], array) for name, array in arrays.items())
+
+
+def test_shards_of_zeros_and_shards_that_go_on_after_their_end_are_named(tmp_path, caplog):
+    for shard in range(20):
+        write_tar(tmp_path / f"{shard}.tar", samples(range(4)))
+    zeros = tmp_path / "3.tar"
+    zeros.write_bytes(bytes(zeros.stat().st_size))
+    with caplog.at_level(logging.ERROR):
+        assert len(WebDataset(f"{tmp_path}/{{0..19}}.tar")) == 76
+    assert "left out, with all its samples: the shard" in caplog.text and "3.tar holds no files" in caplog.text
+    with pytest.raises(ValueError, match="3.tar holds no files, only zeros"):
+        WebDataset(str(zeros))
+    first, second = (tmp_path / "0.tar").read_bytes(), (tmp_path / "1.tar").read_bytes()
+    joined = tmp_path / "joined.tar"
+    for data in (first + second, first + bytes(2 << 20)):
+        joined.write_bytes(data)
+        with pytest.raises(ValueError, match="joined.tar has an end marker at byte .*, but goes on"):
+            WebDataset(str(joined))
+
+
+def test_without_a_home_folder_indexes_are_beside_their_shards(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples(range(2)))
+    code = f"""
+import os, pwd
+from zslflax.data.sources.webdataset import WebDataset
+def nobody(_): raise KeyError("no such user")
+pwd.getpwuid = nobody  # as in a container that runs under a number
+assert len(WebDataset("{path}")) == 2
+assert os.path.exists("{path}.index.npz")
+os.remove("{path}.index.npz"); os.mkdir("{path}.index.npz")
+assert len(WebDataset("{path}")) == 2
+WebDataset("~/0.tar")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "UserError: ~/0.tar is in the home folder, but HOME is not set" in result.stderr
+    assert "the index of" in result.stderr and "cannot be kept" in result.stderr
 
 
 def test_threads_and_processes_read_the_same_records(tmp_path):

@@ -1,25 +1,36 @@
 """What every data source provides: random access to records of images, captions and labels."""
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
 
-class Record(TypedDict):
-    """One sample of a source.
+class Annotations(TypedDict):
+    """What is known of a sample besides its image.
 
     Attributes:
-        image: an encoded image, or its pixels, uint8 [height, width, 3].
         text: its captions: none, one or several.
         label: the indices of its true classes: none, one or several.
         name: identifies the sample in messages and in files such as `data.exclude`: "SHARD:KEY", a path.
     """
 
-    image: bytes | np.ndarray
     text: tuple[str, ...]
     label: tuple[int, ...]
     name: str
+
+
+class Record(Annotations):
+    """One sample of a source.
+
+    Attributes:
+        image: an encoded image, or its pixels, uint8 [height, width, 3].
+    """
+
+    image: bytes | np.ndarray
 
 
 class Source(Protocol):
@@ -51,5 +62,36 @@ class Source(Protocol):
             BadSample: the record cannot be read; with the sample's name.
         """
 
+    def read_annotations(self, index: int) -> Annotations:
+        """Reads a record without its image.
+
+        Raises:
+            BadSample: as for the record, where it is not the image that cannot be read.
+        """
+
     def names(self) -> Iterator[str]:
         """Yields the names of all records in order, without reading them."""
+
+    def fingerprint(self) -> str:
+        """A digest that changes when an image of the source may have changed, or the images' number or order.
+
+        Features of images are kept under it (`zslflax.data.image_features`).
+        """
+
+
+def hash_values(*values: Any) -> str:
+    """The SHA-256 of values that JSON can hold, for fingerprints.
+
+    >>> hash_values("a.jpg", 10) == hash_values("a.jpg", 11)
+    False
+    """
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def file_version(path: str) -> tuple[int, int]:
+    """The size of a file and its modification time in nanoseconds, for fingerprints; -1 where there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns

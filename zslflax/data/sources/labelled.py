@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from zslflax.data.images import MAX_FILE_BYTES, BadSample, has_image_extension
-from zslflax.data.sources.base import Record, Source
+from zslflax.data.images import MAX_FILE_BYTES, BadSample, has_image_extension, is_clutter
+from zslflax.data.sources.base import Annotations, Record, Source, file_version, hash_values
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
 from zslflax.files import local_path, read_bytes, read_columns, read_text
@@ -52,7 +52,15 @@ class LabelledImages:
             raise BadSample("its file cannot be read: No such file or directory", name=name) from error
         except UserError as error:  # without the path: the pipeline counts bad samples by their message
             raise BadSample(f"its file {str(error).removeprefix(name).strip()}", name=name) from error
-        return Record(image=image, text=(), label=self.labels[index], name=name)
+        return Record(image=image, **self.read_annotations(index))
+
+    def read_annotations(self, index: int) -> Annotations:
+        """The labels of an image; reads no file."""
+        return Annotations(text=(), label=self.labels[index], name=self.paths[index])
+
+    def fingerprint(self) -> str:
+        """Of the paths, sizes and modification times of all images."""
+        return hash_values("files", [(path, *file_version(path)) for path in self.paths])
 
     def names(self) -> Iterator[str]:
         """Yields the paths of all images."""
@@ -83,6 +91,16 @@ class ClassTars:
         record["label"] = (self.labels[self.shards.shard_of(index)],)
         return record
 
+    def read_annotations(self, index: int) -> Annotations:
+        """The class of an image; reads no image."""
+        annotations = self.shards.read_annotations(index)
+        annotations["label"] = (self.labels[self.shards.shard_of(index)],)
+        return annotations
+
+    def fingerprint(self) -> str:
+        """Of the tars."""
+        return self.shards.fingerprint()
+
     def names(self) -> Iterator[str]:
         """Yields the names of all records."""
         return self.shards.names()
@@ -93,7 +111,7 @@ def read_folder(spec: str) -> LabelledImages | ClassTars:
     folder = local_path(spec, "folder:")
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is not a folder: expected one with a subfolder or tar for each class")
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    entries = [entry for entry in folder.iterdir() if not is_clutter(entry.name)]
     subfolders = sorted_by_id({entry.name: entry for entry in entries if entry.is_dir()})
     tars = sorted_by_id({entry.stem: entry for entry in entries if entry.suffix == ".tar"})
     if bool(subfolders) == bool(tars):
@@ -114,12 +132,13 @@ def read_folder(spec: str) -> LabelledImages | ClassTars:
 def read_csv(spec: str) -> LabelledImages:
     """Reads "FILE.csv": columns `path`, relative to the file's folder, and `labels`, none or more class ids.
 
-    Ids are separated by ";" if the column has any ";", or else by blanks. Rows with the same path are merged. The
-    classes are all ids that occur, in their order.
+    Ids are separated by ";" if the column has any ";". Otherwise blanks separate them if each of them has a digit, as
+    codes have; words with blanks between them are one id. Rows with the same path are merged. The classes are all ids
+    that occur, in their order.
     """
     file = local_path(spec, "csv:")
     rows = list(read_columns(file, ("path", "labels")))
-    separator = ";" if any(";" in labels for _, (_, labels) in rows) else None
+    separator = labels_separator(file, [labels for _, (_, labels) in rows])
     ids_of_path: dict[str, dict[str, None]] = collections.defaultdict(dict)  # dicts as ordered sets
     for line, (path, labels) in rows:
         if not path:
@@ -135,6 +154,18 @@ def read_csv(spec: str) -> LabelledImages:
         classes,
         excluded={"missing_images": len(paths) - len(present)},
     )
+
+
+def labels_separator(file: Path, columns: Sequence[str]) -> str | None:
+    """What separates the ids in the fields of a column of labels; None for blanks."""
+    if any(";" in labels for labels in columns):
+        return ";"
+    several = [labels for labels in columns if len(labels.split()) > 1]
+    words = [labels for labels in several if not all(any(map(str.isdigit, i)) for i in labels.split())]
+    if not words:
+        return None
+    log.warning("%s: %r is one class, because it has words without digits; separate several by ;", file, words[0])
+    return ";"
 
 
 def read_open_images(spec: str) -> LabelledImages:
@@ -250,9 +281,12 @@ def sorted_by_id(of_id: dict[str, T]) -> list[T]:
 
 
 def find_images(folder: Path) -> list[str]:
-    """The paths of all files below a folder that are named like images, sorted."""
-    files = (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
-    return sorted(filter(has_image_extension, files))
+    """The paths of all files below a folder that are named like images, sorted; without `images.CLUTTER`."""
+    found: list[str] = []
+    for path, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_clutter(name)]
+        found += [os.path.join(path, name) for name in names if has_image_extension(name) and not is_clutter(name)]
+    return sorted(found)
 
 
 def existing_keys(paths: dict[str, Path], where: str) -> list[str]:

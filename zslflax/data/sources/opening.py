@@ -1,14 +1,14 @@
 """Opens a data source by its specification, such as "train/{00000..00099}.tar" or "tfds:NAME/SPLIT"."""
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
+from zslflax.data.retries import ReadLimits
 from zslflax.data.sources import labelled, shapes
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.tfds import TfdsSource
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import UserError
+from zslflax.files import expand_user
 
 
 def open_source(spec: str, data_config: ConfigDict, split: str) -> Source:
@@ -35,8 +35,9 @@ def open_source(spec: str, data_config: ConfigDict, split: str) -> Source:
 def open_shapes(spec: str, data_config: ConfigDict, split: str) -> Source:
     """The built-in source; its shards are written where they are missing."""
     c = data_config.shapes
-    root = Path(c.root).expanduser()
-    shards = shapes.ensure_shards(root, train=c.train, test=c.test, size=c.size, noise=c.noise, seed=c.seed)
+    shards = shapes.ensure_shards(
+        expand_user(c.root), train=c.train, test=c.test, size=c.size, noise=c.noise, seed=c.seed
+    )
     return WebDataset({"train": shards.train, "test": shards.test}[split])
 
 
@@ -58,4 +59,9 @@ def open_labelled(spec: str, data_config: ConfigDict, split: str) -> Source:
 
 def open_shards(spec: str, data_config: ConfigDict, split: str) -> Source:
     """Tar shards in img2dataset's layout."""
-    return WebDataset(spec, require_captions=split == "train")
+    return WebDataset(
+        spec,
+        require_captions=split == "train",
+        captions_per_line=data_config.captions_per_line,
+        limits=ReadLimits(data_config.request_timeout, data_config.read_timeout),
+    )

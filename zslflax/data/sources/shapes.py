@@ -24,7 +24,7 @@ from tqdm import tqdm
 from zslflax.data.sources.shapes_captions import write_caption
 from zslflax.data.sources.shapes_drawing import CLASS_NAMES, COLOURS, SHAPES, PlacedShape, draw_image
 from zslflax.errors import StorageError, UserError
-from zslflax.files import write_json
+from zslflax.files import storage_errors, write_json
 
 log = logging.getLogger("zslflax")
 
@@ -101,20 +101,22 @@ def ensure_shards(
 
     Raises:
         UserError: an option is out of its range.
+        StorageError: the folder cannot be written; nothing of it is left behind.
     """
     check_options(train, test, size, noise, seed)
     options = {"train": train, "test": test, "size": size, "noise": float(noise), "seed": seed}
     folder = shards_folder(root, options)
     if not (folder / MARKER).exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(folder)
-        temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}.tmp")
-        temporary.mkdir()
-        try:
-            write_shards(temporary, options, threads=min(4, os.cpu_count() or 1))
-            publish(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with storage_errors(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            remove_stale(folder)
+            temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}.tmp")
+            temporary.mkdir()
+            try:
+                write_shards(temporary, options, threads=min(4, os.cpu_count() or 1))
+                publish(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     return ShapesShards(shard_pattern(folder, "train", train), shard_pattern(folder, "test", test), folder)
 
 

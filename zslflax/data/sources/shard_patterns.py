@@ -1,61 +1,146 @@
 """Expands patterns of shards: braces ("train/{00000..00331}.tar", "{a,b}.tar") and globs, local and remote."""
 
 import glob
+import itertools
+import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from zslflax.data import storage
+from zslflax.data.addresses import hide_credentials, is_http, is_remote, without_credentials
+from zslflax.data.remote_files import open_file_system
+from zslflax.data.retries import DEFAULT_LIMITS, ReadLimits, with_retries
 from zslflax.data.sources.tar_index import SUFFIX, raise_missing
 from zslflax.errors import MissingFileError, UserError
+from zslflax.files import expand_user
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
+MAX_SHARDS = 1_000_000  # of one pattern
+SEPARATOR = "::"  # between patterns, webdataset's
 
 
-def expand_patterns(patterns: str | Sequence[str]) -> list[str]:
+def expand_patterns(patterns: str | Sequence[str], limits: ReadLimits = DEFAULT_LIMITS) -> list[str]:
     """The files that patterns with braces and globs match, in order. Whether remote files exist is not checked.
+
+    A pattern may be several with "::" between them, as in webdataset. A local name that exists stands for itself,
+    whatever brackets it has.
 
     Raises:
         MissingFileError: names the files that are missing.
-        UserError: there is no pattern, a pattern is a command, or a glob is used where files cannot be listed.
+        UserError: there is no pattern, a pattern is a command or stands for more than `MAX_SHARDS` files, a folder is
+            given, or a glob is used where files cannot be listed.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise UserError("no shards are given: expected a pattern such as train/{00000..00331}.tar")
     paths = []
-    for pattern in patterns:
+    for pattern in itertools.chain.from_iterable(map(split_pattern, patterns)):
         if pattern.startswith("pipe:"):
             raise UserError(f"{pattern} is a command: shards are read in place, by path or address")
-        remote = storage.is_remote(pattern)
-        for name in expand_braces(pattern if remote else str(Path(pattern).expanduser())):
-            paths += expand_remote_glob(name) if remote else expand_local_glob(name)
-    missing = [path for path in paths if not (storage.is_remote(path) or Path(path).is_file())]
+        if is_remote(pattern):
+            for name in expand_braces(pattern):
+                paths += expand_remote_glob(name, limits)
+        else:
+            local = str(expand_user(pattern))
+            for name in [local] if os.path.exists(local) else expand_braces(local):
+                paths += expand_local_glob(name)
+    missing = [path for path in paths if not (is_remote(path) or Path(path).is_file())]
+    for path in missing:
+        raise_unusable(path)
     raise_missing(missing, len(paths))
     return paths
 
 
+def split_pattern(pattern: str) -> list[str]:
+    """The patterns in "A::B"; an address of fsspec that names a cache, such as "simplecache::s3://…", is one.
+
+    >>> split_pattern("a/{0..9}.tar::b/{0..9}.tar"), split_pattern("simplecache::s3://bucket/0.tar")
+    (['a/{0..9}.tar', 'b/{0..9}.tar'], ['simplecache::s3://bucket/0.tar'])
+    """
+    if pattern.startswith("pipe:"):
+        return [pattern]
+    parts = pattern.split(SEPARATOR)
+    if is_remote(pattern) and any(part.isidentifier() for part in parts[:-1]):
+        return [pattern]
+    if "" in parts:
+        raise UserError(f"{hide_credentials(pattern)!r} has an empty pattern beside {SEPARATOR}")
+    return parts
+
+
+def raise_unusable(path: str) -> None:
+    """Raises a UserError if there is something at a path that is not a file."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder, expected tar files: give its shards, such as '{path}/*.tar'")
+    if os.path.exists(path):
+        raise UserError(f"{path} is a pipe or a device, which cannot be read in place: copy it into a file")
+
+
 def expand_local_glob(name: str) -> list[str]:
-    """The local files that a glob matches, sorted; a name without wildcards stands for itself."""
-    if not any(c in name for c in "*?["):
+    """The local files that a glob matches, sorted; a name without wildcards stands for itself.
+
+    Where links lead to a folder in several ways, "**" finds its files once.
+    """
+    if not any(c in name for c in "*?[") or os.path.exists(name):
         return [str(Path(name))]
-    names = sorted(str(Path(n)) for n in glob.glob(name, recursive=True) if not n.endswith(SUFFIX))
+    names = sorted(str(Path(n)) for n in iter_glob(escape_existing(name)) if not n.endswith(SUFFIX))
     if not names:
         raise MissingFileError(f"no shard fits the pattern {name}")
     return names
 
 
-def expand_remote_glob(name: str) -> list[str]:
+def iter_glob(pattern: str) -> Iterator[str]:
+    """Yields the paths that fit a glob, where "**" stands for any folders below.
+
+    Each folder is visited once, by its shortest path: links can lead to it in many ways, and in circles without end.
+    """
+    before, found, after = (
+        re.split(r"((?:^|/)\*\*(?:/|$))", pattern, maxsplit=1) if "**" in pattern else (pattern, "", "")
+    )
+    if not found:
+        yield from glob.glob(pattern)
+        return
+    seen: set[tuple[int, int]] = set()
+    folders = sorted(glob.glob(before + "/") if before else ["/" if found.startswith("/") else "."])
+    while folders:
+        below = []
+        for folder in folders:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            yield from iter_glob(os.path.join(glob.escape(folder), after or "*"))
+            with os.scandir(folder) as entries:
+                below += [e.path for e in entries if not e.name.startswith(".") and e.is_dir()]
+        folders = sorted(below)
+
+
+def escape_existing(pattern: str) -> str:
+    """A glob in which folders that exist stand for themselves: "dir [v2]/*.tar" looks into the folder "dir [v2]"."""
+    escaped, literal = "", ""
+    for part in re.split("(/)", pattern):
+        if part != "/" and glob.has_magic(part) and os.path.isdir(literal + part):
+            escaped += glob.escape(part)
+        else:
+            escaped += part
+        literal += part
+    return escaped
+
+
+def expand_remote_glob(name: str, limits: ReadLimits) -> list[str]:
     """The addresses that a glob matches, sorted; an address without wildcards stands for itself."""
-    http = storage.is_http(name)
+    http = is_http(name)
     if not any(c in name for c in ("*[" if http else "*?[")):  # in HTTP, ? begins a query
         return [name]
+    shown = without_credentials(name)
     if http:
-        raise UserError(f"{name} is a glob, but files cannot be listed over HTTP: use braces, {{000..331}}")
-    system, path = storage.open_file_system(name)
-    names = sorted(n for n in storage.with_retries(name, lambda: system.glob(path)) if not n.endswith(SUFFIX))
+        raise UserError(f"{shown} is a glob, but files cannot be listed over HTTP: use braces, {{000..331}}")
+    system, path = open_file_system(name)
+    listed = with_retries(name, lambda: system.glob(path), limits)
+    names = sorted(n for n in listed if not n.endswith(SUFFIX))
     if not names:
-        raise MissingFileError(f"no shard fits the pattern {name}")
+        raise MissingFileError(f"no shard fits the pattern {shown}")
     return [system.unstrip_protocol(n) for n in names]
 
 
@@ -64,7 +149,20 @@ def expand_braces(pattern: str) -> list[str]:
 
     >>> expand_braces("{a,b}-{08..10}.tar")
     ['a-08.tar', 'a-09.tar', 'a-10.tar', 'b-08.tar', 'b-09.tar', 'b-10.tar']
+
+    Raises:
+        UserError: there are more than `MAX_SHARDS` combinations.
     """
+    total = math.prod(count_values(content) for content in BRACES.findall(pattern))
+    if total > MAX_SHARDS:
+        raise UserError(
+            f"{hide_credentials(pattern)} stands for {total:,} shards, more than the {MAX_SHARDS:,} allowed; give "
+            f"several patterns, with {SEPARATOR} between them or as a tuple, if the braces were not to be combined"
+        )
+    return combine_braces(pattern)
+
+
+def combine_braces(pattern: str) -> list[str]:
     match = BRACES.search(pattern)
     if not match:
         return [pattern]
@@ -74,5 +172,11 @@ def expand_braces(pattern: str) -> list[str]:
         width = max(map(len, bounds.groups())) if any(re.match("0.", b) for b in bounds.groups()) else 0
         step = 1 if first <= last else -1
         values = [f"{number:0{width}}" for number in range(first, last + step, step)]
-    rest = expand_braces(pattern[match.end() :])
+    rest = combine_braces(pattern[match.end() :])
     return [pattern[: match.start()] + value + tail for value in values for tail in rest]
+
+
+def count_values(content: str) -> int:
+    """How many values braces with this content have."""
+    bounds = RANGE.fullmatch(content)
+    return abs(int(bounds[2]) - int(bounds[1])) + 1 if bounds else content.count(",") + 1

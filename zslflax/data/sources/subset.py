@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from zslflax.data.sources.base import Record, Source
+from zslflax.data.sources.base import Annotations, Record, Source, hash_values
 from zslflax.errors import UserError
 from zslflax.files import read_columns
 
@@ -42,6 +42,14 @@ class Subset:
 
     def __getitem__(self, index: int) -> Record:
         return self.source[int(self.indices[index])]
+
+    def read_annotations(self, index: int) -> Annotations:
+        """Reads a record without its image."""
+        return self.source.read_annotations(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        """Of the whole source and the kept indices."""
+        return hash_values("subset", self.source.fingerprint(), np.asarray(self.indices).tolist())
 
     def names(self) -> Iterator[str]:
         """Yields the names of the kept records in order, without reading the records."""

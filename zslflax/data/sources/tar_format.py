@@ -15,6 +15,8 @@ log = logging.getLogger("zslflax")
 BLOCK = 512
 MAX_NAME = 4096  # bytes; Linux's
 MAX_EXTENDED_HEADER = 1 << 20  # bytes of a pax header, which may hold access lists and the like
+RECORD = 20 * BLOCK  # an empty tar file
+MAX_PADDING = 1 << 20  # bytes of zeros after the end marker
 MAX_MEMBER = 1 << 40  # bytes; file systems refuse positions far beyond any file
 SPARSE = -1  # in place of the offset of a sparse member: its bytes are not those of its file
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
@@ -34,7 +36,7 @@ def iter_members(file: BinaryIO, path: str) -> Iterator[tuple[bytes, int, int]]:
         path: its name, for messages.
 
     Raises:
-        UserError: the file is compressed, is not a tar file, or is damaged in the middle.
+        UserError: the file is compressed, is not a tar file, is damaged in the middle, or goes on after its end marker.
     """
     position, name, size, sparse = 0, None, None, False  # the last three come from headers that extend the next one
     while True:
@@ -44,6 +46,7 @@ def iter_members(file: BinaryIO, path: str) -> Iterator[tuple[bytes, int, int]]:
             log.warning("the shard %s is truncated: its end marker is missing", path)
             return
         if header[0] == 0 and not any(header):
+            check_end(file, path, position)
             return
         kind, body = header[156:157], position + BLOCK
         try:
@@ -73,6 +76,24 @@ def iter_members(file: BinaryIO, path: str) -> Iterator[tuple[bytes, int, int]]:
         except BadHeader as error:
             raise UserError(damage_message(path, header, position, error)) from None
         position = body + -(-stored // BLOCK) * BLOCK
+
+
+def check_end(file: BinaryIO, path: str, position: int) -> None:
+    """Raises a UserError if more than padding follows.
+
+    Args:
+        file: after the first block of the end marker.
+        path: of the file.
+        position: of the end marker, bytes.
+    """
+    rest = file.read(MAX_PADDING + 1)
+    if position == 0 and BLOCK + len(rest) > RECORD:
+        raise UserError(f"the shard {path} holds no files, only zeros at its beginning; fetch it again")
+    if len(rest) > MAX_PADDING or any(rest):
+        raise UserError(
+            f"the shard {path} has an end marker at byte {position}, but goes on: its download is not complete, or "
+            "several tar files were joined by cat; fetch it again, or join them with tar -A"
+        )
 
 
 def parse_size(header: bytes) -> int:

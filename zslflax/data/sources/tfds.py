@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from zslflax.data.sources.base import Record
+from zslflax.data.sources.base import Annotations, Record, hash_values
 from zslflax.errors import UserError
 
 CAPTION_NAMES = ("caption", "captions", "text", "texts")
@@ -57,7 +57,8 @@ class TfdsSource:
         if split.partition("[")[0] not in builder.info.splits:
             raise UserError(f"{folder} has no split {split!r}; it has {', '.join(builder.info.splits)}")
         features = builder.info.features
-        self.name = f"tfds:{name}/{split}"
+        self.name, self.version = f"tfds:{name}/{split}", folder.name
+        self.file_sizes = sorted((path.name, path.stat().st_size) for path in folder.iterdir())
         self.image_feature = find_image(features, folder)
         self.caption_path, self.label_path = find_captions(features), find_labels(features)
         label_feature = dict(walk_features(features)).get(self.label_path)
@@ -76,10 +77,22 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Record:
         record = self.records[index]
+        return Record(image=record[self.image_feature], **self.parse_annotations(record, index))
+
+    def read_annotations(self, index: int) -> Annotations:
+        """The captions and labels of a record. The record is read as a whole; its image is not decoded."""
+        return self.parse_annotations(self.records[index], index)
+
+    def parse_annotations(self, record: Any, index: int) -> Annotations:
+        """The captions and labels in a record."""
         captions = flatten(value_at(record, self.caption_path))
         text = tuple(c.decode(errors="replace") if isinstance(c, bytes) else str(c) for c in captions)
         label = tuple(dict.fromkeys(int(c) for c in flatten(value_at(record, self.label_path)) if c >= 0))
-        return Record(image=record[self.image_feature], text=text, label=label, name=f"{self.name}:{index}")
+        return Annotations(text=text, label=label, name=f"{self.name}:{index}")
+
+    def fingerprint(self) -> str:
+        """Of the dataset's name and version, the split, and the sizes of its files."""
+        return hash_values("tfds", self.name, self.version, len(self), self.file_sizes)
 
     def names(self) -> Iterator[str]:
         """Yields the names of all records in order."""

@@ -1,32 +1,42 @@
 """Webdataset tar shards in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json), read in place in any order."""
 
+import hashlib
 import itertools
-import json
+import logging
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
 import numpy as np
 
 from zslflax.data import storage
+from zslflax.data.addresses import is_remote, without_credentials
 from zslflax.data.images import IMAGE_EXTENSIONS, BadSample
-from zslflax.data.sources.base import Record
+from zslflax.data.remote_files import Fingerprint
+from zslflax.data.retries import DEFAULT_LIMITS, ReadLimits
+from zslflax.data.sources.base import Annotations, Record, hash_values
+from zslflax.data.sources.index_file import TarIndex
+from zslflax.data.sources.sample_files import captions_in_json, parse_captions_and_labels, parse_json
 from zslflax.data.sources.shard_patterns import expand_patterns
-from zslflax.data.sources.tar_format import SPARSE
-from zslflax.data.sources.tar_index import TarIndex, load_indexes
+from zslflax.data.sources.tar_format import BLOCK, SPARSE
+from zslflax.data.sources.tar_index import discard_index, load_indexes
 from zslflax.errors import UserError
 
-IMAGE, TEXT, JSON, LABEL = range(4)  # columns of `WebDataset.offsets` and `sizes`
-MAX_SIZE = 1 << 28, 1 << 20, 1 << 20, 1 << 20  # bytes of a member, by column; `images.MAX_PIXELS` need fewer
+log = logging.getLogger("zslflax")
+
+IMAGE, TEXT, JSON, LABEL, TEXTS = range(5)  # columns of `WebDataset.offsets` and `sizes`
+MAX_SIZE = 1 << 28, *[1 << 20] * 4  # bytes of a member, by column; `images.MAX_PIXELS` need fewer
 PROBED_JSON = 100  # JSON members in which captions are looked for
 
 
 class WebDataset:
     """The records of tar shards, a `Source`.
 
-    Every key with an image is a sample, in the order of the shards. Its caption is KEY.txt, or else the field
-    `caption` of KEY.json, or none. Its labels are the whole numbers in KEY.cls, separated by blanks or commas, or
-    else in the field `label` or `labels` of KEY.json.
+    Every key with an image is a sample, in the order of the shards. Its captions are the JSON list in KEY.txt.json, or
+    else KEY.txt, or else the field `caption` or `captions` of KEY.json, a text or a list of texts. Its labels are the
+    whole numbers in KEY.cls, separated by blanks or commas, or else in the field `label` or `labels` of KEY.json.
 
     Args:
         shards: one pattern or several: braces ("train/{00000..00331}.tar", "{a,b}.tar") and globs. Addresses
@@ -35,9 +45,12 @@ class WebDataset:
         text_key: extension of captions.
         label_key: extension of labels.
         require_captions: whether shards without any caption are an error.
+        captions_per_line: whether each line of KEY.txt is a caption of its own.
+        limits: of the time that reads of remote shards take.
 
     Attributes:
         paths: of the shards that can be read.
+        excluded: `no_image`, how many keys have no image, if there are any.
 
     Raises:
         MissingFileError: names the shards that are missing, or the pattern that no file matches.
@@ -47,7 +60,6 @@ class WebDataset:
 
     classes: list[str] | None = None
     negatives: list[tuple[int, ...]] | None = None
-    excluded: dict[str, int] = {}
 
     def __init__(
         self,
@@ -57,15 +69,20 @@ class WebDataset:
         text_key: str = "txt",
         label_key: str = "cls",
         require_captions: bool = False,
+        captions_per_line: bool = False,
+        limits: ReadLimits = DEFAULT_LIMITS,
     ):
-        loaded = load_indexes(expand_patterns(shards))
+        loaded = load_indexes(expand_patterns(shards, limits), limits)
+        self.captions_per_line, self.limits = captions_per_line, limits
         self.paths, indexes = [path for path, _ in loaded], [index for _, index in loaded]
-        columns = tuple(image_keys), (text_key,), ("json",), (label_key,)
-        self.keys, offsets, sizes = zip(*(select_members(index, columns) for index in indexes), strict=True)
-        self.fingerprints = [cast(storage.Fingerprint, tuple(index.fingerprint.tolist())) for index in indexes]
+        columns = tuple(image_keys), (text_key,), ("json",), (label_key,), (f"{text_key}.json",)
+        selected = (select_members(index, columns) for index in indexes)
+        self.keys, offsets, sizes, headers = zip(*selected, strict=True)
+        self.fingerprints = [cast(Fingerprint, tuple(index.fingerprint.tolist())) for index in indexes]
         self.starts = np.cumsum([0, *map(len, self.keys)])  # the position of each shard's first sample
-        self.offsets, self.sizes = np.concatenate(offsets), np.concatenate(sizes)  # int64 [n, 4]; -1: no such member
-        described = f"the {len(self.paths)} shards ({storage.without_credentials(self.paths[0])}, …)"
+        self.offsets, self.sizes = np.concatenate(offsets), np.concatenate(sizes)  # int64 [n, 5]; -1: no such member
+        self.headers = np.concatenate(headers)  # uint32 [n, 5], CRC-32 of the members' headers
+        described = f"the {len(self.paths)} shards ({without_credentials(self.paths[0])}, …)"
         if not len(self):
             raise UserError(
                 f"none of {described} has an image: expected members KEY.EXTENSION with one of "
@@ -73,9 +90,44 @@ class WebDataset:
             )
         if require_captions and not self.has_captions():
             raise UserError(
-                f"{described} have no captions: expected KEY.{text_key}, or KEY.json with a field caption; "
+                f"{described} have no captions: expected KEY.{text_key}, or KEY.json with a field caption or captions; "
                 f"found: {count_extensions(indexes)}{self.describe_json_fields()}"
             )
+        self.excluded = self.report_left_out(indexes)
+
+    def report_left_out(self, indexes: Sequence[TarIndex]) -> dict[str, int]:
+        """Counts the keys without an image by reason, and logs them."""
+        counts = [len(index.keys) - len(keys) for index, keys in zip(indexes, self.keys, strict=True)]
+        if empty := [path for path, keys in zip(self.paths, self.keys, strict=True) if not len(keys)]:
+            first = without_credentials(empty[0])
+            log.warning("%d of %d shards have no image, the first is %s", len(empty), len(self.paths), first)
+        if not sum(counts):
+            return {}
+        shard = int(np.flatnonzero(counts)[0])
+        kept = set(self.keys[shard].tolist())
+        number = next(i for i, key in enumerate(indexes[shard].keys.tolist()) if key not in kept)
+        extensions = indexes[shard].extensions[indexes[shard].extension[indexes[shard].sample == number]]
+        key = indexes[shard].keys[number].decode(errors="replace")
+        log.warning(
+            "%d of %d keys have no image that can be read and are left out; the first is %s in %s, with %s",
+            *(sum(counts), sum(counts) + len(self), key, without_credentials(self.paths[shard])),
+            ", ".join(extensions.tolist()),
+        )
+        return {"no_image": sum(counts)}
+
+    def files(self) -> list[tuple[str, int, int, str]]:
+        """Each shard's name, bytes and samples, and a digest of the names, sizes and times of the files in it.
+
+        Unlike `fingerprint`, this is the same for copies of the shards, whatever their own times.
+        """
+        found = []
+        for shard, (start, stop) in enumerate(itertools.pairwise(self.starts.tolist())):
+            digest = hashlib.sha256()
+            for array in (self.keys[shard], self.offsets[start:stop], self.sizes[start:stop], self.headers[start:stop]):
+                digest.update(np.ascontiguousarray(array).tobytes())
+            name = without_credentials(self.paths[shard]).rpartition("/")[2]
+            found.append((name, self.fingerprints[shard][1], stop - start, digest.hexdigest()[:16]))
+        return found
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -88,32 +140,61 @@ class WebDataset:
         shard = self.shard_of(index)
         name = self.sample_name(shard, index)
         try:
-            image, text, fields, label = self.read_members(shard, index)
-            captions, labels = parse_captions_and_labels(text, fields, label)
+            image, text, fields, label, texts = self.read_members(shard, index)
+            captions, labels = parse_captions_and_labels(text, fields, label, texts, self.captions_per_line)
         except BadSample as error:
             error.name = name
             raise
         assert image is not None
         return Record(image=image, text=captions, label=labels, name=name)
 
+    def read_annotations(self, index: int) -> Annotations:
+        """Reads a sample's text, JSON and label, and not its image."""
+        shard = self.shard_of(index)
+        name = self.sample_name(shard, index)
+        try:
+            _, text, fields, label, texts = self.read_members(shard, index, (TEXT, JSON, LABEL, TEXTS))
+            captions, labels = parse_captions_and_labels(text, fields, label, texts, self.captions_per_line)
+        except BadSample as error:
+            error.name = name
+            raise
+        return Annotations(text=captions, label=labels, name=name)
+
+    def fingerprint(self) -> str:
+        """Of the shards' names, sizes and versions, and of where the images are in them.
+
+        A moved folder keeps its fingerprint; the same file at another address does not.
+        """
+        digest = hashlib.sha256(np.ascontiguousarray(self.offsets[:, IMAGE]).tobytes())
+        digest.update(np.ascontiguousarray(self.sizes[:, IMAGE]).tobytes())
+        names = [path if is_remote(path) else Path(path).name for path in self.paths]
+        shards = list(zip(map(without_credentials, names), self.fingerprints, map(len, self.keys)))
+        return hash_values("shards", shards, digest.hexdigest())
+
     def sample_name(self, shard: int, index: int) -> str:
         """SHARD:KEY."""
         key = self.keys[shard][index - self.starts[shard]]
-        return f"{storage.without_credentials(self.paths[shard])}:{key.decode(errors='replace')}"
+        return f"{without_credentials(self.paths[shard])}:{key.decode(errors='replace')}"
 
     def names(self) -> Iterator[str]:
         """Yields the records' names in order, without reading the records."""
         for shard, (start, stop) in enumerate(itertools.pairwise(self.starts.tolist())):
             yield from (self.sample_name(shard, index) for index in range(start, stop))
 
-    def read_members(self, shard: int, index: int) -> list[bytes | None]:
-        """The contents of a sample's image, text, JSON and label; None for a member that it lacks.
+    def read_members(
+        self, shard: int, index: int, columns: Sequence[int] = (IMAGE, TEXT, JSON, LABEL, TEXTS)
+    ) -> list[bytes | None]:
+        """The contents of a sample's image, text, JSON, label and list of texts.
+
+        It is None for a member that the sample lacks or `columns` leave out. Each member is read with its header, which
+        shows whether the shard is still the one that was indexed.
 
         Raises:
             BadSample: a member is sparse, larger than `MAX_SIZE`, or cut off by the end of the shard.
+            UserError: the shard is another file than the one that was indexed.
         """
         offsets, sizes = self.offsets[index].tolist(), self.sizes[index].tolist()
-        present = [column for column, size in enumerate(sizes) if size >= 0]
+        present = [column for column in columns if sizes[column] >= 0]
         spans = [(offsets[column], sizes[column]) for column in present]
         for column, (offset, size) in zip(present, spans, strict=True):
             if offset == SPARSE:
@@ -121,18 +202,30 @@ class WebDataset:
             if size > MAX_SIZE[column]:
                 raise BadSample(f"one of its files has more than the {MAX_SIZE[column]:,} bytes allowed")
         contents: list[bytes | None] = [None] * len(sizes)
-        members = storage.read_spans(self.paths[shard], self.fingerprints[shard], spans)
+        spans = [(offset - BLOCK, BLOCK + size) for offset, size in spans]
+        members = storage.read_spans(self.paths[shard], self.fingerprints[shard], spans, self.limits)
         for column, data in zip(present, members, strict=True):
-            if len(data) < sizes[column]:
+            if len(data) >= BLOCK and zlib.crc32(data[:BLOCK]) != self.headers[index, column]:
+                self.raise_replaced(shard, index)
+            if len(data) < BLOCK + sizes[column]:
                 raise BadSample("the shard ends before the end of this sample")
-            contents[column] = data
+            contents[column] = data[BLOCK:]
         return contents
 
+    def raise_replaced(self, shard: int, index: int) -> NoReturn:
+        """Raises the error for a shard in which a sample is not where its index says; removes the index."""
+        discard_index(self.paths[shard])
+        raise UserError(
+            f"the shard {without_credentials(self.paths[shard])} is not the file that was indexed: it has no file of "
+            f"the sample {self.sample_name(shard, index).rpartition(':')[2]} at the place where that was. It has been "
+            "replaced; its index is removed, so that the next start makes a new one"
+        )
+
     def has_captions(self) -> bool:
-        """Whether any sample has a text file, or any of the first JSON files has a caption."""
-        if (self.sizes[:, TEXT] >= 0).any():
+        """Whether any sample has a file of texts, or any of the first JSON files has a caption."""
+        if (self.sizes[:, [TEXT, TEXTS]] >= 0).any():
             return True
-        return any(isinstance(fields.get("caption"), str) for fields in self.probe_json())
+        return any(captions_in_json(fields) for fields in self.probe_json())
 
     def describe_json_fields(self) -> str:
         """The names of the fields in the first JSON files, for an error message."""
@@ -157,7 +250,7 @@ class WebDataset:
         return {} if data is None else parse_json(data)
 
 
-def select_members(index: TarIndex, columns: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def select_members(index: TarIndex, columns: Sequence[Sequence[str]]) -> tuple[np.ndarray, ...]:
     """The samples of a shard that have an image.
 
     Args:
@@ -165,18 +258,20 @@ def select_members(index: TarIndex, columns: Sequence[Sequence[str]]) -> tuple[n
         columns: for each column, its extensions; the first one that a sample has counts.
 
     Returns:
-        Keys, bytes [n]; offsets and sizes, int64 [n, columns], -1 where a sample has no such member.
+        Keys, bytes [n]; offsets and sizes, int64 [n, columns], -1 where a sample has no such member; CRC-32 of their
+        headers, uint32 [n, columns].
     """
     offsets = np.full((len(index.keys), len(columns)), -1, np.int64)
-    sizes = np.full_like(offsets, -1)
+    sizes, headers = np.full_like(offsets, -1), np.zeros(offsets.shape, np.uint32)
     numbers = {extension: number for number, extension in enumerate(index.extensions.tolist())}
     for column, extensions in enumerate(columns):
         for extension in reversed(extensions):
             members = index.extension == numbers.get(extension.lower(), -1)
             offsets[index.sample[members], column] = index.offset[members]
             sizes[index.sample[members], column] = index.size[members]
+            headers[index.sample[members], column] = index.header[members]
     with_image = sizes[:, IMAGE] >= 0
-    return index.keys[with_image], offsets[with_image], sizes[with_image]
+    return index.keys[with_image], offsets[with_image], sizes[with_image], headers[with_image]
 
 
 def count_extensions(indexes: Sequence[TarIndex]) -> str:
@@ -186,55 +281,3 @@ def count_extensions(indexes: Sequence[TarIndex]) -> str:
         of_extension = np.bincount(index.extension, minlength=len(index.extensions)).tolist()
         counts.update(dict(zip(index.extensions.tolist(), of_extension, strict=True)))
     return ", ".join(f"{count} × {extension}" for extension, count in counts.most_common(20)) or "nothing"
-
-
-def parse_captions_and_labels(
-    text: bytes | None, fields: bytes | None, label: bytes | None
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The captions and the labels in a sample's text, JSON and label files.
-
-    >>> parse_captions_and_labels(b"a cat", b'{"caption": "a dog", "label": 3}', None)
-    (('a cat',), (3,))
-
-    Raises:
-        BadSample: the JSON or the labels are damaged. Labels in JSON that are not whole numbers are ignored.
-    """
-    captions = () if text is None else (text.decode(errors="replace").strip(),)
-    labels = () if label is None else parse_labels(label)
-    # Most captions come from text files, and most JSON has no labels: parse JSON only if it is needed.
-    if fields is not None and (not captions or (label is None and b'"label' in fields)):
-        parsed = parse_json(fields)
-        if not captions and isinstance(parsed.get("caption"), str):
-            captions = (parsed["caption"].strip(),)
-        if label is None:
-            value = parsed.get("label", parsed.get("labels", ()))
-            values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-            labels = values if all(type(c) is int for c in values) else ()
-    return captions, tuple(dict.fromkeys(labels))
-
-
-def parse_json(data: bytes) -> dict[str, Any]:
-    """The fields of a sample's JSON file.
-
-    Raises:
-        BadSample: the file does not hold a JSON object.
-    """
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError) as error:  # RecursionError: a thousand brackets
-        raise BadSample(f"its JSON is damaged: {error}") from error
-    if not isinstance(fields, dict):
-        raise BadSample(f"its JSON is a {type(fields).__name__}, expected an object")
-    return fields
-
-
-def parse_labels(data: bytes) -> tuple[int, ...]:
-    """The whole numbers in a sample's label file.
-
-    >>> parse_labels(b"7, 8")
-    (7, 8)
-    """
-    try:
-        return tuple(map(int, data.replace(b",", b" ").split()))
-    except ValueError:
-        raise BadSample(f"its label is {data[:40]!r}, expected whole numbers") from None

@@ -13,23 +13,29 @@ from zslflax.models.import_weights.layouts import Layout
 
 # Weights and buffers that are published with an encoder but do not affect its output. Any other weight that the tower
 # does not have means another architecture.
-HEADS = re.compile(r"(fc|head|head_dist|pre_logits|classifier|pooler|cls|lm_head|qa_outputs)\..+")
-BUFFERS = re.compile(r"(.+\.)?(num_batches_tracked|position_ids|token_type_ids)")
+HEADS = re.compile(r"(_?fc|head|head_dist|pre_logits|classifier|pooler|cls|lm_head|qa_outputs)\..+")
+HARMLESS_MODEL_ARGS = {"img_size", "num_classes", "dynamic_img_size"}
+BUFFERS = re.compile(r"(.+\.)?(num_batches_tracked|position_ids|token_type_ids|mask_token)")
 
 
-def check_config(folder: Path, tower: str, expected: dict[str, Any]) -> None:
+def check_config(folder: Path, tower: str, expected: Mapping[str, Collection[Any]]) -> None:
     """Refuses a config.json whose options make another computation of the same weights.
 
     Args:
         folder: of the checkpoint. Without a config.json there is nothing to check.
         tower: name of the tower, for the message.
-        expected: value of each option; an option that config.json lacks has its default, which is this value.
+        expected: the values of each option with which the tower computes; an option that config.json lacks has its
+            default, which is one of these values.
     """
     path = folder / "config.json"
     found = read_json(path) if path.is_file() else {}
-    for option, value in expected.items():
-        if found.get(option, value) != value:
-            raise UserError(f"{path} has {option} {found[option]!r}, but {tower} here computes with {value!r}")
+    for option, values in expected.items():
+        if option in found and found[option] not in values:
+            here = " or ".join(map(repr, values))
+            raise UserError(f"{path} has {option} {found[option]!r}, but {tower} here computes with {here}")
+    unknown = sorted(set(found.get("model_args") or {}) - HARMLESS_MODEL_ARGS)  # of timm
+    if unknown:
+        raise UserError(f"{path} has model_args that {tower} here does not implement: {', '.join(unknown)}")
 
 
 def detect_layout(folder: Path, names: Collection[str], layouts: Sequence[Layout]) -> tuple[Layout, str]:

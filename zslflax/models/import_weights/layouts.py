@@ -1,7 +1,8 @@
 """Layouts of published checkpoints: the name of each weight of a tower in torchvision, timm and Hugging Face."""
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 Names = str | tuple[str, ...]  # several names for weights that are one in the tower (query, key and value)
@@ -18,6 +19,22 @@ class Layout(NamedTuple):
 
     anchor: str
     module: Callable[[str], Names]
+
+
+MOBILENET_BLOCK = ("expand_conv", "expand_bn", "depthwise_conv", "depthwise_bn", "project_conv", "project_bn")
+
+HF_VIT_NAMES = {
+    "patch_embed": "embeddings.patch_embeddings.projection",
+    "cls_token": "embeddings.cls_token",
+    "position": "embeddings.position_embeddings",
+    "attention/qkv": "attention.attention.{}",
+    "attention/out": "attention.output.dense",
+    "mlp/fc1": "intermediate.dense",
+    "mlp/fc2": "output.dense",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "norm": "layernorm",
+}
 
 
 def torchvision_resnet(path: str) -> str:
@@ -45,13 +62,91 @@ def hf_resnet(path: str) -> str:
     return f"encoder.stages.{int(stage) - 1}.layers.{index}.{part}.{kind}"
 
 
+def torchvision_mobilenet(path: str) -> str:
+    """Returns torchvision's name of a MobileNetV2's module.
+
+    >>> torchvision_mobilenet("block_3/project_bn"), torchvision_mobilenet("block_0/project_bn")
+    ('features.4.conv.3', 'features.1.conv.2')
+    """
+    expand, first = ("0.0", "0.1"), ("0.0", "0.1", "1", "2")
+    return mobilenet_features(path, (*expand, "1.0", "1.1", "2", "3"), first)
+
+
+def flat_mobilenet(path: str) -> str:
+    """Returns the name of a MobileNetV2's module where a block is one flat sequence, as in older releases.
+
+    >>> flat_mobilenet("block_3/project_bn"), flat_mobilenet("block_0/project_bn")
+    ('features.4.conv.7', 'features.1.conv.4')
+    """
+    return mobilenet_features(path, ("0", "1", "3", "4", "6", "7"), ("0", "1", "3", "4"))
+
+
+def mobilenet_features(path: str, block_names: Sequence[str], first_names: Sequence[str]) -> str:
+    """Returns the name of a MobileNetV2's module under "features".
+
+    Args:
+        path: of the module in the tower.
+        block_names: of the six modules of a block.
+        first_names: of the four modules of the first block, which does not expand its input.
+    """
+    if "/" not in path:
+        part, kind = path.split("_")
+        return f"features.{0 if part == 'stem' else 18}.{0 if kind == 'conv' else 1}"
+    number, module = split_block(path)
+    names = dict(zip(MOBILENET_BLOCK, block_names) if number else zip(MOBILENET_BLOCK[2:], first_names))
+    return f"features.{number + 1}.conv.{names[module]}"
+
+
+def efficientnet_pytorch(path: str) -> str:
+    """Returns the name of an EfficientNet-Lite's module in the package efficientnet_lite_pytorch.
+
+    >>> efficientnet_pytorch("block_3/project_bn"), efficientnet_pytorch("head_bn")
+    ('_blocks.3._bn2', '_bn1')
+    """
+    names = {"stem_conv": "_conv_stem", "stem_bn": "_bn0", "head_conv": "_conv_head", "head_bn": "_bn1"}
+    if "/" not in path:
+        return names[path]
+    number, module = split_block(path)
+    norms = {"expand_bn": "_bn0", "depthwise_bn": "_bn1", "project_bn": "_bn2"}
+    return f"_blocks.{number}.{norms.get(module, '_' + module)}"
+
+
+def timm_mobilenet(path: str, blocks: Sequence[int]) -> str:
+    """Returns timm's name of a module of MobileNetV2 or EfficientNet-Lite; `blocks` has the number in each stage.
+
+    >>> timm_mobilenet("block_3/project_bn", [1, 2, 2])
+    'blocks.2.0.bn3'
+    """
+    names = {"stem_conv": "conv_stem", "stem_bn": "bn1", "head_conv": "conv_head", "head_bn": "bn2"}
+    if "/" not in path:
+        return names[path]
+    number, module = split_block(path)
+    order: Sequence[str] = MOBILENET_BLOCK
+    convs: Sequence[str] = ("conv_pw", "conv_dw", "conv_pwl")
+    if number < blocks[0]:  # the blocks of the first stage do not expand their input
+        order, convs = order[2:], ("conv_dw", "conv_pw")
+    layer, is_norm = divmod(order.index(module), 2)
+    stage = 0
+    while number >= blocks[stage]:
+        number -= blocks[stage]
+        stage += 1
+    return f"blocks.{stage}.{number}.{f'bn{layer + 1}' if is_norm else convs[layer]}"
+
+
 def timm_vit(path: str) -> str:
     """Returns timm's name of a ViT's module.
 
     >>> timm_vit("block_3/attention/qkv")
     'blocks.3.attn.qkv'
     """
-    names = {"patch_embed": "patch_embed.proj", "position": "pos_embed", "attention/out": "attn.proj"}
+    names = {
+        "patch_embed": "patch_embed.proj",
+        "position": "pos_embed",
+        "registers": "reg_token",
+        "attention/out": "attn.proj",
+        "layer_scale1/scale": "ls1.gamma",
+        "layer_scale2/scale": "ls2.gamma",
+    }
     path = rename_module(path, names).replace("block_", "blocks.")
     return path.replace("attention/", "attn.").replace("/", ".")
 
@@ -62,19 +157,27 @@ def hf_vit(path: str) -> Names:
     >>> hf_vit("block_3/mlp/fc1")
     'encoder.layer.3.intermediate.dense'
     """
+    path = rename_module(path, HF_VIT_NAMES).replace("block_", "encoder.layer.")
+    return query_key_value(path.replace("/", "."))
+
+
+def hf_dinov2(path: str) -> Names:
+    """Returns Hugging Face's name of a DINOv2's module.
+
+    >>> hf_dinov2("block_3/mlp/fc1"), hf_dinov2("block_3/layer_scale1/scale")
+    ('encoder.layer.3.mlp.fc1', 'encoder.layer.3.layer_scale1.lambda1')
+    """
     names = {
-        "patch_embed": "embeddings.patch_embeddings.projection",
-        "cls_token": "embeddings.cls_token",
-        "position": "embeddings.position_embeddings",
-        "attention/qkv": "attention.attention.{}",
-        "attention/out": "attention.output.dense",
-        "mlp/fc1": "intermediate.dense",
-        "mlp/fc2": "output.dense",
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "norm": "layernorm",
+        "registers": "embeddings.register_tokens",
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "mlp/fc1": "mlp.fc1",
+        "mlp/fc2": "mlp.fc2",
+        "layer_scale1/scale": "layer_scale1.lambda1",
+        "layer_scale2/scale": "layer_scale2.lambda1",
     }
-    return query_key_value(rename_module(path, names).replace("block_", "encoder.layer.").replace("/", "."))
+    path = rename_module(path, HF_VIT_NAMES | names).replace("block_", "encoder.layer.")
+    return query_key_value(path.replace("/", "."))
 
 
 def hf_bert(path: str) -> Names:
@@ -106,6 +209,12 @@ def rename_module(path: str, names: dict[str, str]) -> str:
     return names.get(path, path)
 
 
+def split_block(path: str) -> tuple[int, str]:
+    """Splits "block_3/name" into 3 and "name"."""
+    block, module = path.split("/")
+    return int(block.removeprefix("block_")), module
+
+
 def query_key_value(name: str) -> Names:
     """Expands `{}` in a name to the three projections of an attention that the tower has as one."""
     return tuple(name.format(part) for part in ("query", "key", "value")) if "{}" in name else name
@@ -113,8 +222,12 @@ def query_key_value(name: str) -> Names:
 
 TORCHVISION_RESNET = Layout("layer1.0.conv1.weight", torchvision_resnet)
 HF_RESNET = Layout("embedder.embedder.convolution.weight", hf_resnet)
+TORCHVISION_MOBILENET = Layout("features.1.conv.0.0.weight", torchvision_mobilenet)
+FLAT_MOBILENET = Layout("features.1.conv.0.weight", flat_mobilenet)
+EFFICIENTNET_PYTORCH = Layout("_conv_stem.weight", efficientnet_pytorch)
 TIMM_VIT = Layout("patch_embed.proj.weight", timm_vit)
 HF_VIT = Layout("embeddings.patch_embeddings.projection.weight", hf_vit)
+HF_DINOV2 = Layout("embeddings.patch_embeddings.projection.weight", hf_dinov2)
 HF_BERT = Layout("embeddings.word_embeddings.weight", hf_bert)
 
 LEAVES = {  # name of a variable in a linen module: its name in PyTorch
@@ -127,6 +240,12 @@ LEAVES = {  # name of a variable in a linen module: its name in PyTorch
 }
 
 
+def mobilenet_layouts(blocks: Sequence[int]) -> tuple[Layout, ...]:
+    """Returns the layouts of MobileNetV2 and EfficientNet-Lite; `blocks` has the number of blocks in each stage."""
+    timm = Layout("conv_stem.weight", functools.partial(timm_mobilenet, blocks=blocks))
+    return TORCHVISION_MOBILENET, FLAT_MOBILENET, EFFICIENTNET_PYTORCH, timm
+
+
 def published_names(layout: Layout, path: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the names, without prefix, of the published weights that make up the variable at `path` of a tower.
 
@@ -134,8 +253,8 @@ def published_names(layout: Layout, path: tuple[str, ...]) -> tuple[str, ...]:
     ('blocks.0.norm1.weight',)
     """
     *modules, leaf = path
-    if leaf in LEAVES:
+    if leaf in LEAVES and not modules[-1].startswith("layer_scale"):
         names, end = layout.module("/".join(modules)), f".{LEAVES[leaf]}"
-    else:  # a parameter of the tower itself, such as "cls_token"
+    else:  # a parameter that no PyTorch module owns as its weight, such as "cls_token"
         names, end = layout.module("/".join(path)), ""
     return tuple(name + end for name in ((names,) if isinstance(names, str) else names))

@@ -14,26 +14,29 @@ from zslflax.errors import UserError
 from zslflax.models.import_weights.checking import BUFFERS, check_config, check_names, check_shapes, detect_layout
 from zslflax.models.import_weights.layouts import (
     HF_BERT,
+    HF_DINOV2,
     HF_RESNET,
     HF_VIT,
     TIMM_VIT,
     TORCHVISION_RESNET,
     Layout,
+    mobilenet_layouts,
     published_names,
 )
 from zslflax.models.import_weights.reading import find_tensors, read_tensors
+from zslflax.models.mobilenet import MOBILENETS
 from zslflax.models.resnet import RESNETS
-from zslflax.models.vit import VITS
+from zslflax.models.vit import DINOV2, VITS
 
 log = logging.getLogger("zslflax")
 
 
 def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """Loads a published ResNet or ViT.
+    """Loads a published image tower.
 
     Args:
-        folder: holds safetensors in the names of torchvision, timm or Hugging Face, with any prefix.
-        name: of the tower, one of `RESNETS` or `VITS`.
+        folder: holds safetensors in one of the tower's layouts (`layouts.py`), with any prefix.
+        name: of the tower, one of `RESNETS`, `MOBILENETS` or `VITS`.
         variables: the tower's {"params", "batch_stats"}, as arrays or their shapes.
         image_size: pixels. The position embeddings of a ViT are resized to it.
 
@@ -45,15 +48,42 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
         UserError: the checkpoint has another architecture. The message lists all names that only one side has, or all
             shapes that differ.
     """
+    check_config(folder, name, expected_options(name))
     if name in RESNETS:
-        check_config(folder, name, {"downsample_in_bottleneck": False, "hidden_act": "relu"})
         return load_variables(folder, variables, (TORCHVISION_RESNET, HF_RESNET))
+    if name in MOBILENETS:
+        return load_variables(folder, variables, mobilenet_layouts([s.blocks for s in MOBILENETS[name].stages]))
     if name in VITS:
-        patch, _, _, heads = VITS[name]
-        check_config(folder, name, {"num_attention_heads": heads, "hidden_act": "gelu", "qkv_bias": True})
-        resize = lambda table: resize_positions(table, image_size // patch)
+        resize = lambda table, layout: resize_positions(table, image_size // VITS[name][0])
         return load_variables(folder, variables, (TIMM_VIT, HF_VIT), {("position",): resize})
-    raise UserError(f"no image tower is called {name!r}; expected one of {', '.join([*RESNETS, *VITS])}")
+    dinov2 = name.removesuffix("_reg")
+    if dinov2 in DINOV2:
+        # Hugging Face's DINOv2 without registers interpolates without antialiasing, as the original does.
+        smooth = lambda layout: layout is TIMM_VIT or name != dinov2
+        resize = lambda table, layout: resize_positions(table, image_size // DINOV2[dinov2][0], smooth(layout))
+        return load_variables(folder, variables, (TIMM_VIT, HF_DINOV2), {("position",): resize})
+    raise UserError(
+        f"no image tower is called {name!r}; expected one of {', '.join([*RESNETS, *MOBILENETS, *VITS, *DINOV2])}"
+    )
+
+
+def expected_options(name: str) -> dict[str, tuple[Any, ...]]:
+    """Returns the options of a config.json, of Hugging Face or timm, with which the image tower `name` computes."""
+    if name in RESNETS:
+        timm_names = (name, f"tv_{name}", f"ssl_{name}", f"swsl_{name}", f"gluon_{name}_v1b")
+        hf = {"downsample_in_bottleneck": (False,), "downsample_in_first_stage": (False,), "hidden_act": ("relu",)}
+        return {"architecture": timm_names, "global_pool": ("avg",), **hf}
+    if name in MOBILENETS:  # timm's own "efficientnet_lite0" pads as PyTorch does
+        tensorflow = (name.replace("_", "-"), f"tf_{name}")
+        names = (name, "mobilenetv2_100") if name == "mobilenet_v2" else tensorflow
+        return {"architecture": names, "global_pool": ("avg",)}
+    options: dict[str, tuple[Any, ...]] = {"hidden_act": ("gelu",), "qkv_bias": (True,), "global_pool": ("token", "")}
+    if name in VITS:
+        return options | {"num_attention_heads": (VITS[name][3],), "layer_norm_eps": (1e-6, 1e-12)}  # see `ViT.eps`
+    if name.removesuffix("_reg") in DINOV2:
+        heads = DINOV2[name.removesuffix("_reg")][3]
+        return options | {"num_attention_heads": (heads,), "layer_norm_eps": (1e-6,), "use_swiglu_ffn": (False,)}
+    return {}
 
 
 def load_text_tower(folder: Path, variables: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +98,7 @@ def load_variables(
     folder: Path,
     variables: dict[str, Any],
     layouts: Sequence[Layout],
-    transforms: Mapping[tuple[str, ...], Callable[[np.ndarray], np.ndarray]] | None = None,
+    transforms: Mapping[tuple[str, ...], Callable[[np.ndarray, Layout], np.ndarray]] | None = None,
 ) -> dict[str, Any]:
     """Returns `variables` with the values of the checkpoint in `folder`.
 
@@ -76,7 +106,7 @@ def load_variables(
         folder: holds safetensors.
         variables: {collection: {module: … {leaf: array or its shape}}}.
         layouts: those that the checkpoint may have.
-        transforms: functions to apply to some values, by their path without the collection.
+        transforms: functions of a value and the checkpoint's layout, by the path of the value without the collection.
 
     Raises:
         MissingFileError, UserError: as `load_image_tower`.
@@ -93,7 +123,7 @@ def load_variables(
     values = {path: to_linen(path[-1], list(of_value.values())) for path, of_value in published.items()}
     for path, value in values.items():
         if transforms and path[1:] in transforms:
-            values[path] = transforms[path[1:]](value)
+            values[path] = transforms[path[1:]](value, layout)
     check_shapes(folder, targets, values, published)
     log_unused(folder, needed, locations)
     return {**variables, **unflatten_dict(values)}
@@ -112,19 +142,50 @@ def to_linen(leaf: str, parts: list[np.ndarray]) -> np.ndarray:
     return np.ascontiguousarray(value)
 
 
-def resize_positions(table: np.ndarray, side: int) -> np.ndarray:
-    """Resizes the position embeddings of a ViT, [1, 1 + s², w], to `side`² patches: [1, 1 + side², w].
+def resize_positions(table: np.ndarray, side: int, antialias: bool = True) -> np.ndarray:
+    """Resizes the position embeddings of a ViT, [1, 1 + s², w] or [1, s², w], to `side`² patches: [1, 1 + side², w].
 
-    The class token keeps its embedding; the grid is resized by antialiased bicubic interpolation, as in timm.
+    The class token keeps its embedding, or gets zeros where the table has none: timm adds it to the token itself in
+    networks with registers.
+
+    Args:
+        table: as published.
+        side: number of patches along a side of the image.
+        antialias: antialiased bicubic interpolation as in timm; otherwise `interpolate_bicubic`.
     """
-    old = round((table.shape[1] - 1) ** 0.5)
-    if old**2 != table.shape[1] - 1:
-        raise UserError(f"position embeddings {table.shape}: expected one for the class token and those of a square")
+    side_of = lambda count: round(count**0.5) if round(count**0.5) ** 2 == count else 0
+    if side_of(table.shape[1]) and table.shape[1] > 1:
+        table = np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
+    old = side_of(table.shape[1] - 1)
+    if not old:
+        raise UserError(
+            f"position embeddings {table.shape}: expected those of a square, with or without one for the class token"
+        )
     if old == side:
         return table
     grid = table[:, 1:].reshape(1, old, old, -1)
-    grid = np.asarray(jax.image.resize(jnp.asarray(grid), (1, side, side, grid.shape[-1]), "cubic", antialias=True))
+    if antialias:
+        shape = (1, side, side, grid.shape[-1])
+        grid = np.asarray(jax.image.resize(jnp.asarray(grid), shape, "cubic", antialias=True))
+    else:
+        grid = interpolate_bicubic(grid, side)
     return np.concatenate([table[:, :1], grid.reshape(1, side**2, -1)], axis=1)
+
+
+def interpolate_bicubic(grid: np.ndarray, side: int) -> np.ndarray:
+    """Resizes [b, s, s, w] → [b, side, side, w] as PyTorch's bicubic interpolation does without antialiasing.
+
+    The kernel is that of Keys (1981) with a = −0.75; pixels beyond the border are those at the border.
+    """
+    old, a = grid.shape[1], -0.75
+    x = (np.arange(side) + 0.5) * old / side - 0.5
+    first = np.floor(x).astype(int) - 1
+    weights = np.zeros((side, old))
+    for tap in range(4):
+        d = np.abs(x - first - tap)
+        near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+        np.add.at(weights, (np.arange(side), np.clip(first + tap, 0, old - 1)), np.where(d <= 1, near, far))
+    return np.einsum("ih,jw,bhwc->bijc", weights, weights, grid).astype(grid.dtype)
 
 
 def log_unused(folder: Path, needed: set[str], found: Collection[str]) -> None:

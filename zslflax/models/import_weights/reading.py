@@ -32,7 +32,7 @@ class TensorLocation(NamedTuple):
 def find_tensors(folder: Path) -> dict[str, TensorLocation]:
     """Returns the location of every tensor of a folder by name.
 
-    Old checkpoints say gamma and beta where newer ones say weight and bias; the keys are the new names.
+    Old checkpoints say LayerNorm.gamma and .beta where newer ones say weight and bias; the keys are the new names.
 
     Raises:
         MissingFileError: the folder has no safetensors, several without an index, or lacks one that its index names.
@@ -43,7 +43,7 @@ def find_tensors(folder: Path) -> dict[str, TensorLocation]:
         with open_tensors(path) as file:
             names = file.keys()
         for name in names:
-            new_name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+            new_name = re.sub(r"Norm\.gamma$", "Norm.weight", re.sub(r"Norm\.beta$", "Norm.bias", name))
             tensors[new_name] = TensorLocation(path, name)
     return tensors
 

@@ -1,0 +1,66 @@
+"""The workdir knows the data that its checkpoints were trained on, and other data is refused."""
+
+import json
+import logging
+import tarfile
+
+import pytest
+
+from tests.testing.shards import write_tar
+from zslflax.data.sources.shapes import ensure_shards
+from zslflax.data.sources.shard_patterns import expand_patterns
+from zslflax.errors import UserError
+from zslflax.training.loop import train
+from zslflax.training.workdir import check_config
+
+
+@pytest.fixture
+def sharded_config(tiny_config, shapes_root, tmp_path):
+    """A short run on four shards of 24 samples."""
+    (path,) = expand_patterns(ensure_shards(shapes_root, train=96, test=24, size=24).train)
+    with tarfile.open(path) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    for shard in range(4):
+        write_tar(tmp_path / "shards" / f"{shard}.tar", members[72 * shard : 72 * shard + 72])
+    c = tiny_config
+    c.data.train, c.eval.sets.test.data = (f"{tmp_path}/shards/*.tar",), ""
+    c.steps = c.eval.every = c.checkpoint.every = 2
+    return c
+
+
+def test_a_run_resumes_on_the_same_data_alone_unless_told(sharded_config, tmp_path, caplog):
+    workdir, shards = tmp_path / "run", tmp_path / "shards"
+    assert train(sharded_config, workdir)
+    described = json.loads((workdir / "data.json").read_text())
+    assert [(entry["samples"], len(entry["files"])) for entry in described] == [(96, 4)]
+    for path in shards.glob("*.tar"):
+        path.touch()  # a copy has other times
+    assert train(sharded_config, workdir)
+
+    (shards / "3.tar").rename(tmp_path / "3.tar")  # the glob fits three shards now
+    expected = (
+        r"holds a run of another data; .* --changed .*\n.*: 96 samples there, 72 now; missing: 1 shards \(3.tar\)"
+    )
+    with pytest.raises(UserError, match=expected):
+        train(sharded_config, workdir)
+    assert json.loads((workdir / "data.json").read_text()) == described
+
+    write_tar(shards / "3.tar", [("x.jpg", b"x"), ("x.txt", b"a red circle")])
+    with pytest.raises(UserError, match=r"73 now; other content: 1 shards \(3.tar\)"):
+        train(sharded_config, workdir)
+    with caplog.at_level(logging.WARNING):
+        assert train(sharded_config, workdir, changed=True)
+    assert "resumes with another data" in caplog.text
+    assert json.loads((workdir / "data.json").read_text())[0]["samples"] == 73
+    assert train(sharded_config, workdir)
+
+    (workdir / "data.json").write_text("[1")
+    with pytest.raises(UserError, match="data.json is not valid JSON"):
+        train(sharded_config, workdir)
+
+
+def test_messages_about_the_config_hide_passwords(tiny_config, trained_workdir):
+    tiny_config.data.train = ("https://me:pa55@example.org/0.tar?signature=pa55",)
+    with pytest.raises(UserError, match="data.train: .*https://example.org/0.tar") as caught:
+        check_config(tiny_config, trained_workdir)
+    assert "pa55" not in str(caught.value)

@@ -1,0 +1,264 @@
+"""Features of a frozen image tower: each image of a source is computed once, and kept on disk."""
+
+import dataclasses
+import functools
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen
+
+from zslflax import distributed
+from zslflax.cli import Progress
+from zslflax.data import images
+from zslflax.data.feature_files import COMPUTED, FLOAT_TYPES, MISSING, UNREADABLE, RowFile, open_folder
+from zslflax.data.images import BadSample
+from zslflax.data.preprocess import Batch, record_image
+from zslflax.data.sources.base import Source
+from zslflax.data.sources.subset import Subset
+from zslflax.data.workers import choose_threads
+from zslflax.errors import StorageError
+
+log = logging.getLogger("zslflax")
+
+Tree = Any
+
+VIEW_STREAM = 2  # first entry of the random seeds, beside those in `preprocess`
+CPU_BATCH_SIZE, BATCH_SIZE = 32, 256  # images per device in a call; one shape, so that features never vary
+UNREADABLE_MESSAGE = "its image could not be read when its features were computed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """How an image becomes the inputs of the tower: one crop in the centre, or several random ones.
+
+    Attributes:
+        count: V. View v of an image is a function of (seed, index of the image, v).
+        size: side of the square inputs, pixels.
+        resize: of one view: shorter side of the image before its centre crop, pixels.
+        scale, flip, seed: of several views: bounds of a crop's share of the area, whether half of the crops are
+            mirrored, and the seed.
+    """
+
+    count: int
+    size: int
+    resize: int = 0
+    scale: tuple[float, float] = (1.0, 1.0)
+    flip: bool = False
+    seed: int = 0
+
+    def __call__(self, image: np.ndarray, index: int, view: int) -> np.ndarray:
+        """A view of an image, uint8 [s, s, 3]."""
+        if self.count == 1:
+            return images.resize_center_crop(image, self.size, self.resize)
+        rng = np.random.default_rng([VIEW_STREAM, self.seed, index, view])
+        crop = images.random_resized_crop(image, self.size, rng, self.scale)
+        return images.flip(crop) if self.flip and rng.random() < 0.5 else crop
+
+
+class FrozenImageTower:
+    """A frozen image tower, and the folder in which what it computes is kept.
+
+    Args:
+        model: a `TwoTower`.
+        variables: its variables on the devices; those of the image tower are enough.
+        identity: all that a feature depends on besides the image and its view, as a JSON value.
+        root: `config.features.folder`.
+        dtype: in which features are kept, one of `FLOAT_TYPES`.
+        threads: that read and decode; 0: automatic.
+    """
+
+    def __init__(
+        self, model: linen.Module, variables: Tree, identity: dict[str, Any], root: Path, dtype: str, threads: int = 0
+    ):
+        apply = lambda variables, image: model.apply(variables, image, method="image_features")
+        self.apply, self.apply_fn, self.variables = apply, distributed.map_over_devices(apply), variables
+        self.identity, self.root, self.dtype, self.threads = identity, root, dtype, choose_threads(threads)
+        self.width = functools.cache(self.trace_width)  # tracing a deep tower takes a second
+
+    def trace_width(self, size: int) -> int:
+        """f, of images of s pixels."""
+        image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+        shape: Any = jax.eval_shape(self.apply, self.variables, image)
+        return shape.shape[1]
+
+    def features_of(self, source: Source, views: Views) -> "ImageFeatures":
+        """Opens the features of a source's images; those of a `Subset` are kept with the whole source's."""
+        return ImageFeatures(self, source, views)
+
+
+class ImageFeatures:
+    """The features of a source's images, which are computed when they are first asked for.
+
+    Args:
+        tower: computes them.
+        source: of the images.
+        views: of each image.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+
+    def __init__(self, tower: FrozenImageTower, source: Source, views: Views):
+        self.tower, self.views, self.source = tower, views, source
+        self.whole = source.source if isinstance(source, Subset) else source
+        self.indices = source.indices if isinstance(source, Subset) else None  # of its images in the whole source
+        self.width, count = tower.width(views.size), len(self.whole) * views.count
+        identity = tower.identity | {
+            "views": dataclasses.asdict(views),
+            "source": self.whole.fingerprint(),
+            "shape": [count, self.width],
+            "dtype": tower.dtype,
+        }
+        folder = open_folder(tower.root, "images", identity)
+        self.rows = RowFile(folder, count, self.width, FLOAT_TYPES[tower.dtype])
+        self.progress: Progress | None = None
+
+    def __len__(self) -> int:
+        """The number of views of all images."""
+        return len(self.source) * self.views.count
+
+    def row_numbers(self, index: np.ndarray, view: np.ndarray) -> np.ndarray:
+        """The rows in the file of views of the source's images, int64 [b]."""
+        index = index if self.indices is None else self.indices[index]
+        return index.astype(np.int64) * self.views.count + view
+
+    def missing(self, *, unreadable: bool = False) -> np.ndarray:
+        """The rows of this source that are not computed yet, int64.
+
+        Args:
+            unreadable: whether to count those whose image could not be read.
+        """
+        index, view = np.divmod(np.arange(len(self), dtype=np.int64), self.views.count)
+        numbers = self.row_numbers(index, view)
+        status = self.rows.status[numbers]
+        return numbers[(status != COMPUTED) if unreadable else (status == MISSING)]
+
+    def __call__(self, index: np.ndarray, view: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The features of images, as they are kept: the same numbers when they are computed and when they are read.
+
+        Args:
+            index: int [b], of images in the source.
+            view: int [b]; default: the first.
+
+        Returns:
+            fp32 [b, f], and whether each image can be read, bool [b]; the features of others are zeros.
+        """
+        numbers = self.row_numbers(index, np.zeros_like(index) if view is None else view)
+        features, status = self.rows.read(numbers)
+        if (status == MISSING).any():
+            self.compute(np.unique(numbers[status == MISSING]))
+            features, status = self.rows.read(numbers)
+        if (status == MISSING).any():
+            raise StorageError(f"{self.rows.folder} does not return what was written to it; is the disk damaged?")
+        features[status == UNREADABLE] = 0.0
+        return features, status == COMPUTED
+
+    def fill(self) -> None:
+        """Computes all that is missing, and tries unreadable images again. Several processes share the work."""
+        numbers = self.missing(unreadable=True)
+        own = numbers[numbers % jax.process_count() == jax.process_index()]
+        if len(own):
+            self.compute(own)
+
+    def compute(self, numbers: np.ndarray) -> None:
+        """Computes rows and writes them; images are read while the devices compute."""
+        if self.progress is None:
+            self.progress = Progress("image features", "images", len(self.missing()))
+        per_device = CPU_BATCH_SIZE if jax.default_backend() == "cpu" else BATCH_SIZE
+        size = per_device * jax.local_device_count()
+        chunks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+        with ThreadPoolExecutor(self.tower.threads) as pool:
+            pending: tuple[np.ndarray, np.ndarray, jax.Array] | None = None
+            for chunk, pixels in load_ahead(pool, self.load, chunks):
+                readable = np.array([image is not None for image in pixels], bool)
+                inputs = np.zeros((size, self.views.size, self.views.size, 3), np.uint8)
+                for i in np.flatnonzero(readable):
+                    inputs[i] = pixels[i]
+                output = self.tower.apply_fn(self.tower.variables, distributed.shard(inputs))
+                if pending is not None:
+                    self.write(*pending)
+                pending = chunk, readable, output
+            if pending is not None:
+                self.write(*pending)
+
+    def load(self, number: int) -> np.ndarray | None:
+        """The view in a row, uint8 [s, s, 3]; None where the image cannot be read."""
+        index, view = divmod(int(number), self.views.count)
+        try:
+            return self.views(record_image(self.whole[index]), index, view)
+        except BadSample:
+            return None
+
+    def write(self, numbers: np.ndarray, readable: np.ndarray, output: jax.Array) -> None:
+        """Writes the tower's output for rows, [devices, per device, f], and marks the unreadable ones."""
+        values = np.asarray(output).reshape(-1, self.width)[: len(numbers)].astype(np.float32)
+        self.rows.write(numbers[readable], values[readable])
+        self.rows.mark_unreadable(numbers[~readable])
+        assert self.progress is not None
+        self.progress.update(len(numbers))
+
+
+def load_ahead(pool: ThreadPoolExecutor, load: Any, chunks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Any]]:
+    """Yields (chunk, load(element) of each element); the next chunk is loaded meanwhile."""
+    ahead: list[tuple[np.ndarray, list[Future[Any]]]] = []
+    for chunk in chunks:
+        ahead.append((chunk, [pool.submit(load, number) for number in chunk]))
+        if len(ahead) > 1:
+            first, futures = ahead.pop(0)
+            yield first, [future.result() for future in futures]
+    for first, futures in ahead:
+        yield first, [future.result() for future in futures]
+
+
+def with_image_features(batches: Iterator[Batch], features: Sequence[ImageFeatures]) -> Iterator[Batch]:
+    """Adds the features of images to batches that have their `index`, and `source` and `view` unless these are all 0.
+
+    A sample whose image cannot be read becomes invalid, with an error.
+
+    Args:
+        batches: from `pipeline.train_batches` or `eval_batches`, without images.
+        features: of each source.
+    """
+    for batch in batches:
+        valid, index, errors = batch["valid"].copy(), batch["index"], list(batch["errors"])
+        source, view = batch.get("source", np.zeros_like(index)), batch.get("view", np.zeros_like(index))
+        image_features = np.zeros((len(index), features[0].width), np.float32)
+        for number, of_source in enumerate(features):
+            rows = np.flatnonzero(batch["valid"] & (source == number))
+            image_features[rows], valid[rows] = of_source(index[rows], view[rows])
+            for i in index[rows[~valid[rows]]].tolist():
+                errors.append((of_source.source.read_annotations(i)["name"], UNREADABLE_MESSAGE))
+        rest = {key: value for key, value in batch.items() if key not in ("source", "view")}
+        added = {"image_features": image_features, "valid": valid, "errors": tuple(errors)}
+        yield Batch(**(rest | added))  # type: ignore[typeddict-item]
+
+
+def log_size(features: Sequence[ImageFeatures]) -> None:
+    """Logs how many images are computed and will be, and what they take on the disk.
+
+    Raises:
+        StorageError: the disk has less space than they take.
+    """
+    megabytes = lambda of_source, views: views * (of_source.width * of_source.rows.dtype.itemsize + 5) / 1e6
+    missing = [len(of_source.missing()) for of_source in features]
+    needed = sum(map(megabytes, features, missing))
+    root = features[0].tower.root.expanduser()
+    log.info(
+        "image features: %s of %s are still to be computed; all of them take %.0f MB in %s",
+        f"{sum(missing):,}",
+        f"{sum(map(len, features)):,}",
+        sum(map(megabytes, features, map(len, features))),
+        root,
+    )
+    free = shutil.disk_usage(root).free / 1e6
+    if needed > free:
+        raise StorageError(
+            f"the missing image features take {needed:.0f} MB, but {root} has {free:.0f} MB free; make room, set "
+            "features.folder to another disk, or set features.dtype=float16"
+        )

@@ -1,0 +1,219 @@
+"""MobileNetV2 (Sandler et al. 2018) and EfficientNet-Lite (the EfficientNet of Tan and Le 2019 without attention)."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from zslflax.models.resnet import KAIMING
+
+Padding = list[tuple[int, int]]  # zeros before and after each side of an image
+
+
+class Stage(NamedTuple):
+    """The blocks of one stage: their number and kernel size, the first one's stride, their expansion and channels."""
+
+    blocks: int
+    kernel: int
+    stride: int
+    expansion: int
+    channels: int
+
+
+MOBILENET_V2 = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(3, 3, 2, 6, 32),
+    Stage(4, 3, 2, 6, 64),
+    Stage(3, 3, 1, 6, 96),
+    Stage(3, 3, 2, 6, 160),
+    Stage(1, 3, 1, 6, 320),
+)
+EFFICIENTNET_LITE0 = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(2, 5, 2, 6, 40),
+    Stage(3, 3, 2, 6, 80),
+    Stage(3, 5, 1, 6, 112),
+    Stage(4, 5, 2, 6, 192),
+    Stage(1, 3, 1, 6, 320),
+)
+
+
+def scale(stages: tuple[Stage, ...], width: float, depth: float) -> tuple[Stage, ...]:
+    """Scales EfficientNet-Lite: channels in multiples of 8; the first and the last stage keep their depth.
+
+    >>> [stage.channels for stage in scale(EFFICIENTNET_LITE0, width=1.4, depth=1.8)]
+    [24, 32, 56, 112, 160, 272, 448]
+    """
+
+    def channels(count: int) -> int:
+        rounded = max(8, int(count * width + 4) // 8 * 8)
+        return rounded + 8 if rounded < 0.9 * count * width else rounded
+
+    last = len(stages) - 1
+    return tuple(
+        stage._replace(
+            channels=channels(stage.channels),
+            blocks=stage.blocks if i in (0, last) else math.ceil(stage.blocks * depth),
+        )
+        for i, stage in enumerate(stages)
+    )
+
+
+class Variant(NamedTuple):
+    """A network: its stages, the epsilon of its batch normalisation, and whether it pads as TensorFlow does."""
+
+    stages: tuple[Stage, ...]
+    eps: float
+    tensorflow_padding: bool
+
+
+MOBILENETS = {
+    "mobilenet_v2": Variant(MOBILENET_V2, 1e-5, False),
+    "efficientnet_lite0": Variant(EFFICIENTNET_LITE0, 1e-3, True),
+    "efficientnet_lite1": Variant(scale(EFFICIENTNET_LITE0, 1.0, 1.1), 1e-3, True),
+    "efficientnet_lite2": Variant(scale(EFFICIENTNET_LITE0, 1.1, 1.2), 1e-3, True),
+    "efficientnet_lite3": Variant(scale(EFFICIENTNET_LITE0, 1.2, 1.4), 1e-3, True),
+    "efficientnet_lite4": Variant(scale(EFFICIENTNET_LITE0, 1.4, 1.8), 1e-3, True),
+}
+
+
+def paddings(x: jax.Array, kernel: int, stride: int, tensorflow: bool) -> Padding:
+    """Returns the zeros around the height and the width of x [b, h, w, c].
+
+    TensorFlow's "SAME" depends on the size of the image; PyTorch's padding is (kernel − 1) / 2 on every side.
+    """
+    if not tensorflow:
+        return [((kernel - 1) // 2, (kernel - 1) // 2)] * 2
+    total = [max((math.ceil(side / stride) - 1) * stride + kernel - side, 0) for side in x.shape[1:3]]
+    return [(zeros // 2, zeros - zeros // 2) for zeros in total]
+
+
+def grouped_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    """Convolves each channel of x [b, h, w, c] with its own kernel [k, k, 1, c]."""
+    axes, groups = ("NHWC", "HWIO", "NHWC"), x.shape[-1]
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=axes, feature_group_count=groups
+    )
+
+
+def sum_of_shifts(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    """Computes `grouped_convolution` as the sum of k² shifted and scaled inputs, which XLA fuses into one loop."""
+    k = kernel.shape[0]
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = ((side - k) // stride * stride + 1 for side in x.shape[1:3])
+    shifts = (
+        x[:, i : i + height : stride, j : j + width : stride] * kernel[i, j, 0] for i in range(k) for j in range(k)
+    )
+    return functools.reduce(jnp.add, shifts)
+
+
+class DepthwiseConv(nn.Module):
+    """A convolution of each channel with its own kernel, without bias.
+
+    Attributes:
+        kernel: side of the kernel in pixels.
+        stride: 2 halves the resolution.
+        tensorflow_padding: whether zeros are added as TensorFlow's "SAME" does.
+        dtype: of the computation; parameters are fp32.
+    """
+
+    kernel: int
+    stride: int
+    tensorflow_padding: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, h, w, c] → [b, h / stride, w / stride, c]."""
+        # In the shape (k, k, 1, c) the fan-in is the k² inputs of an output.
+        init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+        kernel = self.param("kernel", init, (self.kernel, self.kernel, 1, x.shape[-1])).astype(self.dtype)
+        # On CPUs XLA's grouped convolution is many times slower than the sum.
+        convolve = sum_of_shifts if jax.default_backend() == "cpu" else grouped_convolution
+        return convolve(x, kernel, self.stride, paddings(x, self.kernel, self.stride, self.tensorflow_padding))
+
+
+class InvertedResidual(nn.Module):
+    """A block that expands its channels (1×1), filters each one (depthwise) and projects them (1×1).
+
+    The input is added to the output where both have the same shape.
+
+    Attributes:
+        expansion: factor of the channels inside the block; 1 leaves the first convolution out.
+        kernel, stride, tensorflow_padding: of the depthwise convolution.
+        channels: of the output.
+        dtype: of the computation.
+        norm: creates a normalisation layer from its name.
+    """
+
+    expansion: int
+    kernel: int
+    stride: int
+    channels: int
+    tensorflow_padding: bool
+    dtype: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, h, w, c] → [b, h / stride, w / stride, channels]."""
+        conv = functools.partial(nn.Conv, kernel_size=(1, 1), use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
+        y = x
+        if self.expansion > 1:
+            y = nn.relu6(self.norm(name="expand_bn")(conv(x.shape[-1] * self.expansion, name="expand_conv")(y)))
+        y = DepthwiseConv(self.kernel, self.stride, self.tensorflow_padding, self.dtype, name="depthwise_conv")(y)
+        y = nn.relu6(self.norm(name="depthwise_bn")(y))
+        y = self.norm(name="project_bn")(conv(self.channels, name="project_conv")(y))
+        return x + y if x.shape == y.shape else y
+
+
+class MobileNet(nn.Module):
+    """Maps images to feature vectors by global average pooling of the last of its convolutions.
+
+    Attributes:
+        variant: one of `MOBILENETS`.
+        dtype: of the computation; parameters and batch statistics are fp32.
+        axis_name: the mapped axis over which training synchronises batch statistics; None for no synchronisation.
+        remat: whether the backward pass recomputes the activations inside each block instead of storing them.
+    """
+
+    variant: Variant
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps normalised pixels [b, h, w, 3] → fp32 [b, 1280].
+
+        Args:
+            x: pixels with the mean subtracted and divided by the standard deviation.
+            train: whether to normalise by the statistics of the batch, which then also update the running averages.
+        """
+        stages, eps, tensorflow_padding = self.variant
+        norm = functools.partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=eps,
+            dtype=self.dtype,
+            axis_name=self.axis_name if train else None,
+        )
+        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
+        padding = paddings(x, 3, 2, tensorflow_padding)
+        x = nn.relu6(norm(name="stem_bn")(conv(32, (3, 3), 2, padding, name="stem_conv")(x.astype(self.dtype))))
+        block = nn.remat(InvertedResidual) if self.remat else InvertedResidual
+        shapes = [
+            (stage.expansion, stage.kernel, stage.stride if i == 0 else 1, stage.channels)
+            for stage in stages
+            for i in range(stage.blocks)
+        ]
+        for i, shape in enumerate(shapes):
+            x = block(*shape, tensorflow_padding, self.dtype, norm, name=f"block_{i}")(x)
+        x = nn.relu6(norm(name="head_bn")(conv(1280, (1, 1), name="head_conv")(x)))
+        return jnp.mean(x.astype(jnp.float32), axis=(1, 2))

@@ -1,0 +1,165 @@
+"""Opens the features of a config's frozen towers: what is kept on disk, and under which identity."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+import zslflax
+from zslflax import distributed
+from zslflax.data.feature_files import FLOAT_TYPES, TextFile, hash_arrays, open_folder
+from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
+from zslflax.data.image_features import FrozenImageTower, ImageFeatures, Views, log_size
+from zslflax.data.sources.base import Source
+from zslflax.data.text import Tokenizer
+from zslflax.errors import UserError
+from zslflax.models.build import text_config
+from zslflax.models.partition import Tree, combine
+from zslflax.models.two_tower import TwoTower
+from zslflax.training.optimizer import FOREVER, frozen_until
+from zslflax.training.train_state import TrainState
+
+# Fields of config.model.image that change no feature, or stand in the identity of features by another name.
+NOT_OF_FEATURES = ("pretrained", "mean", "std", "remat", "projection", "allow_other_statistics")
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenFeatures:
+    """The features of a run's frozen towers.
+
+    Attributes:
+        text: of any texts.
+        text_frozen: whether the text tower is frozen for the whole run.
+        train_images: of each training source's images; [] where steps read images from the first one on.
+        images_from: the step from which steps read images, or `FOREVER`.
+        of_images: opens the features of a test set's images; None where the image tower is trained at some time.
+    """
+
+    text: TextFeatures
+    text_frozen: bool
+    train_images: list[ImageFeatures]
+    images_from: int
+    of_images: Callable[[Source], ImageFeatures] | None
+
+
+def open_features(
+    config: ConfigDict,
+    model: TwoTower,
+    tokenizer: Tokenizer,
+    state: TrainState,
+    sources: Sequence[Source],
+    test_sources: Sequence[Source],
+) -> FrozenFeatures:
+    """Opens the features of the frozen towers, and logs their size.
+
+    Args:
+        config: the whole config.
+        model: the two-tower model.
+        tokenizer: of the texts.
+        state: the state that the run starts from.
+        sources: of the training images.
+        test_sources: of the test sets.
+
+    Raises:
+        UserError: `features.folder` is given and no tower is frozen.
+        StorageError: the folder cannot be written, or the disk has too little space.
+    """
+    params, folder = combine(state.params, state.frozen_params), config.features.folder
+    until = frozen_until(params, config.freeze)
+    if folder and until["text"] != FOREVER and not until["image"]:
+        raise UserError(
+            f"features.folder is {folder!r}, but no tower is frozen: the text tower for the whole run, or the image "
+            "tower until some step; set features.folder='', or freeze one, such as freeze=\"(('image/tower', -1),)\""
+        )
+    text_frozen = until["text"] == FOREVER
+    text = open_text_features(config, model, tokenizer, params["text"]["tower"] if text_frozen else None)
+    if not folder or 0 <= until["image"] <= int(state.step):
+        return FrozenFeatures(text, text_frozen, [], 0, None)
+    tower = open_image_tower(config, model, params["image"]["tower"], state.batch_stats)
+    train_images = [tower.features_of(source, training_views(config)) for source in sources]
+    if until["image"] != FOREVER:
+        log_size(train_images)
+        return FrozenFeatures(text, text_frozen, train_images, until["image"], None)
+    of_images = functools.partial(tower.features_of, views=evaluation_view(config))
+    log_size([*train_images, *map(of_images, test_sources)])
+    return FrozenFeatures(text, text_frozen, train_images, FOREVER, of_images)
+
+
+def open_image_tower(config: ConfigDict, model: TwoTower, tower: Tree, batch_stats: Tree) -> FrozenImageTower:
+    """The frozen image tower, with the folder of its features.
+
+    Args:
+        config: the whole config; `features.folder` is given.
+        model: the two-tower model.
+        tower: the parameters of its image tower.
+        batch_stats: of the model, {} without batch normalisation.
+    """
+    statistics = {"image": {"tower": batch_stats["image"]["tower"]}} if "image" in batch_stats else {}
+    variables = {"params": {"image": {"tower": tower}}, "batch_stats": statistics}
+    identity = {
+        "weights": hash_arrays(flatten_dict(jax.device_get(variables), sep="/")),
+        "tower": {field: value for field, value in config.model.image.items() if field not in NOT_OF_FEATURES},
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "compute_dtype": config.compute_dtype,
+        "version": zslflax.__version__,
+    }
+    root, features = Path(config.features.folder), config.features
+    return FrozenImageTower(model, copied(variables), identity, root, features.dtype, config.data.threads)
+
+
+def copied(variables: Tree) -> Tree:
+    """A copy of variables on all local devices: the train step donates the state's own."""
+    return distributed.replicate(jax.tree.map(jnp.copy, variables))
+
+
+def evaluation_view(config: ConfigDict) -> Views:
+    """The centre crop of evaluation."""
+    size = config.model.image.size
+    return Views(1, size, round(size * config.eval.resize_factor))
+
+
+def training_views(config: ConfigDict) -> Views:
+    """The views of a training image: the crop of evaluation, or several random crops."""
+    if config.features.views == 1:
+        return evaluation_view(config)
+    low, high = config.data.crop_scale
+    flip, seed = config.data.flip, config.features.seed
+    return Views(config.features.views, config.model.image.size, scale=(float(low), float(high)), flip=flip, seed=seed)
+
+
+def open_text_features(
+    config: ConfigDict, model: TwoTower, tokenizer: Tokenizer, frozen_tower: Tree | None
+) -> TextFeatures:
+    """The features of texts: on disk or in memory for the whole run if the text tower is frozen, or for one state.
+
+    Args:
+        config: the whole config.
+        model: the two-tower model.
+        tokenizer: of the texts.
+        frozen_tower: the parameters of the text tower; None where it is trained.
+    """
+    capacity = max(config.model.text.cached_captions, DEFAULT_CAPACITY)
+    if frozen_tower is None:
+        return TextFeatures(model, None, capacity)
+    variables = copied({"params": {"text": {"tower": frozen_tower}}})
+    if not config.features.folder:
+        return TextFeatures(model, variables, capacity, frozen=True)
+    sizes = text_config(config.model.text)
+    identity: dict[str, Any] = {
+        "weights": hash_arrays(flatten_dict(jax.device_get(frozen_tower), sep="/")),
+        "sizes": dataclasses.asdict(sizes),
+        "compute_dtype": config.compute_dtype,
+        "tokenizer": tokenizer.identity,
+        "version": zslflax.__version__,
+        "dtype": config.features.dtype,
+    }
+    folder = open_folder(Path(config.features.folder), "texts", identity)
+    store = TextFile(folder, sizes.width, FLOAT_TYPES[config.features.dtype])
+    return TextFeatures(model, variables, capacity, frozen=True, store=store)
