@@ -49,7 +49,7 @@ class LabelledImages:
         try:
             image = read_bytes(Path(name), MAX_FILE_BYTES)
         except MissingFileError as error:
-            raise BadSample("its file cannot be read: No such file or directory", name=name) from error
+            raise BadSample("its file cannot be read: there is no file", name=name) from error
         except UserError as error:  # without the path: the pipeline counts bad samples by their message
             raise BadSample(f"its file {str(error).removeprefix(name).strip()}", name=name) from error
         return Record(image=image, **self.read_annotations(index))
