@@ -48,8 +48,10 @@ class LabelledImages:
         name = self.paths[index]
         try:
             image = read_bytes(Path(name), MAX_FILE_BYTES)
-        except UserError as error:
-            raise BadSample(f"its file cannot be read: {error}", name=name) from error
+        except MissingFileError as error:
+            raise BadSample("its file cannot be read: there is no file", name=name) from error
+        except UserError as error:  # without the path: the pipeline counts bad samples by their message
+            raise BadSample(f"its file {str(error).removeprefix(name).strip()}", name=name) from error
         return Record(image=image, **self.read_annotations(index))
 
     def read_annotations(self, index: int) -> Annotations:
