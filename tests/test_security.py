@@ -21,7 +21,8 @@ from zslflax.data.text import Tokenizer
 from zslflax.errors import UserError
 from zslflax.models.import_weights.locate import locate
 
-MODULES = sorted(Path(zslflax.__file__).parent.rglob("*.py"))
+# data/workers.py unpickles what the run and its own workers send each other through descriptors that they inherit.
+MODULES = sorted(path for path in Path(zslflax.__file__).parent.rglob("*.py") if path.name != "workers.py")
 IMPORTS = {
     "pickle",
     "cPickle",
