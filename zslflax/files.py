@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from zslflax.errors import MissingFileError, StorageError, UserError
@@ -279,3 +281,12 @@ def read_columns(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int
         if len(row) != len(header):
             raise UserError(f"{path}, line {number} has {len(row)} fields, the header {len(header)}")
         yield number, [row[i] for i in indices]
+
+
+def hash_arrays(arrays: dict[str, np.ndarray]) -> str:
+    """Returns the SHA-256 of the names, types, shapes and contents of arrays."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

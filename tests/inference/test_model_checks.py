@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from zslflax.config import default_config
 from zslflax.errors import UserError
+from zslflax.files import hash_arrays
 from zslflax.inference import class_cache, export
 from zslflax.inference.predictor import Predictor
 
@@ -45,7 +46,7 @@ def change_arrays(path, change, **metadata):
         old = file.metadata()
     arrays = load_file(path)
     change(arrays)
-    save_file(arrays, path, old | {"sha256": class_cache.hash_arrays(arrays)} | metadata)
+    save_file(arrays, path, old | {"sha256": hash_arrays(arrays)} | metadata)
 
 
 @pytest.mark.parametrize(

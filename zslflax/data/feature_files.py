@@ -31,15 +31,6 @@ KEY_BYTES = 16  # of the hash of a text's tokens
 KEY_ENTRY = np.dtype([("key", "<u8", 2), ("checksum", "<u4")])
 
 
-def hash_arrays(arrays: dict[str, np.ndarray]) -> str:
-    """Returns the SHA-256 of the names, types, shapes and contents of arrays."""
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
 def open_folder(root: Path, kind: str, identity: dict[str, Any]) -> Path:
     """The folder of the features with this identity, which is created if it is missing.
 

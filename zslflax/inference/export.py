@@ -15,10 +15,9 @@ from safetensors.numpy import save_file
 
 from zslflax.config import default_config
 from zslflax.config_json import read_config
-from zslflax.data.feature_files import hash_arrays
 from zslflax.data.text import Tokenizer
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import open_tensors, read_json, read_text, write_atomically, write_json, write_text
+from zslflax.files import hash_arrays, open_tensors, read_json, read_text, write_atomically, write_json, write_text
 from zslflax.inference.model_checks import check_finite, check_saved_config, check_shapes
 from zslflax.models.build import resolve_model
 from zslflax.models.import_weights.locate import locate

@@ -13,12 +13,11 @@ from ml_collections import ConfigDict
 
 import zslflax
 from zslflax import distributed
-from zslflax.data.feature_files import hash_arrays
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.images import resize_center_crop
 from zslflax.data.text import Tokenizer
 from zslflax.errors import FolderExistsError, UserError
-from zslflax.files import local_path, storage_errors
+from zslflax.files import hash_arrays, local_path, storage_errors
 from zslflax.inference.class_cache import ClassCache
 from zslflax.inference.class_embeddings import cached_class_embeddings
 from zslflax.inference.export import TEXT_FOLDER, save_model, save_text_encoder

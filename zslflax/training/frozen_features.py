@@ -13,12 +13,13 @@ from ml_collections import ConfigDict
 
 import zslflax
 from zslflax import distributed
-from zslflax.data.feature_files import FLOAT_TYPES, TextFile, hash_arrays, open_folder
+from zslflax.data.feature_files import FLOAT_TYPES, TextFile, open_folder
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.image_features import FrozenImageTower, ImageFeatures, Views, log_size
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
 from zslflax.errors import UserError
+from zslflax.files import hash_arrays
 from zslflax.models.build import text_config
 from zslflax.models.partition import Tree, combine
 from zslflax.models.two_tower import TwoTower
