@@ -82,9 +82,10 @@ def test_a_pipe_that_is_named_like_an_image_is_a_bad_sample(tmp_path):
         file.truncate(30 << 30)  # a sparse file of 30 GB
     source = READERS["folder"](str(tmp_path))
     assert source[0]["image"] == jpeg(0)
-    for index, message in ((1, "b.jpg is no regular file"), (2, "c.jpg is larger than")):
-        with pytest.raises(BadSample, match=message):
+    for index, file, message in ((1, "b.jpg", "its file is no regular file"), (2, "c.jpg", "its file is larger than")):
+        with pytest.raises(BadSample, match=message) as error:
             source[index]
+        assert error.value.name == str(tmp_path / "cat" / file)
 
 
 def test_labels_of_several_words_are_one_class_unless_separated(tmp_path, caplog):
