@@ -18,6 +18,13 @@ from zslflax import checkpoint, checkpoint_checks, distributed
 from zslflax.errors import StorageError, UserError
 
 
+@pytest.mark.parametrize("name", ["v[2]", "a]b", "a\\b"])
+def test_a_path_whose_checkpoints_could_never_be_restored_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be read again"):
+        checkpoint.create_manager(tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 def test_the_newest_two_are_kept(tmp_path):
     save_steps(tmp_path, [1, 2, 3, 4])
     assert checkpoint.complete_steps(tmp_path) == [3, 4]

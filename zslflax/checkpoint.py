@@ -39,7 +39,15 @@ def create_manager(workdir: str | Path, best_metric: str = "") -> ocp.Checkpoint
     """A manager of the checkpoints in `workdir`/checkpoints, which saves in the background.
 
     It keeps the newest two, and the one with the highest value of `best_metric` if that is given.
+
+    Raises:
+        UserError: the path has one of [, ] and \\: Orbax takes it for a pattern, saves and can never restore.
     """
+    if unsafe := sorted(set(str(Path(workdir).absolute())) & set("[]\\")):
+        raise UserError(
+            f"{workdir} has {' and '.join(unsafe)} in its path: checkpoints that are saved there cannot be read again; "
+            "choose a --workdir without [, ] and \\"
+        )
     kept: list[Any] = [checkpoint_managers.LatestN(2)]
     best_fn = None
     if best_metric:
