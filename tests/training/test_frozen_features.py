@@ -141,7 +141,7 @@ def test_another_tower_or_mean_has_features_of_its_own(config, tmp_path):
 
     def missing(tower=None):
         tower = state.frozen_params["image"]["tower"] if tower is None else tower
-        opened = open_image_tower(config, model, tower, state.batch_stats)
+        opened = open_image_tower(config, build_model(config)[0], tower, state.batch_stats)
         return opened.features_of(source, training_views(config)).missing().size
 
     features = open_image_tower(config, model, state.frozen_params["image"]["tower"], {})
