@@ -62,7 +62,7 @@ def test_addresses_are_refused_before_anything_starts(option, tmp_path, monkeypa
 
 
 def test_a_folder_is_its_images_and_a_broken_image_does_not_stop_the_others(
-    tiny, finished, tmp_path, monkeypatch, capsys
+    tiny_config, finished_workdir, tmp_path, monkeypatch, capsys
 ):
     folder = tmp_path / "folder"
     (folder / "more").mkdir(parents=True)
@@ -70,7 +70,7 @@ def test_a_folder_is_its_images_and_a_broken_image_does_not_stop_the_others(
     names = ["a.png", "b.png", "more/c.png"]
     for name in names:
         Image.fromarray(rng.integers(0, 256, (20, 41, 3), np.uint8)).save(folder / name)
-    command = [f"--workdir={finished}", "--class-names=a cat,a dog"]
+    command = [f"--workdir={finished_workdir}", "--class-names=a cat,a dog"]
     whole = run_command(monkeypatch, capsys, folder, *command)
     assert [line for line in whole.splitlines() if line.endswith("png")] == [str(folder / name) for name in names]
     (folder / "aa.png").write_bytes(b"no image")
