@@ -18,6 +18,8 @@ from zslflax.errors import MissingFileError, NonFiniteError, UserError
 from zslflax.evaluation.zero_shot import evaluate_run
 from zslflax.inference.predictor import Predictor
 from zslflax.training import loop
+from zslflax.training.step import TrainStep
+from zslflax.training.stopwatch import are_ready
 
 
 class Killed(BaseException):
@@ -102,6 +104,22 @@ def test_a_run_writes_metrics_pictures_and_a_model_that_can_be_restored(tiny_con
     assert [score for _, score in best] == pytest.approx(np.sort(scores[0])[:0:-1].tolist(), abs=1e-5)
     student = Predictor.restore(workdir, use="student", step=3)
     assert student.step == 3 and np.abs(student.encode_text("a cat") - predictor.encode_text("a cat")).max() > 1e-4
+
+
+def test_few_steps_are_in_flight_at_once(tiny_config, tmp_path, monkeypatch):
+    take_step, metrics, in_flight = TrainStep.__call__, [], []
+
+    def take_counted_step(self, state, batch):
+        in_flight.append(sum(not are_ready(earlier) for earlier in metrics))
+        state, last = take_step(self, state, batch)
+        metrics.append(last)
+        return state, last
+
+    monkeypatch.setattr(TrainStep, "__call__", take_counted_step)
+    tiny_config.steps = tiny_config.log_every = tiny_config.eval.every = tiny_config.checkpoint.every = 12
+    tiny_config.eval.sets.test.data = ""
+    loop.train(tiny_config, tmp_path)
+    assert len(in_flight) == 12 and max(in_flight) <= loop.STEPS_AHEAD
 
 
 def test_a_finished_run_has_nothing_left_to_do(tiny_config, trained_workdir):

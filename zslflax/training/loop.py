@@ -25,6 +25,9 @@ from zslflax.training.train_state import TrainState
 from zslflax.training.workdir import check_config, lock_workdir
 
 log = logging.getLogger("zslflax")
+# Steps that may be dispatched before an earlier one is done. Each holds its batch in device memory. With several CPU
+# devices, XLA waits for ever once 32 steps with collectives are in flight (jaxlib 0.10).
+STEPS_AHEAD = 2
 CONFIDENT, UNRELATED = 1.0, 0.1  # nats, and probability of the given pair: learning runs exceed at least one of them
 
 
@@ -101,6 +104,7 @@ def train_loop(run: Run, stop: StopRequest) -> tuple[int, bool]:
         state, metrics = take_first_step(run, state, batch) if step == run.first_step + 1 else train_step(state, batch)
         run.profile.after(step, metrics)
         run.recent_metrics.append(metrics)
+        jax.block_until_ready(run.recent_metrics[-1 - STEPS_AHEAD : -STEPS_AHEAD])
         checkpoint.check_for_errors(run.checkpoints)
         stopping = not report_and_save(run, step, state, watch, stop) or stop.requested(step)
 
