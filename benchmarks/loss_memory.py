@@ -32,7 +32,8 @@ import numpy as np
 from zslflax.config import default_config, set_objective
 from zslflax.losses import contrastive
 from zslflax.losses.chunks import count_chunks
-from zslflax.losses.contrastive import OBJECTIVES, Embeddings
+from zslflax.losses.contrastive import OBJECTIVES
+from zslflax.losses.pairs import Embeddings
 
 MB = 1e6
 STEP = jnp.int32(0)

@@ -16,6 +16,7 @@ def demo():
     "field, value, message",
     [
         ("objective.alpha", 1.5, "objective.alpha is 1.5"),
+        ("objective.duplicates", "ignore", "objective.duplicates is 'ignore'.*nearest: ignored"),
         ("objective.name", "info_nse", "objective.name is 'info_nse'.*nearest: info_nce"),
         ("objective.max_similarities", -1, "objective.max_similarities is -1"),
         ("micro_batch", -1, "micro_batch is -1"),

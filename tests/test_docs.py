@@ -15,6 +15,7 @@ from PIL import Image
 from zslflax.config import default_config, field_names
 from zslflax.evaluation import metrics
 from zslflax.losses import contrastive
+from zslflax.losses.pairs import Embeddings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -109,7 +110,7 @@ class TestExamplesOfContributing:
         config = default_config().objective
         config.name = "best_match"
         eye, valid = jnp.eye(4), jnp.array([True, True, True, False])
-        embeddings = contrastive.Embeddings(eye[None], eye[None])
+        embeddings = Embeddings(eye[None], eye[None])
         losses = jax.pmap(
             lambda student, teacher, valid: contrastive.pair_losses(
                 config, contrastive.init_params(config), student, teacher, valid, step=jnp.int32(0), axis_name="data"

@@ -93,6 +93,8 @@ def objective_fields() -> ConfigDict:
     c.name = "self_distillation"  # loss: info_nce | label_smoothing | self_distillation | otter | sigmoid
     c.log_logit_scale = 3.9  # initial log of each learnt logit scale; kept in [log 1, log 100] (OTTER's release)
     c.smoothing = 0.1  # ε of label_smoothing, the probability of all other pairs together
+    # What another pair with the same image or the same caption is to a pair: negative | positive | ignored.
+    c.duplicates = "negative"
     c.alpha = 0.5  # α, weight of the hard term; the soft term has 1 − α (OTTER's release)
     c.soft_ramp_steps = 0  # steps in which the weight of the soft term grows linearly from 0 to 1 − α
     # τ of self_distillation's soft labels. OTTER's release has 0.01, for pretrained towers. A run from random weights
@@ -102,7 +104,8 @@ def objective_fields() -> ConfigDict:
     # (arXiv 2104.08945) uses image-text similarity alone; OTTER's release sets both to 1.
     c.image_image_weight = 0.0
     c.text_text_weight = 0.0
-    c.remove_diagonal = False  # whether a pair's soft label on itself is 0; OTTER's release: True
+    # Whether a pair's soft label on itself, and on what else is a positive, is 0; OTTER's release: True.
+    c.remove_diagonal = False
     c.sinkhorn_regulariser = 0.15  # λ of otter, in units of similarity (OTTER's release)
     c.sinkhorn_iterations = 5  # Sinkhorn iterations of otter (OTTER's release)
     c.logit_bias = -10.0  # initial bias of sigmoid (SigLIP, arXiv 2303.15343)

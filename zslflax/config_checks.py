@@ -41,6 +41,7 @@ def check_choices(config: ConfigDict) -> None:
         )
 
     one_of("objective.name", config.objective.name, OBJECTIVES)
+    one_of("objective.duplicates", config.objective.duplicates, ("negative", "positive", "ignored"))
     one_of("teacher.kind", config.teacher.kind, ("ema", "checkpoint", "none"))
     one_of("teacher.batch_norm", config.teacher.batch_norm, ("batch", "ema", "student"))
     one_of("features.dtype", config.features.dtype, ("float16", "bfloat16", "float32"))

@@ -160,6 +160,16 @@ def test_a_subset_shares_the_features_of_the_whole_source(make_tower, shards):
     assert readable.tolist() == [True, True, False] and tower.computed == computed
 
 
+def test_ids_of_images_are_those_of_their_files_and_are_kept(make_tower, shards, monkeypatch):
+    features = make_tower().features_of(WebDataset(shards), RANDOM)
+    expected = np.stack([preprocess.content_id(jpeg(i)) for i in range(COUNT)])
+    found = features.image_ids(np.array([3, 1, 3, 0]))
+    np.testing.assert_array_equal(found, expected[[3, 1, 3, 0]])
+    monkeypatch.setattr(WebDataset, "__getitem__", None)  # files are read once
+    subset = Subset(WebDataset(shards), np.array([1, 3]))
+    np.testing.assert_array_equal(make_tower().features_of(subset, RANDOM).image_ids(np.array([1])), expected[[3]])
+
+
 def test_a_damaged_row_is_computed_again(make_tower, shards):
     features = make_tower().features_of(WebDataset(shards), CROP)
     before, _ = features(READABLE)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from zslflax.data import pipeline
 from zslflax.data.images import BadSample
+from zslflax.data.preprocess import content_id
 
 SIZE, TOKENS = 16, 5
 
@@ -50,6 +51,9 @@ class Memory:
         if isinstance(change, str):
             raise BadSample(change, name=record["name"])
         return record | change
+
+    def read_annotations(self, i):
+        return self[i]
 
 
 class Numbers:
@@ -100,6 +104,22 @@ def test_a_batch_has_fixed_shapes_and_types():
         "text_mask": ((8, TOKENS), "bool"),
         "valid": ((8,), "bool"),
     }
+
+
+def test_equal_images_and_equal_captions_have_equal_ids():
+    same_image, same_text = {"image": Memory(1).images[0]}, {"text": ("0 4 0",)}
+    source = Memory(8, changes={2: same_image, 5: same_text, 6: "cannot be read"})
+    first, second = train([source], 2, with_ids=True)
+    ids = lambda batch, name: [tuple(row) for row in batch[name].tolist()]
+    by_sample = dict(zip((int(row[1]) - 100 for row in first["text"]), ids(first, "image_id")))
+    assert first["image_id"].dtype == first["text_id"].dtype == np.uint32 and first["image_id"].shape == (8, 2)
+    assert len(set(ids(first, "image_id"))) == 7  # the unreadable sample has another
+    assert len(set(ids(first, "text_id"))) == 7 and set(ids(first, "text_id")) == set(ids(second, "text_id"))
+    assert set(ids(first, "image_id")) == set(ids(second, "image_id"))  # whatever the crop
+    assert by_sample[0] == by_sample[2] == tuple(content_id(source.images[0]))
+    (kept,) = train([source], 1, views=1, with_ids=True)
+    readable = first["valid"]
+    np.testing.assert_array_equal(kept["text_id"][readable], first["text_id"][readable])
 
 
 @pytest.mark.parametrize("threads", [0, 1, 5])

@@ -18,7 +18,8 @@ from tests.testing.losses import (
     run_objective,
 )
 from zslflax.losses.chunks import count_chunks, map_chunks
-from zslflax.losses.contrastive import OBJECTIVES, Embeddings, inner_products
+from zslflax.losses.contrastive import OBJECTIVES, inner_products
+from zslflax.losses.pairs import Embeddings
 from zslflax.losses.sinkhorn import MASKED, column_potential
 
 pytestmark = pytest.mark.usefixtures("strict_types")

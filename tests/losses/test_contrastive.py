@@ -8,7 +8,8 @@ import pytest
 from tests.testing.losses import STEP, distinct_params, normalise, objective_config, of_valid, run_objective
 from zslflax.losses import contrastive
 from zslflax.losses.chunks import split
-from zslflax.losses.contrastive import OBJECTIVES, Embeddings, Pairs
+from zslflax.losses.contrastive import OBJECTIVES
+from zslflax.losses.pairs import Embeddings, Pairs, soft_label_columns
 
 pytestmark = pytest.mark.usefixtures("strict_types")
 N, D = 8, 5
@@ -133,7 +134,7 @@ def test_the_loss_is_not_differentiated_by_the_teacher(name, pairs):
 def test_transport_targets_sum_to_one_and_leave_out_the_pair(pairs):
     config = objective_config("otter")
     rows = Pairs(np.arange(N, dtype=np.int32), jnp.asarray(ALL), *jax.tree.map(jnp.asarray, pairs))
-    allowed = contrastive.soft_label_columns(config, rows, rows)
+    allowed = soft_label_columns(config, rows, rows)
     potential = jax.vmap(
         lambda rows: contrastive.plan_potential(config, split(rows, 1), rows, "data"), axis_name="data"
     )(jax.tree.map(lambda x: x[None], rows))[0]

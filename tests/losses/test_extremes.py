@@ -9,7 +9,8 @@ import pytest
 
 from tests.testing.losses import normalise, objective_config
 from zslflax.losses import contrastive
-from zslflax.losses.contrastive import LOG_LOGIT_SCALE_RANGE, OBJECTIVES, Embeddings
+from zslflax.losses.contrastive import LOG_LOGIT_SCALE_RANGE, OBJECTIVES
+from zslflax.losses.pairs import Embeddings
 
 pytestmark = pytest.mark.usefixtures("strict_types")
 SHAPES = [(1, 1), (2, 3), (8, 4)]  # pairs, width

@@ -10,7 +10,8 @@ import numpy as np
 
 from zslflax.config import default_config, set_objective
 from zslflax.losses import contrastive
-from zslflax.losses.contrastive import OBJECTIVES, Embeddings
+from zslflax.losses.contrastive import OBJECTIVES
+from zslflax.losses.pairs import Embeddings, PairIds
 
 STEP = jnp.int32(3)
 
@@ -35,13 +36,13 @@ def distinct_params(config: ml_collections.FrozenConfigDict) -> dict[str, jax.Ar
     return params | {name: params[name] - 0.3 * i for i, name in enumerate(scales)}
 
 
-def losses_and_gradients(config, params, student, teacher, valid):
+def losses_and_gradients(config, params, student, teacher, valid, ids=None):
     """One device's `pair_losses`; the mean loss's gradients by the parameters and by this device's embeddings."""
     weight = valid.astype(jnp.float32)
     weight /= jnp.maximum(jax.lax.psum(weight.sum(), "data"), 1.0)
 
     def loss(params, student):
-        losses = contrastive.pair_losses(config, params, student, teacher, valid, step=STEP, axis_name="data")
+        losses = contrastive.pair_losses(config, params, student, teacher, valid, ids, step=STEP, axis_name="data")
         return jnp.sum(losses["loss"] * weight), losses
 
     (params_grads, emb_grads), losses = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, student)
@@ -51,7 +52,7 @@ def losses_and_gradients(config, params, student, teacher, valid):
 @functools.cache
 def mapped(config, devices):
     function = functools.partial(losses_and_gradients, config)
-    axes = {"in_axes": (None, 0, 0, 0), "out_axes": (0, None, 0)}
+    axes = {"in_axes": (None, 0, 0, 0, 0), "out_axes": (0, None, 0)}
     return jax.pmap(function, "data", **axes, devices=jax.devices()[:devices])
 
 
@@ -61,6 +62,7 @@ def run_objective(
     teacher: Embeddings | None,
     valid: np.ndarray,
     devices: int = 1,
+    ids: PairIds | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Embeddings]:
     """Computes an objective's losses and gradients of a global batch on several devices.
 
@@ -70,7 +72,7 @@ def run_objective(
     """
     teacher = teacher if OBJECTIVES[config.name].needs_teacher else None
     split = lambda tree: jax.tree.map(lambda x: jnp.asarray(x).reshape(devices, -1, *x.shape[1:]), tree)
-    inputs = split((student, teacher, np.asarray(valid)))
+    inputs = split((student, teacher, np.asarray(valid), ids))
     losses, params_grads, emb_grads = mapped(config, devices)(distinct_params(config), *inputs)
     losses, emb_grads = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), (losses, emb_grads))
     return losses, jax.tree.map(np.asarray, params_grads), emb_grads

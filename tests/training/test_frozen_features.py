@@ -44,11 +44,11 @@ def assert_close_runs(expected, workdir, atol, without=()):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("micro_batch", [0, 2])
+@pytest.mark.parametrize("micro_batch, duplicates", [(0, "negative"), (2, "positive")])
 def test_a_run_on_features_is_the_run_that_computes_the_same_crops_in_its_steps(
-    config, center_crops, tmp_path, micro_batch
+    config, center_crops, tmp_path, micro_batch, duplicates
 ):
-    config.micro_batch = micro_batch
+    config.micro_batch, config.objective.duplicates = micro_batch, duplicates
     loop.train(config, tmp_path / "kept")
     config.features.folder = ""
     loop.train(config, tmp_path / "computed")

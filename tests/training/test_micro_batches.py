@@ -13,7 +13,8 @@ from tests.testing.training import MODEL, N, init_variables, make_batch, make_co
 from zslflax.data.packing import pack_batches
 from zslflax.distributed import AXIS
 from zslflax.losses import contrastive
-from zslflax.losses.contrastive import OBJECTIVES, Embeddings
+from zslflax.losses.contrastive import OBJECTIVES
+from zslflax.losses.pairs import Embeddings
 from zslflax.models.vit import ViT
 from zslflax.training import flops, loop
 from zslflax.training.gradients import compute_gradients
@@ -60,6 +61,21 @@ def test_packed_captions_make_the_same_update(variables):
     for wanted, (state, metrics) in zip(whole, few, strict=True):
         assert metrics.pop("truncated") == 0.0
         assert_equal((state, metrics), wanted)
+
+
+def test_duplicates_are_found_in_the_whole_batch(variables):
+    """Pairs of one caption, on two devices and in other micro-batches: an update that differs from that of negatives."""
+    ids = np.stack([np.arange(N), np.arange(N) * 7], axis=1).astype(np.uint32)
+    batches = [{**batch, "image_id": ids, "text_id": ids % np.uint32(5)} for batch in BATCHES]
+    c = make_config(objective__duplicates="positive")
+    whole = run(c, variables, batches)
+    few = make_config(objective__duplicates="positive", micro_batch=FEW, objective__max_similarities=N)
+    packed = pack_batches(map(dict, batches), rows=2, width=8, parts=N // FEW)
+    for wanted, (state, metrics) in zip(whole, run(few, variables, packed, devices=2), strict=True):
+        assert metrics.pop("truncated") == 0.0
+        assert_equal((state, metrics), wanted)
+    negative = run(make_config(), variables, BATCHES)
+    assert abs(negative[0][1]["loss"] - whole[0][1]["loss"]) > 1e-3
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["text", "its features"])

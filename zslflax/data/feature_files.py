@@ -112,6 +112,16 @@ class RowFile:
                 os.ftruncate(self.descriptors[name], size)  # takes space on the disk as rows are written
             return np.asarray(np.memmap(path, dtype, "r", shape=shape))
 
+    def write_entries(self, name: str, numbers: np.ndarray, entries: Sequence[bytes]) -> None:
+        """Writes entries of equal size into the file of an array of `open_array`.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        with storage_errors(self.folder):
+            for number, entry in zip(numbers.tolist(), entries):
+                write_fully(self.descriptors[name], entry, number * len(entry))
+
     def close(self) -> None:
         """Closes the files; the object must not be used afterwards."""
         while self.descriptors:

@@ -18,7 +18,7 @@ from zslflax.cli import Progress
 from zslflax.data import images
 from zslflax.data.feature_files import COMPUTED, FLOAT_TYPES, MISSING, UNREADABLE, RowFile, open_folder
 from zslflax.data.images import BadSample
-from zslflax.data.preprocess import Batch, record_image
+from zslflax.data.preprocess import Batch, content_id, record_image
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.subset import Subset
 from zslflax.data.workers import choose_threads
@@ -117,6 +117,7 @@ class ImageFeatures:
         }
         folder = open_folder(tower.root, "images", identity)
         self.rows = RowFile(folder, count, self.width, FLOAT_TYPES[tower.dtype])
+        self.ids = self.rows.open_array("image_ids", np.dtype("<u4"), (len(self.whole), 2))  # 0 where it is missing
         self.progress: Progress | None = None
 
     def __len__(self) -> int:
@@ -158,6 +159,25 @@ class ImageFeatures:
             raise StorageError(f"{self.rows.folder} does not return what was written to it; is the disk damaged?")
         features[status == UNREADABLE] = 0.0
         return features, status == COMPUTED
+
+    def image_ids(self, index: np.ndarray) -> np.ndarray:
+        """The ids of images by their index in the source, as `preprocess.content_id` gives them: uint32 [b, 2].
+
+        An image's file is read the first time; the ids are kept beside the features. An unreadable image has the id 0.
+        """
+        images = index if self.indices is None else self.indices[index]
+        missing = np.unique(images[~self.ids[images].any(axis=1)])
+        if len(missing):
+            with ThreadPoolExecutor(self.tower.threads) as pool:
+                self.rows.write_entries("image_ids", missing, list(pool.map(self.compute_id, missing)))
+        return self.ids[images].astype(np.uint32)
+
+    def compute_id(self, index: int) -> bytes:
+        """The id of an image by its index in the whole source; 0 where it cannot be read."""
+        try:
+            return content_id(self.whole[int(index)]["image"]).tobytes()
+        except BadSample:
+            return bytes(8)
 
     def fill(self) -> None:
         """Computes all that is missing, and tries unreadable images again. Several processes share the work."""
@@ -219,7 +239,7 @@ def load_ahead(pool: ThreadPoolExecutor, load: Any, chunks: Iterable[np.ndarray]
 def with_image_features(batches: Iterator[Batch], features: Sequence[ImageFeatures]) -> Iterator[Batch]:
     """Adds the features of images to batches that have their `index`, and `source` and `view` unless these are all 0.
 
-    A sample whose image cannot be read becomes invalid, with an error.
+    A sample whose image cannot be read becomes invalid, with an error. Batches with `text_id` get `image_id` as well.
 
     Args:
         batches: from `pipeline.train_batches` or `eval_batches`, without images.
@@ -229,13 +249,18 @@ def with_image_features(batches: Iterator[Batch], features: Sequence[ImageFeatur
         valid, index, errors = batch["valid"].copy(), batch["index"], list(batch["errors"])
         source, view = batch.get("source", np.zeros_like(index)), batch.get("view", np.zeros_like(index))
         image_features = np.zeros((len(index), features[0].width), np.float32)
+        image_id = np.zeros((len(index), 2), np.uint32)
         for number, of_source in enumerate(features):
             rows = np.flatnonzero(batch["valid"] & (source == number))
             image_features[rows], valid[rows] = of_source(index[rows], view[rows])
+            if "text_id" in batch:
+                image_id[rows] = of_source.image_ids(index[rows])
             for i in index[rows[~valid[rows]]].tolist():
                 errors.append((of_source.source.read_annotations(i)["name"], UNREADABLE_MESSAGE))
         rest = {key: value for key, value in batch.items() if key not in ("source", "view")}
         added = {"image_features": image_features, "valid": valid, "errors": tuple(errors)}
+        if "text_id" in batch:
+            added["image_id"] = image_id
         yield Batch(**(rest | added))  # type: ignore[typeddict-item]
 
 

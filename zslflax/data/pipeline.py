@@ -47,6 +47,7 @@ def train_batches(
     threads: int = 0,
     workers: int = 0,
     views: int = 0,
+    with_ids: bool = False,
     local_processes: int = 1,
 ) -> Generator[Batch]:
     """This host's share of an infinite sequence of training batches, from a step on.
@@ -71,12 +72,14 @@ def train_batches(
         workers: processes; 0: automatic (`workers.choose_workers`), -1: threads of this process.
         local_processes: processes of the run among which the cores of this process are shared.
         views: of each image, whose features are kept; images are then not read. 0: images are read.
+        with_ids: whether the batches have the ids by which equal images and captions are found.
 
     Yields:
         `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `valid` bool [b] and `errors`, a
         tuple of (name, message). A sample that cannot be read or has no caption is not valid and has an error. Its
         image is zeros and its text is padding; the first token is in `text_mask`, which keeps a mean over tokens
-        finite. With `views`, there are `source`, `index` and `view` int64 [b] instead of `image`.
+        finite. With `views`, there are `source`, `index` and `view` int64 [b] instead of `image`. With ids, there are
+        `text_id` and, beside images, `image_id`, uint32 [b, 2].
 
     Raises:
         UserError: there are fewer samples than a batch has; the hosts cannot share a batch evenly; or, while
@@ -91,9 +94,10 @@ def train_batches(
     if batch_size % process_count:
         raise UserError(f"batch_size is {batch_size}, which {process_count} hosts cannot share evenly")
     per_host = batch_size // process_count
-    transform: Transform = CaptionTransform(tuple(sources), tokenizer, seed, views)
+    transform: Transform = CaptionTransform(tuple(sources), tokenizer, seed, views, with_ids)
     if not views:
-        transform = TrainTransform(tuple(sources), tokenizer, image_size, seed, (crop_scale[0], crop_scale[1]), flip)
+        scale = crop_scale[0], crop_scale[1]
+        transform = TrainTransform(tuple(sources), tokenizer, image_size, seed, scale, flip, with_ids)
     order = TrainOrder(global_order(sizes, weights, seed), batch_size, per_host * process_index)
     steps = range(start_step, sys.maxsize // batch_size)
     cores = available_cores() / local_processes

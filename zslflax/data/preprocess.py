@@ -1,6 +1,7 @@
 """Transforms of samples into arrays: read, decode, crop and tokenize; unreadable samples are masked and named."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
@@ -26,6 +27,7 @@ class Batch(TypedDict, total=False):
         text_segment, text_position: int32 [rows, width], of packed text (`packing.pack`).
         text_truncated: bool [b], of packed text.
         image_features, text_features: fp32 [b, f], outputs of a frozen tower.
+        image_id, text_id: uint32 [b, 2], `content_id` of the image file and of the caption's tokens.
         valid: bool [b], False where the sample is padding or unreadable.
         source: int64 [b], which of the training sources a sample is from.
         index: int64 [b], positions in the source, -1 at padding.
@@ -42,6 +44,8 @@ class Batch(TypedDict, total=False):
     text_truncated: np.ndarray
     image_features: np.ndarray
     text_features: np.ndarray
+    image_id: np.ndarray
+    text_id: np.ndarray
     valid: np.ndarray
     source: np.ndarray
     index: np.ndarray
@@ -76,6 +80,7 @@ class TrainTransform:
         seed: of the random crops, flips and choices of captions.
         crop_scale: bounds of a crop's share of the image's area.
         flip: whether to mirror half of the images.
+        with_ids: whether batches have the ids of images and captions.
     """
 
     sources: tuple[Source, ...]
@@ -84,14 +89,16 @@ class TrainTransform:
     seed: int
     crop_scale: tuple[float, float]
     flip: bool
+    with_ids: bool = False
 
     def __call__(self, samples: Sequence[tuple[int, int, int]]) -> Batch:
         """Loads samples, each given as (position in the global order, source, index in the source).
 
         Returns:
-            `image`, `text`, `text_mask`, `valid` and `errors`.
+            `image`, `text`, `text_mask`, `valid` and `errors`; `image_id` and `text_id` if there are ids.
         """
         image, valid = allocate_images(len(samples), self.image_size)
+        image_id = np.zeros((len(samples), 2), np.uint32)
         captions, errors = [""] * len(samples), []
         for i, (position, source, index) in enumerate(samples):
             rng = np.random.default_rng([AUGMENTATION_STREAM, self.seed, position])
@@ -102,6 +109,8 @@ class TrainTransform:
                 captions[i] = choose_caption(record, rng)
                 image[i] = self.augment(record_image(record), rng)
                 valid[i] = True
+                if self.with_ids:
+                    image_id[i] = content_id(record["image"])
             except BadSample as error:
                 errors.append((error.name or name, str(error)))
         image[~valid] = 0
@@ -109,7 +118,8 @@ class TrainTransform:
         text = np.where(valid[:, None], text, self.tokenizer.identity["pad_id"]).astype(np.int32)
         text_mask = text_mask & valid[:, None]
         text_mask[:, 0] = True
-        return Batch(image=image, text=text, text_mask=text_mask, valid=valid, errors=tuple(errors))
+        batch = Batch(image=image, text=text, text_mask=text_mask, valid=valid, errors=tuple(errors))
+        return batch | {"image_id": image_id, "text_id": text_ids(text)} if self.with_ids else batch
 
     def augment(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A random crop of an image, perhaps mirrored: uint8 [s, s, 3]."""
@@ -129,6 +139,7 @@ class CaptionTransform:
         tokenizer: of their captions.
         seed: of the choices of captions and views.
         views: of each image.
+        with_ids: whether batches have the ids of captions.
         tokenized: by (source, index), the ids and the mask of a sample's captions that are not blank, [captions, t].
     """
 
@@ -136,13 +147,14 @@ class CaptionTransform:
     tokenizer: CaptionTokenizer
     seed: int
     views: int
+    with_ids: bool = False
     tokenized: dict[tuple[int, int], Tokens] = dataclasses.field(default_factory=dict)
 
     def __call__(self, samples: Sequence[tuple[int, int, int]]) -> Batch:
         """Loads samples, each given as (position in the global order, source, index in the source).
 
         Returns:
-            `text`, `text_mask`, `valid`, `source`, `index`, `view` and `errors`.
+            `text`, `text_mask`, `valid`, `source`, `index`, `view` and `errors`; `text_id` if there are ids.
         """
         tokens, errors = self.load_tokens(samples)
         text, text_mask = map(np.concatenate, zip(*[self.tokenizer([""])] * len(samples)))
@@ -159,9 +171,10 @@ class CaptionTransform:
             text[i], text_mask[i], valid[i] = ids[caption], mask[caption], True
         text_mask[:, 0] = True
         _, sources, indices = np.array(samples, np.int64).T
-        return Batch(
+        batch = Batch(
             text=text, text_mask=text_mask, valid=valid, source=sources, index=indices, view=view, errors=tuple(errors)
         )
+        return batch | {"text_id": text_ids(text)} if self.with_ids else batch
 
     def load_tokens(
         self, samples: Sequence[tuple[int, int, int]]
@@ -271,6 +284,17 @@ def record_image(record: Record) -> np.ndarray:
     """The pixels of a record's image, uint8 [height, width, 3]; decodes it where it is encoded."""
     image = record["image"]
     return image if isinstance(image, np.ndarray) else images.decode(image)
+
+
+def content_id(content: bytes | np.ndarray) -> np.ndarray:
+    """A 64-bit hash of an image as its source has it, or of other values: uint32 [2]."""
+    data = content if isinstance(content, bytes) else np.ascontiguousarray(content).data
+    return np.frombuffer(hashlib.blake2b(data, digest_size=8).digest(), "<u4")
+
+
+def text_ids(text: np.ndarray) -> np.ndarray:
+    """The ids of captions, uint32 [b, 2]: equal where the text tower sees the same tokens int32 [b, t]."""
+    return np.stack([content_id(row) for row in text])
 
 
 def choose_caption(record: Annotations, rng: np.random.Generator) -> str:

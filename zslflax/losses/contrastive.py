@@ -22,32 +22,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from zslflax.losses.chunks import count_chunks, map_chunks, split
+from zslflax.losses.pairs import Embeddings, PairIds, Pairs, find_columns, soft_label_columns
 from zslflax.losses.sinkhorn import MASKED, column_potential
 
 LOG_LOGIT_SCALE_RANGE = (0.0, 4.605170186)  # log 1 … log 100; the train step clips the learnt values to it
-
-
-class Embeddings(NamedTuple):
-    """Unit embeddings of the same pairs, fp32 [b, d]."""
-
-    image: jax.Array
-    text: jax.Array
-
-
-class Pairs(NamedTuple):
-    """Image-text pairs: the global batch (n of them), a device's share (b), or a chunk of that (c).
-
-    Attributes:
-        position: int32 [c], of each pair in the global batch.
-        valid: bool [c]; an invalid pair is neither a positive nor a negative.
-        student: the student's embeddings [c, d].
-        teacher: the teacher's embeddings, of any width; None where the objective needs none.
-    """
-
-    position: jax.Array
-    valid: jax.Array
-    student: Embeddings
-    teacher: Embeddings | None
 
 
 def one_hot_targets(config: ConfigDict, positives: jax.Array, valid: jax.Array) -> jax.Array:
@@ -56,7 +34,7 @@ def one_hot_targets(config: ConfigDict, positives: jax.Array, valid: jax.Array) 
 
 
 def smoothed_targets(config: ConfigDict, positives: jax.Array, valid: jax.Array) -> jax.Array:
-    """1 − ε on the pair, and ε / (n − 1) on each of the n − 1 other valid columns.
+    """1 − ε on the positives together, and ε / m on each of the m other valid columns.
 
     >>> config = ConfigDict({"smoothing": 0.2})
     >>> smoothed_targets(config, positives=jnp.array([[1.0, 0.0, 0.0, 0.0]]), valid=jnp.array([1, 1, 1, 0], bool))
@@ -85,7 +63,7 @@ class Objective(NamedTuple):
     """How an objective makes its targets.
 
     Attributes:
-        hard_targets: (config, positives [c, n], valid [n]) → fp32 [c, n], each row summing to 1.
+        hard_targets: (config, positives fp32 [c, n], valid [n] or [c, n]) → fp32 [c, n], each row summing to 1.
         soft_targets: (config, teacher's similarities [2, c, n], allowed [c, n], column potential [2, 1, n]) → fp32
             [2, c, n]; None where the objective needs no teacher.
         transport: whether the soft targets use the column potential of an optimal transport plan.
@@ -128,6 +106,7 @@ def pair_losses(
     student: Embeddings,
     teacher: Embeddings | None,
     valid: jax.Array,
+    ids: PairIds | None = None,
     *,
     step: jax.Array,
     axis_name: str,
@@ -145,6 +124,7 @@ def pair_losses(
         teacher: the teacher's embeddings of the same pairs, of any width; None where the objective needs none.
         valid: bool [b]. The values of an invalid pair are finite and meaningless: the caller leaves them out of the
             mean.
+        ids: of the same pairs [b, 2]; None where `config.duplicates` is "negative".
         step: int32 scalar, for the ramp of the soft term.
         axis_name: the mapped axis over which the global batch is spread.
 
@@ -153,11 +133,11 @@ def pair_losses(
     """
     teacher = jax.lax.stop_gradient(teacher)
     gather = lambda x: jax.lax.all_gather(x, axis_name, tiled=True)
-    student_batch, teacher_batch, valid_batch = jax.tree.map(gather, (student, teacher, valid))
+    student_batch, teacher_batch, valid_batch, ids_batch = jax.tree.map(gather, (student, teacher, valid, ids))
     b, n = len(valid), len(valid_batch)
     own_positions = jax.lax.axis_index(axis_name) * b + jnp.arange(b, dtype=jnp.int32)
-    rows = Pairs(own_positions, valid, student, teacher)
-    batch = Pairs(jnp.arange(n, dtype=jnp.int32), valid_batch, student_batch, teacher_batch)
+    rows = Pairs(own_positions, valid, student, teacher, ids)
+    batch = Pairs(jnp.arange(n, dtype=jnp.int32), valid_batch, student_batch, teacher_batch, ids_batch)
     num_chunks = count_chunks(b, n, config.max_similarities)
 
     objective, potential = OBJECTIVES[config.name], jnp.zeros(())
@@ -179,20 +159,20 @@ def softmax_losses(
 ) -> dict[str, jax.Array]:
     """The cross-entropies of a chunk of rows with their hard and soft targets, both directions averaged: fp32 [c]."""
     objective = OBJECTIVES[config.name]
-    positives = positive_columns(rows, batch)  # (c, n)
+    positives, valid = find_columns(config, rows, batch)  # (c, n), and (n,) or (c, n)
     similarities = both_directions(rows.student, batch.student)  # (2, c, n)
     logits = jnp.exp(params["log_logit_scale"]) * similarities
-    hard = objective.hard_targets(config, positives, batch.valid)
+    hard = objective.hard_targets(config, positives, valid)
     losses = {
-        "hard_loss": cross_entropy(logits, hard, batch.valid),
-        "in_batch_accuracy": best_is_positive(logits, positives, batch.valid),
+        "hard_loss": cross_entropy(logits, hard, valid),
+        "in_batch_accuracy": best_is_positive(logits, positives, valid),
     }
     if objective.soft_targets:
         allowed = soft_label_columns(config, rows, batch)
         soft = objective.soft_targets(config, teacher_similarities(config, rows, batch), allowed, potential)
         soft_logits = jnp.exp(params["log_soft_logit_scale"]) * similarities
         losses |= {
-            "soft_loss": cross_entropy(soft_logits, soft, batch.valid),
+            "soft_loss": cross_entropy(soft_logits, soft, valid),
             "soft_entropy": jnp.sum(jax.scipy.special.entr(soft), axis=-1),  # the minimum of soft_loss, in nats
             "soft_on_pair": jnp.sum(soft * positives, axis=-1),  # the teacher's belief in the given pair
         }
@@ -202,17 +182,17 @@ def softmax_losses(
 def sigmoid_losses(
     config: ConfigDict, params: dict[str, jax.Array], batch: Pairs, potential: jax.Array, rows: Pairs
 ) -> dict[str, jax.Array]:
-    """Σ_j −log σ(±(s · v_i·t_j + bias)), + on the pair and − elsewhere (SigLIP, arXiv 2303.15343): fp32 [c].
+    """Σ_j −log σ(±(s · v_i·t_j + bias)), + on positives and − elsewhere (SigLIP, arXiv 2303.15343): fp32 [c].
 
     The loss of texts → images is the same sum over the batch, so one direction is both.
     """
-    positives = positive_columns(rows, batch)
+    positives, valid = find_columns(config, rows, batch)
     similarities = inner_products(rows.student.image, batch.student.text)
     logits = jnp.exp(params["log_logit_scale"]) * similarities + params["logit_bias"]
     losses = jax.nn.softplus((1.0 - 2.0 * positives) * logits)  # (c, n)
     return {
-        "hard_loss": jnp.sum(jnp.where(batch.valid, losses, 0.0), axis=-1),
-        "in_batch_accuracy": best_is_positive(logits, positives, batch.valid),
+        "hard_loss": jnp.sum(jnp.where(valid, losses, 0.0), axis=-1),
+        "in_batch_accuracy": best_is_positive(logits, positives, valid),
     }
 
 
@@ -222,7 +202,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, valid: jax.Array) -> ja
     Args:
         logits: fp32 [..., n].
         targets: fp32 [..., n].
-        valid: bool [n].
+        valid: bool [n] or [..., n].
 
     Returns:
         fp32 [...].
@@ -283,18 +263,6 @@ def plan_potential(config: ConfigDict, chunks: Pairs, batch: Pairs, axis_name: s
 
     chunks = jax.lax.stop_gradient(chunks)
     return column_potential(row_logits, chunks, batch.valid, config.sinkhorn_iterations, axis_name)[:, None]
-
-
-def positive_columns(rows: Pairs, batch: Pairs) -> jax.Array:
-    """1 where a column is the row's own pair, else 0: fp32 [c, n]."""
-    return (rows.position[:, None] == batch.position).astype(jnp.float32)
-
-
-def soft_label_columns(config: ConfigDict, rows: Pairs, batch: Pairs) -> jax.Array:
-    """Which columns may carry a row's soft labels: the valid ones, without the pair where the config removes it."""
-    if config.remove_diagonal:
-        return batch.valid & (rows.position[:, None] != batch.position)
-    return jnp.broadcast_to(batch.valid, (len(rows.position), len(batch.position)))
 
 
 def best_is_positive(logits: jax.Array, positives: jax.Array, valid: jax.Array) -> jax.Array:

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from zslflax.losses.contrastive import OBJECTIVES, Embeddings
+from zslflax.losses.contrastive import OBJECTIVES
+from zslflax.losses.pairs import Embeddings
 from zslflax.models.partition import MODALITIES, Tree
 from zslflax.models.two_tower import TwoTower
 from zslflax.training.train_state import TrainState, student_variables, teacher_variables

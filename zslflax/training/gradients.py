@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from zslflax.losses.chunks import join, split
-from zslflax.losses.contrastive import Embeddings
+from zslflax.losses.pairs import Embeddings
 from zslflax.models.partition import Tree
 
 

@@ -84,6 +84,7 @@ def host_batches(
         workers=config.data.workers,
         local_processes=local_processes,
         views=views,
+        with_ids=config.objective.duplicates != "negative",
     )
 
 

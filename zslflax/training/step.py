@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from zslflax.distributed import AXIS
 from zslflax.losses.chunks import map_chunks
-from zslflax.losses.contrastive import LOG_LOGIT_SCALE_RANGE, Embeddings, pair_losses
+from zslflax.losses.contrastive import LOG_LOGIT_SCALE_RANGE, pair_losses
+from zslflax.losses.pairs import Embeddings, PairIds
 from zslflax.models.partition import MODALITIES, Tree, combine
 from zslflax.models.two_tower import TwoTower
 from zslflax.training import flops
@@ -46,7 +47,8 @@ def train_step(
         fixed_teacher: variables of the teacher from a checkpoint, as `teacher_variables` takes them; {} for the EMA.
         batch: `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `valid` bool [b]. Text may be
             packed instead (`data.packing`), each micro-batch by itself. A frozen tower's output `image_features` or
-            `text_features` fp32 [b, f] may stand in for its input.
+            `text_features` fp32 [b, f] may stand in for its input. `image_id` and `text_id` uint32 [b, 2] unless
+            duplicates are negatives.
         model: the student's `TwoTower`.
         teacher_model: the teacher's; for the EMA the same.
         tx: the optimiser, from `build_optimizer`.
@@ -60,6 +62,7 @@ def train_step(
     num_pairs = jnp.maximum(jax.lax.psum(jnp.sum(valid), AXIS), 1.0)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), jax.lax.axis_index(AXIS))
     num_micro_batches = len(valid) // (config.micro_batch or len(valid))
+    ids = PairIds(batch["image_id"], batch["text_id"]) if config.objective.duplicates != "negative" else None
 
     run_without_grad = functools.partial(no_grad_outputs, state, fixed_teacher, model, teacher_model, config)
     frozen_features, teacher_emb = map_chunks(run_without_grad, batch, num_micro_batches)
@@ -77,6 +80,7 @@ def train_step(
             student_emb,
             teacher_emb,
             batch["valid"],
+            ids,
             step=state.step,
             axis_name=AXIS,
         )
