@@ -159,7 +159,8 @@ def optimizer_fields() -> ConfigDict:
 def data_fields() -> ConfigDict:
     """`config.data`: training data, and how it is read and augmented."""
     c = ConfigDict()
-    # Sources: "shapes" (built in), tar shards "path/{00000..00331}.tar" (or a glob), "tfds:NAME/SPLIT".
+    # Sources: "shapes" (built in), a folder of images with captions or of tar shards, tar shards
+    # "path/{00000..00331}.tar" (or a glob), "tfds:NAME/SPLIT".
     c.train = ("shapes",)
     c.exclude = ""  # CSV file whose column `name` lists training samples to leave out, as zslflax.noise writes it
     c.weights = ()  # relative weight of each source in the mixture; (): the number of its samples
@@ -171,7 +172,7 @@ def data_fields() -> ConfigDict:
     # Threads that read and decode, in each worker; 0: automatic, one in each worker, or one more than cores without
     # workers. Remote shards may need more.
     c.threads = 0
-    c.captions_per_line = False  # whether each line of a shard's KEY.txt is a caption of its own
+    c.captions_per_line = False  # whether each line of KEY.txt, in shards and folders, is a caption of its own
     c.request_timeout = 60.0  # seconds until one request for a part of a remote shard must be complete
     c.read_timeout = 300.0  # seconds after which a read of a remote shard that failed is not tried again
     c.max_bad_fraction = 0.05  # the run stops when more than this share of the samples read so far is unreadable
@@ -213,7 +214,7 @@ def eval_set(
     Images with labels are classified among the classes. Images with captions are also retrieved by them.
 
     Args:
-        data: a source as in `data.train`, or labelled images: "folder:FOLDER", "csv:FILE",
+        data: a source as in `data.train`, or labelled images: "FOLDER" with a subfolder for each class, "csv:FILE",
             "open_images:FOLDER,LABELS.csv", "ml_images:FOLDER,LIST.txt" (`zslflax.data.sources.labelled`). Labels are
             class ids where the source has ids, and otherwise indices into the class names.
         class_names: a file with one class name a line, or "cat,dog,…"; "" where the source, `classes` or `wordnet`

@@ -18,7 +18,10 @@ FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF".split()  # Pillow knows others, some
 IMAGE_EXTENSIONS = tuple(
     "jpg jpeg jpe jfif png webp gif bmp tif tiff avif".split()
 )  # of FORMATS, in order of preference
-CLUTTER = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}  # folders
+CLUTTER = {  # folders and files
+    *("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
+    *("Thumbs.db", "desktop.ini"),
+}
 MAX_PIXELS = 1 << 26  # 8192 × 8192: 200 MB once decoded
 MAX_FILE_BYTES = 1 << 30  # of an image file: one of MAX_PIXELS, 16 bits and 4 channels takes half of it uncompressed
 MAX_SCANS = 100  # of a progressive JPEG: each costs the time of a whole image, and usual files have 10

@@ -1,15 +1,14 @@
 """Labelled images in the formats of their datasets, and the errors for faulty data."""
 
 import csv
-import io
 import logging
 import os
 import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.testing.images import jpeg, write
 from tests.testing.shards import write_tar
 from zslflax.config import default_config
 from zslflax.data import images, pipeline
@@ -21,18 +20,6 @@ from zslflax.evaluation.metrics import zero_shot_metrics
 from zslflax.evaluation.results import flat_names
 
 DATA = default_config().data
-
-
-def jpeg(value: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.full((8, 9, 3), value, np.uint8)).save(file, "JPEG")
-    return file.getvalue()
-
-
-def write(path, data: bytes | str):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
 
 
 def read_labels(source) -> dict:
@@ -68,7 +55,7 @@ def test_what_programs_leave_in_folders_is_neither_a_class_nor_an_image(tmp_path
     clutter = (".ipynb_checkpoints/x.jpg", "@eaDir/x.jpg", "__MACOSX/cat/._a.jpg", "cat/._a.jpg", "lost+found/x.jpg")
     for path in (*clutter, *(f"cat/{path}" for path in clutter)):
         write(tmp_path / path, jpeg(0))
-    source = READERS["folder"](str(tmp_path))
+    source = open_source(str(tmp_path), DATA, "test")
     assert source.classes == ["cat", "dog"]
     assert [name.removeprefix(f"{tmp_path}/") for name in source.names()] == [
         *("cat/a.jpg", "cat/b.tif", "cat/c.JFIF", "cat/d.avif", "dog/e.bmp")
@@ -80,7 +67,7 @@ def test_a_pipe_that_is_named_like_an_image_is_a_bad_sample(tmp_path):
     os.mkfifo(tmp_path / "cat" / "b.jpg")
     with open(tmp_path / "cat" / "c.jpg", "wb") as file:
         file.truncate(30 << 30)  # a sparse file of 30 GB
-    source = READERS["folder"](str(tmp_path))
+    source = open_source(str(tmp_path), DATA, "test")
     assert source[0]["image"] == jpeg(0)
     for index, file, message in ((1, "b.jpg", "its file is no regular file"), (2, "c.jpg", "its file is larger than")):
         with pytest.raises(BadSample, match=message) as error:
@@ -104,27 +91,27 @@ def test_labels_of_several_words_are_one_class_unless_separated(tmp_path, caplog
 def test_numeric_class_ids_are_in_numerical_order(tmp_path):
     for name in ("0", "10", "2"):
         write(tmp_path / name / "a.jpg", jpeg(0))
-    assert READERS["folder"](str(tmp_path)).classes == ["0", "2", "10"]
+    assert open_source(str(tmp_path), DATA, "test").classes == ["0", "2", "10"]
 
 
 def test_folders_without_images_or_classes(tmp_path, caplog):
     (tmp_path / "n01").mkdir()
     with pytest.raises(ValueError, match="none of the 1 subfolders .* has an image"):
-        READERS["folder"](str(tmp_path))
+        open_source(str(tmp_path), DATA, "test")
     write(tmp_path / "n02" / "a.jpg", jpeg(0))
     with caplog.at_level(logging.WARNING):
-        assert READERS["folder"](str(tmp_path)).classes == [
+        assert open_source(str(tmp_path), DATA, "test").classes == [
             "n01",
             "n02",
         ]  # a class without images is a candidate nonetheless
     assert "1 classes of" in caplog.text and "(n01)" in caplog.text
     with pytest.raises(FileNotFoundError, match="is not a folder"):
-        READERS["folder"](str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="named by class in .*, found neither"):
-        READERS["folder"](str(tmp_path / "n02"))
+        open_source(f"folder:{tmp_path / 'none'}", DATA, "test")
+    with pytest.raises(ValueError, match="n02 holds no captions.* subfolders or tars named by class; found: 1 × jpg"):
+        open_source(str(tmp_path / "n02"), DATA, "test")
     write(tmp_path / "n03.tar", b"")
     with pytest.raises(ValueError, match="found both: n01, n03.tar"):
-        READERS["folder"](str(tmp_path))
+        open_source(str(tmp_path), DATA, "test")
 
 
 def test_tars_are_classes(tmp_path):
@@ -284,6 +271,9 @@ def test_labelled_images_are_refused_for_training(tmp_path):
     for reader in READERS:
         with pytest.raises(ValueError, match="has labels and no captions, which training needs"):
             open_source(f"{reader}:{tmp_path}", DATA, "train")
+    write(tmp_path / "cat" / "a.jpg", jpeg(0))
+    with pytest.raises(ValueError, match="holds no captions: expected tar shards, or images with .*; found: 1 × jpg"):
+        open_source(f"folder:{tmp_path}", DATA, "train")
 
 
 def test_a_file_that_vanishes_raises_bad_sample(tmp_path):

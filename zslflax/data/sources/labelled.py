@@ -1,22 +1,26 @@
-"""Labelled images in the formats of their datasets: folders and tars by class, CSV, Open Images, ML-Images."""
+"""Labelled images in the formats of their datasets: folders and tars by class, Open Images, ML-Images."""
 
 import collections
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
-from zslflax.data.images import MAX_FILE_BYTES, BadSample, has_image_extension, is_clutter
-from zslflax.data.sources.base import Annotations, Record, Source, file_version, hash_values
+from zslflax.data.images import is_clutter
+from zslflax.data.sources.base import Annotations, Record, Source
+from zslflax.data.sources.image_files import (
+    existing_keys,
+    find_images,
+    fingerprint_of_files,
+    format_examples,
+    read_image_file,
+    report_missing,
+    sorted_by_id,
+)
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import local_path, read_bytes, read_columns, read_text
+from zslflax.files import local_path, read_columns, read_text
 
 log = logging.getLogger("zslflax")
-T = TypeVar("T")
-
-MAX_EXAMPLES = 3  # in a message
 
 
 class LabelledImages:
@@ -45,14 +49,7 @@ class LabelledImages:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Record:
-        name = self.paths[index]
-        try:
-            image = read_bytes(Path(name), MAX_FILE_BYTES)
-        except MissingFileError as error:
-            raise BadSample("its file cannot be read: there is no file", name=name) from error
-        except UserError as error:  # without the path: the pipeline counts bad samples by their message
-            raise BadSample(f"its file {str(error).removeprefix(name).strip()}", name=name) from error
-        return Record(image=image, **self.read_annotations(index))
+        return Record(image=read_image_file(self.paths[index]), **self.read_annotations(index))
 
     def read_annotations(self, index: int) -> Annotations:
         """The labels of an image; reads no file."""
@@ -60,7 +57,7 @@ class LabelledImages:
 
     def fingerprint(self) -> str:
         """Of the paths, sizes and modification times of all images."""
-        return hash_values("files", [(path, *file_version(path)) for path in self.paths])
+        return fingerprint_of_files(self.paths)
 
     def names(self) -> Iterator[str]:
         """Yields the paths of all images."""
@@ -68,17 +65,20 @@ class LabelledImages:
 
 
 class ClassTars:
-    """A folder of tars that each hold the images of one class (n01440764.tar, …), a `Source`.
+    """Tars that each hold the images of one class (n01440764.tar, …), a `Source`.
+
+    Args:
+        shards: of all tars that can be read.
+        tars: all of them, in the order of the classes.
 
     Attributes:
         classes: the tars' names without .tar.
     """
 
     negatives: list[tuple[int, ...]] | None = None
-    excluded: dict[str, int] = {}
 
-    def __init__(self, tars: Sequence[Path]):
-        self.shards = WebDataset([str(tar) for tar in tars])
+    def __init__(self, shards: WebDataset, tars: Sequence[Path]):
+        self.shards, self.excluded = shards, shards.excluded
         self.classes: list[str] | None = [tar.stem for tar in tars]
         class_of_tar = {str(tar): label for label, tar in enumerate(tars)}
         self.labels = [class_of_tar[path] for path in self.shards.paths]  # a tar that cannot be read is left out
@@ -106,19 +106,14 @@ class ClassTars:
         return self.shards.names()
 
 
-def read_folder(spec: str) -> LabelledImages | ClassTars:
-    """Reads "FOLDER": a subfolder or a tar for each class, named by its id; the classes are in the order of ids."""
-    folder = local_path(spec, "folder:")
-    if not folder.is_dir():
-        raise MissingFileError(f"{folder} is not a folder: expected one with a subfolder or tar for each class")
-    entries = [entry for entry in folder.iterdir() if not is_clutter(entry.name)]
-    subfolders = sorted_by_id({entry.name: entry for entry in entries if entry.is_dir()})
-    tars = sorted_by_id({entry.stem: entry for entry in entries if entry.suffix == ".tar"})
-    if bool(subfolders) == bool(tars):
-        found = f"both: {subfolders[0].name}, {tars[0].name}" if tars else "neither"
-        raise UserError(f"expected subfolders or tars named by class in {folder}, found {found}")
-    if tars:
-        return ClassTars(tars)
+def read_class_folders(folder: Path) -> LabelledImages:
+    """Reads a subfolder of images for each class, named by its id; the classes are in the order of ids.
+
+    Raises:
+        UserError: there are no subfolders, or none of them has an image.
+    """
+    entries = {entry.name: entry for entry in folder.iterdir() if entry.is_dir() and not is_clutter(entry.name)}
+    subfolders = sorted_by_id(entries)
     of_class = [find_images(subfolder) for subfolder in subfolders]
     if empty := [subfolder.name for subfolder, paths in zip(subfolders, of_class) if not paths]:
         log.warning("%d classes of %s have no image%s", len(empty), folder, format_examples(empty))
@@ -236,7 +231,6 @@ def read_ml_images(spec: str) -> LabelledImages:
 
 
 READERS: dict[str, Callable[[str], Source]] = {
-    "folder": read_folder,
     "csv": read_csv,
     "open_images": read_open_images,
     "ml_images": read_ml_images,
@@ -271,43 +265,3 @@ def existing_folder_and_file(spec: str, form: str) -> tuple[Path, Path]:
     if not parts[1].is_file():
         raise MissingFileError(f"there is no file {parts[1]}; expected {form}")
     return parts[0], parts[1]
-
-
-def sorted_by_id(of_id: dict[str, T]) -> list[T]:
-    """The values in the order of their ids: as numbers if all ids are whole numbers, or else as strings."""
-    if all(i.isascii() and i.isdigit() for i in of_id):
-        return [of_id[i] for i in sorted(of_id, key=lambda i: (int(i), i))]
-    return [of_id[i] for i in sorted(of_id)]
-
-
-def find_images(folder: Path) -> list[str]:
-    """The paths of all files below a folder that are named like images, sorted; without `images.CLUTTER`."""
-    found: list[str] = []
-    for path, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not is_clutter(name)]
-        found += [os.path.join(path, name) for name in names if has_image_extension(name) and not is_clutter(name)]
-    return sorted(found)
-
-
-def existing_keys(paths: dict[str, Path], where: str) -> list[str]:
-    """The keys of the paths at which there is a file; the number of missing files is logged."""
-    present = [key for key, path in paths.items() if path.is_file()]
-    kept = set(present)
-    report_missing(len(paths) - len(present), len(paths), [key for key in paths if key not in kept], where)
-    return present
-
-
-def report_missing(missing: int, total: int, keys: Sequence[str], where: str) -> None:
-    """Logs how many annotated images are missing; raises a MissingFileError if none is left."""
-    if missing == total:
-        raise MissingFileError(
-            f"none of the {total} annotated images is in {where}{format_examples(keys)}"
-            if total
-            else f"there are no annotations of images in {where}"
-        )
-    if missing:
-        log.warning("%d of %d annotated images are not in %s%s", missing, total, where, format_examples(keys))
-
-
-def format_examples(keys: Sequence[str]) -> str:
-    return f" ({', '.join(keys[:MAX_EXAMPLES])}{', …' if len(keys) > MAX_EXAMPLES else ''})" if keys else ""

@@ -1,24 +1,30 @@
-"""Opens a data source by its specification, such as "train/{00000..00099}.tar" or "tfds:NAME/SPLIT"."""
+"""Opens a data source by its specification, such as "train/{00000..00099}.tar", a folder or "tfds:NAME/SPLIT"."""
+
+import functools
+import os
 
 from ml_collections import ConfigDict
 
+from zslflax.data.addresses import is_remote
 from zslflax.data.retries import ReadLimits
 from zslflax.data.sources import labelled, shapes
 from zslflax.data.sources.base import Source
+from zslflax.data.sources.folders import open_folder
 from zslflax.data.sources.tfds import TfdsSource
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import UserError
-from zslflax.files import expand_user
+from zslflax.files import expand_user, local_path
 
 
 def open_source(spec: str, data_config: ConfigDict, split: str) -> Source:
     """Opens a data source.
 
     Args:
-        spec: "shapes", the built-in procedural source; "tfds:NAME/SPLIT"; labelled images without captions,
-            "folder:FOLDER", "csv:FILE", "open_images:FOLDER,LABELS.csv" or "ml_images:FOLDER,LIST.txt"
-            (`zslflax.data.sources.labelled`); or else a pattern of tar shards.
-        data_config: the config's field `data`, for `tfds_dir` and `shapes`.
+        spec: a folder, which is opened as what it holds (`zslflax.data.sources.folders`); a pattern of tar shards;
+            "tfds:NAME/SPLIT"; "shapes", the built-in procedural source; or labelled images without captions,
+            "open_images:FOLDER,LABELS.csv" or "ml_images:FOLDER,LIST.txt" (`zslflax.data.sources.labelled`). The prefix
+            "folder:" may stand before a folder.
+        data_config: the config's field `data`, for `tfds_dir`, `captions_per_line`, the timeouts and `shapes`.
         split: "train" or "test". For "shapes" it selects the data; other specs name their data, and must have
             captions for "train".
 
@@ -27,9 +33,14 @@ def open_source(spec: str, data_config: ConfigDict, split: str) -> Source:
     """
     if split not in ("train", "test"):
         raise UserError(f"split is {split!r}, expected 'train' or 'test'")
-    openers = {"shapes": open_shapes, "tfds": open_tfds} | dict.fromkeys(labelled.READERS, open_labelled)
-    prefix = spec.partition(":")[0]
-    return openers.get(prefix, open_shards)(spec, data_config, split)
+    openers = {"shapes": open_shapes, "tfds": open_tfds, "folder": open_local_folder}
+    openers |= dict.fromkeys(labelled.READERS, open_labelled)
+    prefix, _, location = spec.partition(":")
+    if prefix in openers and not location.startswith("//"):
+        return openers[prefix](spec, data_config, split)
+    if not is_remote(spec) and os.path.isdir(expand_user(spec)):
+        return open_local_folder(spec, data_config, split)
+    return open_shards(spec, data_config, split)
 
 
 def open_shapes(spec: str, data_config: ConfigDict, split: str) -> Source:
@@ -57,7 +68,17 @@ def open_labelled(spec: str, data_config: ConfigDict, split: str) -> Source:
     return labelled.READERS[reader](location)
 
 
-def open_shards(spec: str, data_config: ConfigDict, split: str) -> Source:
+def open_local_folder(spec: str, data_config: ConfigDict, split: str) -> Source:
+    """A folder: "folder:FOLDER" or "FOLDER"."""
+    return open_folder(
+        local_path(spec.removeprefix("folder:"), "the source"),
+        functools.partial(open_shards, data_config=data_config, split=split),
+        train=split == "train",
+        captions_per_line=data_config.captions_per_line,
+    )
+
+
+def open_shards(spec: str | list[str], data_config: ConfigDict, split: str) -> WebDataset:
     """Tar shards in img2dataset's layout."""
     return WebDataset(
         spec,

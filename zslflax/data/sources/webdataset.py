@@ -227,6 +227,10 @@ class WebDataset:
             return True
         return any(captions_in_json(fields) for fields in self.probe_json())
 
+    def has_annotations(self) -> bool:
+        """Whether any sample has a file beside its image: captions, labels or JSON."""
+        return bool((self.sizes[:, TEXT:] >= 0).any())
+
     def describe_json_fields(self) -> str:
         """The names of the fields in the first JSON files, for an error message."""
         fields = list(dict.fromkeys(itertools.chain.from_iterable(self.probe_json())))
