@@ -20,7 +20,7 @@ METHODS = {  # the first value is that with which the passes are searched
 }
 
 REFINED = ((0.4, ALL),)  # noise and pairs at which the search then tries 2/3 and 4/3 of the best passes
-COMPARED = ("info_nce", "self_distillation", "self_distillation_within")
+COMPARED = ("info_nce", "self_distillation", "self_distillation_within", "sigmoid")
 # Noise and pairs of the grid with its seeds and methods, the most informative first.
 LEVELS = (
     (0.4, ALL, 5, tuple(METHODS)),
@@ -33,8 +33,11 @@ LEVELS = (
     (0.2, FEW, 3, COMPARED),
 )
 CLEAN_SIZES = (8_000, 12_000, 16_000)
-TEACHERS = ("info_nce", "self_distillation")  # whose finished models teach
-FILTERED = (0.1, 0.2, 0.4)  # shares of the pairs that the noise tool leaves out
+TEACHERS = ("info_nce", "self_distillation", "sigmoid")  # whose finished models teach
+SCORERS = ("self_distillation", "sigmoid")  # whose finished models score the pairs
+FILTERED = (0.1, 0.2, 0.4)  # shares of the pairs that the noise tool leaves out; training is measured at the last two
+RATE = 1e-3  # peak learning rate, the same for all methods
+OTHER_RATES = ((3e-4, 1.0), (3e-4, 2.0), (3e-3, 0.5))  # other rates, and by what the best passes are multiplied
 
 
 class Run(NamedTuple):
@@ -48,6 +51,7 @@ class Run(NamedTuple):
     passes: float
     value: float  # of the method's own parameter
     teacher: str = "ema"  # or the name of the run whose finished model teaches
+    rate: float = RATE
     kept: str = ""  # "NAME SHARE": the pairs that are left when the lowest share by the run's scores is left out
 
     @property
@@ -55,8 +59,14 @@ class Run(NamedTuple):
         """Different for different runs; fit for a folder name."""
         described = "-".join(f"{value:g}" if isinstance(value, float) else f"{value}" for value in self[:7])
         taught = "" if self.teacher == "ema" else f"-taught-{self.teacher.split('-')[1]}"
+        rate = "" if self.rate == RATE else f"-rate-{self.rate:g}"
         scored, _, share = self.kept.partition(" ")
-        return described + taught + (f"-kept-{scored.split('-')[1]}-{share}" if share else "")
+        return described + taught + rate + (f"-kept-{scored.split('-')[1]}-{share}" if share else "")
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is judged on training photographs that are held out."""
+        return self.part in ("search", "rates")
 
     @property
     def probed(self) -> bool:
@@ -121,8 +131,12 @@ def plan_runs(lines: list[dict]) -> Iterator[Run]:
 
 
 def further_runs(found: dict) -> Iterator[Run]:
-    """Clean sets of other sizes, generations, and training on what the noise tool keeps."""
+    """Other learning rates, clean sets of other sizes, generations, and training on what the noise tool keeps."""
     best = {name: found[name, 0.4, ALL] for name in METHODS}
+    for name in TEACHERS:
+        passes, value = best[name]["passes"], best[name]["value"]
+        for rate, factor in OTHER_RATES:
+            yield Run("rates", name, 0.4, ALL, SEARCH_SEED, factor * passes, value, rate=rate)
     for seed in range(3):
         for size in CLEAN_SIZES:
             yield Run("clean", "info_nce", 0.0, size, seed, **found["info_nce", 0.0, ALL])
@@ -130,6 +144,7 @@ def further_runs(found: dict) -> Iterator[Run]:
             first = Run("grid", name, 0.4, ALL, seed, **best[name])
             run = Run("generations", "self_distillation", 0.4, ALL, seed, **best["self_distillation"])
             yield run._replace(teacher=first.name)
-        scored = Run("grid", "self_distillation", 0.4, ALL, seed, **best["self_distillation"]).name
-        for share in FILTERED:
-            yield Run("kept", "info_nce", 0.4, ALL, seed, **best["info_nce"], kept=f"{scored} {share}")
+        for name in SCORERS:
+            scored = Run("grid", name, 0.4, ALL, seed, **best[name]).name
+            for share in FILTERED[1:]:
+                yield Run("kept", "info_nce", 0.4, ALL, seed, **best["info_nce"], kept=f"{scored} {share}")

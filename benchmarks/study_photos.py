@@ -15,7 +15,8 @@ methods have the same. The parts:
                  are held out and keep their true class; at 4,000 pairs the passes alone
     grid         each method with what was found × noise and pairs (`LEVELS`) × seeds, judged on the test photographs
     clean        InfoNCE on clean sets of several sizes
-    generations  the finished model of a run of the grid teaches a new student
+    rates        other learning rates than the one that all methods share, judged as in the search
+    generations  the finished model of a run of the grid teaches a new one by self-distillation
     kept         training on the pairs that the noise tool keeps, by the scores of a run of the grid
 
 The image features are computed by the first run (minutes) and kept in `features.folder`.
@@ -63,11 +64,12 @@ def make_config(run: Run, pairs: int, arguments: argparse.Namespace, photos: Pho
     c.objective.update(method.fixed | {method.parameter: run.value})
     c.steps = round(run.passes * pairs / c.batch_size)
     c.objective.soft_ramp_steps = c.steps // 5
+    c.optimizer.learning_rate = run.rate
     c.eval.every = c.checkpoint.every = -(-c.steps // 4) if run.probed else c.steps
     c.model.image.pretrained = str(arguments.image_weights)
     c.features.folder = str(arguments.features)
     c.data.train, c.data.threads = ("photographs",), 1
-    c.eval.sets = {"test": eval_set()} if run.part == "search" else {"test": photos.test_set}
+    c.eval.sets = {"test": eval_set()} if run.held_out else {"test": photos.test_set}
     if run.teacher != "ema":
         c.teacher.kind, c.teacher.workdir = "checkpoint", str(arguments.folder / run.teacher)
         c.objective.soft_ramp_steps = 0  # this teacher is trained from the start
@@ -87,7 +89,7 @@ class Measure:
         for model, predictor in predictors.items():
             prefix = f"{model}/" if model else ""
             class_emb = predictor.class_embeddings(photos.names, self.config.eval.templates)
-            if self.run.part == "search":
+            if self.run.held_out:
                 held_out = np.flatnonzero(photos.held_out)
                 image_emb = predictor.project_image(self.features["train"][held_out])
                 results |= hits(image_emb @ class_emb.T, photos.labels[held_out], prefix)
@@ -150,7 +152,7 @@ def all_rows(features) -> np.ndarray:
 def perform_run(run: Run, arguments: argparse.Namespace, photos: Photos, features: dict) -> dict:
     """Trains and evaluates; returns the line of the results."""
     started, cpu = time.time(), time.process_time()
-    pairs = photos.pairs(run.size, run.noise, run.seed, held_out=run.part == "search")
+    pairs = photos.pairs(run.size, run.noise, run.seed, held_out=run.held_out)
     if run.kept:
         scored, share = run.kept.split()
         pairs = kept_pairs(pairs, np.load(arguments.folder / "scores" / f"{scored}.npy"), float(share))
