@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.testing.runs import act_at_batch, assert_same_bits, read_metrics, read_state
+from tests.testing.runs import act_at_batch, assert_same_bits, assert_same_run, read_metrics, read_state
 from zslflax import checkpoint
 from zslflax.config import eval_set
 from zslflax.data.sources import shapes
+from zslflax.data.sources.opening import open_source
+from zslflax.data.sources.recaptioned import Recaptioned
 from zslflax.data.sources.tar_index import load_index
 from zslflax.errors import MissingFileError, NonFiniteError, UserError
 from zslflax.evaluation.zero_shot import evaluate_run
@@ -135,6 +137,20 @@ def test_the_workdir_of_another_config_is_refused(tiny_config, trained_workdir):
     with pytest.raises(UserError, match=r"optimizer.learning_rate: 0.01 there, 0.5 now"):
         loop.train(tiny_config, trained_workdir)
     assert json.loads((trained_workdir / "config.json").read_text())["optimizer"]["learning_rate"] == 0.01
+
+
+def test_a_run_takes_the_sources_that_it_is_given(tiny_config, finished_workdir, tmp_path):
+    source = open_source("shapes", tiny_config.data, "train")
+    loop.train(tiny_config, tmp_path / "same", sources=[source])
+    assert_same_run(finished_workdir, tmp_path / "same")
+    changed = Recaptioned(source, ["a blue circle"] * len(source))
+    with pytest.raises(UserError, match="holds a run of another data"):
+        loop.train(tiny_config, tmp_path / "same", sources=[changed])
+    loop.train(tiny_config, tmp_path / "changed", sources=[changed])
+    losses = [read_metrics(tmp_path / name)[-1]["train/loss"] for name in ("same", "changed")]
+    assert losses[1] != losses[0]
+    with pytest.raises(UserError, match="there are 2 sources, but config.data.train names 1"):
+        loop.train(tiny_config, tmp_path / "two", sources=[source, changed])
 
 
 def test_a_config_with_lists_is_the_same_at_the_next_start(tiny_config, tmp_path):

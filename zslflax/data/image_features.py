@@ -61,6 +61,12 @@ class Views:
         return images.flip(crop) if self.flip and rng.random() < 0.5 else crop
 
 
+@functools.lru_cache(maxsize=1)
+def image_apply(model: linen.Module) -> Any:
+    """(variables, images) → the image tower's outputs: one function for a model, which jax traces once in a process."""
+    return lambda variables, image: model.apply(variables, image, method="image_features")
+
+
 class FrozenImageTower:
     """A frozen image tower, and the folder in which what it computes is kept.
 
@@ -76,7 +82,7 @@ class FrozenImageTower:
     def __init__(
         self, model: linen.Module, variables: Tree, identity: dict[str, Any], root: Path, dtype: str, threads: int = 0
     ):
-        apply = lambda variables, image: model.apply(variables, image, method="image_features")
+        apply = image_apply(model)
         self.apply, self.apply_fn, self.variables = apply, distributed.map_over_devices(apply), variables
         self.identity, self.root, self.dtype, self.threads = identity, root, dtype, choose_threads(threads)
         self.width = functools.cache(self.trace_width)  # tracing a deep tower takes a second

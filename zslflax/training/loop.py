@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from zslflax import checkpoint, distributed
 from zslflax.data.features import TextFeatures
+from zslflax.data.sources.base import Source
 from zslflax.errors import NonFiniteError
 from zslflax.inference.predictor import Predictor
 from zslflax.models.build import resolve_model
@@ -36,6 +37,7 @@ def train(
     workdir: Path,
     changed: bool = False,
     *,
+    sources: Sequence[Source] | None = None,
     text_features: TextFeatures | None = None,
     extra_metrics: Callable[[dict[str, Predictor]], dict[str, float]] | None = None,
 ) -> bool:
@@ -45,6 +47,7 @@ def train(
         config: the whole config.
         workdir: the folder that the run writes to and resumes from.
         changed: lets a run continue with another config than its checkpoints were written with.
+        sources: the training data, one source for each name in `config.data.train`; None opens what is named there.
         text_features: features of the same frozen text tower, cached by an earlier run.
         extra_metrics: called at each evaluation with {"": the shipped predictor, "student": the student}, if there is
             an EMA; returns more metrics.
@@ -66,6 +69,7 @@ def train(
                 workdir,
                 checkpoints,
                 changed,
+                sources=sources,
                 text_features=text_features,
                 extra_metrics=extra_metrics,
                 startup=startup,

@@ -82,6 +82,7 @@ def set_up(
     checkpoints: CheckpointManager,
     changed: bool = False,
     *,
+    sources: Sequence[Source] | None = None,
     text_features: TextFeatures | None = None,
     extra_metrics: Callable[[dict[str, Predictor]], dict[str, float]] | None = None,
     startup: StartupTimes | None = None,
@@ -93,7 +94,7 @@ def set_up(
     startup = startup or StartupTimes(0.0)
     with startup.phase("opening the data"):
         model, tokenizer = build_model(config)
-        sources = open_train_sources(config)
+        sources = open_train_sources(config, sources)
         check_data(config.data.train, sources, workdir, changed)
         test_sets = open_test_sets(config)
     with startup.phase("building the state"):
@@ -144,9 +145,12 @@ def check_teacher_needs_no_images(config: ConfigDict, features: FrozenFeatures, 
         )
 
 
-def open_train_sources(config: ConfigDict) -> list[Source]:
-    """Opens the training sources, without the samples that the config excludes."""
-    sources = [open_source(spec, config.data, "train") for spec in config.data.train]
+def open_train_sources(config: ConfigDict, sources: Sequence[Source] | None = None) -> list[Source]:
+    """Opens the training sources, or takes those that are given, without the samples that the config excludes."""
+    if sources is None:
+        sources = [open_source(spec, config.data, "train") for spec in config.data.train]
+    if len(sources) != len(config.data.train):
+        raise UserError(f"there are {len(sources)} sources, but config.data.train names {len(config.data.train)}")
     sources = exclude_samples(sources, config.data.exclude)
     distributed.check_same_on_hosts("the number of training samples", list(map(len, sources)))
     return sources
@@ -190,7 +194,7 @@ def create_state(
     size, tokens = config.model.image.size, config.model.text.max_tokens
     example = (jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, tokens), jnp.int32), jnp.ones((1, tokens), bool))
     key, objective_params = jax.random.key(config.seed), init_params(config.objective)
-    init = jax.jit(model.init)  # is traced once, for the shapes and for the arrays
+    init = jitted_init(model)  # is traced once, for the shapes and for the arrays
     shapes = {**jax.eval_shape(init, key, *example)["params"], "objective": objective_params}
     tx = build_optimizer(config, shapes, config.steps)  # checks the patterns before any parameter is made
     variables: Any = init(key, *example)
@@ -201,6 +205,12 @@ def create_state(
     frozen = frozen_towers(shapes, config.freeze)
     state = create_train_state(variables, tx, ema=config.teacher.kind == "ema", frozen=frozen)
     return distributed.replicate(state), tx  # placed as the step returns it, or it would be compiled twice
+
+
+@functools.lru_cache(maxsize=1)
+def jitted_init(model: TwoTower) -> Any:
+    """`model.init` under jit. The next run of the same model in this process does not trace it again."""
+    return jax.jit(model.init)
 
 
 def import_towers(config: ConfigDict, variables: Tree) -> Tree:

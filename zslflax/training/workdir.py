@@ -13,6 +13,7 @@ from zslflax import checkpoint, distributed
 from zslflax.config_json import compare, from_json, read_config, to_json
 from zslflax.data.addresses import hide_credentials
 from zslflax.data.sources.base import Source, hash_values
+from zslflax.data.sources.recaptioned import Recaptioned
 from zslflax.data.sources.subset import Subset
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
@@ -153,6 +154,8 @@ def describe_data(specs: Sequence[str], sources: Sequence[Source]) -> list[dict[
             entry["digest"] = hash_values(entry["files"], kept)
         else:
             entry["digest"] = source.fingerprint()
+        if isinstance(whole, Recaptioned):
+            entry["digest"] = hash_values(entry["digest"], whole.captions)
         described.append(entry)
     return described
 
