@@ -19,19 +19,20 @@ METHODS = {  # the first value is that with which the passes are searched
     "sigmoid": Method("sigmoid", {}, "logit_bias", (-5.0, -10.0, -2.5)),
 }
 
-REFINED = ((0.4, ALL),)  # noise and pairs at which the search then tries 2/3 and 4/3 of the best passes
+VALUES_AT = (0.4, ALL)  # noise and pairs at which values are searched, and passes between those above
 COMPARED = ("info_nce", "self_distillation", "self_distillation_within", "sigmoid")
 # Noise and pairs of the grid with its seeds and methods, the most informative first.
 LEVELS = (
     (0.4, ALL, 5, tuple(METHODS)),
     (0.0, ALL, 3, tuple(METHODS)),
-    (0.4, FEW, 5, tuple(METHODS)),
+    (0.4, FEW, 3, tuple(METHODS)),
     (0.0, FEW, 3, tuple(METHODS)),
     (0.6, ALL, 3, COMPARED),
     (0.2, ALL, 3, COMPARED),
     (0.6, FEW, 3, COMPARED),
     (0.2, FEW, 3, COMPARED),
 )
+REPEATED = 3  # seeds of all that is not in the grid
 CLEAN_SIZES = (8_000, 12_000, 16_000)
 TEACHERS = ("info_nce", "self_distillation", "sigmoid")  # whose finished models teach
 SCORERS = ("self_distillation", "sigmoid")  # whose finished models score the pairs
@@ -69,9 +70,15 @@ class Run(NamedTuple):
         return self.part in ("search", "rates")
 
     @property
+    def scored(self) -> bool:
+        """Whether its belief in the training pairs is measured at the end, and its scores of them are kept."""
+        compared = self.part == "grid" and self.method in COMPARED and (self.noise, self.size) == (0.4, ALL)
+        return compared and self.seed < REPEATED
+
+    @property
     def probed(self) -> bool:
-        """Whether its belief in the training pairs is measured while it trains."""
-        return self.part == "grid" and self.method in COMPARED and (self.noise, self.size) == (0.4, ALL)
+        """Whether its belief in the training pairs is measured while it trains, too."""
+        return self.scored and self.seed < 2
 
 
 def tried_in_search(lines: list[dict], name: str, noise: float, size: int) -> dict[tuple[float, float], float]:
@@ -84,14 +91,14 @@ def plan_search(lines: list[dict], name: str, noise: float, size: int) -> tuple[
     """The next runs of a method's search, and what it found once there are none.
 
     First the passes, with the parameter's first value; then, if the fewest or most passes are the best, half or twice
-    as many; then the other values at the best passes; then, at `REFINED`, passes between. With few pairs, the value is
-    the one found with all.
+    as many. At `VALUES_AT`, then the other values at the best passes, and then 2/3 and 4/3 of the passes. Elsewhere the
+    value is the one found there.
     """
     tried, values = tried_in_search(lines, name, noise, size), METHODS[name].values
     ends = min(PASSES[size]) / 2, max(PASSES[size]) * 2
     coarse = {key: hit for key, hit in tried.items() if key[0] in (*PASSES[size], *ends)}
-    if size != ALL:
-        values = (plan_search(lines, name, noise, ALL)[1]["value"],)
+    if (noise, size) != VALUES_AT:
+        values = (plan_search(lines, name, *VALUES_AT)[1]["value"],)
     missing = lambda settings: [
         Run("search", name, noise, size, SEARCH_SEED, float(passes), value)
         for passes, value in settings
@@ -107,7 +114,7 @@ def plan_search(lines: list[dict], name: str, noise: float, size: int) -> tuple[
     if runs := missing([(best, value) for value in values[1:]]):
         return runs, None
     passes, value = max(coarse, key=coarse.__getitem__)
-    if (noise, size) in REFINED and (runs := missing([(passes * 2 / 3, value), (passes * 4 / 3, value)])):
+    if (noise, size) == VALUES_AT and (runs := missing([(passes * 2 / 3, value), (passes * 4 / 3, value)])):
         return runs, None
     passes, value = max(tried, key=tried.__getitem__)
     return [], {"passes": passes, "value": value}
@@ -137,7 +144,7 @@ def further_runs(found: dict) -> Iterator[Run]:
         passes, value = best[name]["passes"], best[name]["value"]
         for rate, factor in OTHER_RATES:
             yield Run("rates", name, 0.4, ALL, SEARCH_SEED, factor * passes, value, rate=rate)
-    for seed in range(3):
+    for seed in range(REPEATED):
         for size in CLEAN_SIZES:
             yield Run("clean", "info_nce", 0.0, size, seed, **found["info_nce", 0.0, ALL])
         for name in TEACHERS:

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from photos_plan import ALL, CLEAN_SIZES, COMPARED, FEW, FILTERED, METHODS, PASSES
+from photos_plan import ALL, CLEAN_SIZES, COMPARED, FEW, FILTERED, METHODS, PASSES, SCORERS, TEACHERS
 from study_report import (
     BASELINE,
     COLOURS,
@@ -95,7 +95,7 @@ def belief_table(results: Results, metric: str) -> str:
     """How well a quantity tells right from wrong training pairs during training: its AUC, in %."""
     rows = []
     for name in COMPARED:
-        histories = [line["history"] for line in results.cells[name, 0.4, ALL].values()]
+        histories = [line["history"] for line in results.cells[name, 0.4, ALL].values() if line["history"]]
         if histories:
             points = [[history[i][metric] for history in histories] for i in range(len(histories[0]))]
             rows.append([LABELS[name], *map(format_mean, points)])
@@ -106,7 +106,7 @@ def noise_tool_table(results: Results) -> str:
     """Precision and recall of the wrong sentences among the pairs with the lowest scores."""
     rows = []
     for name in COMPARED:
-        lines = list(results.cells[name, 0.4, ALL].values())
+        lines = [line for line in results.cells[name, 0.4, ALL].values() if "auc/belief" in line]
         for share in FILTERED if lines else ():
             found = [format_mean([line[f"noise/{share}/{what}"] for line in lines]) for what in ("precision", "recall")]
             rows.append([LABELS[name], f"{100 * share:.0f}%", *found])
@@ -134,14 +134,15 @@ def compare_table(results: Results, rows: dict[str, dict[int, dict]]) -> str:
 
 def generations_and_kept(results: Results) -> dict[str, dict[int, dict]]:
     rows = {LABELS[name]: results.cells[name, 0.4, ALL] for name in (BASELINE, "self_distillation")}
-    for teacher in ("info_nce", "self_distillation"):
+    for teacher in TEACHERS:
         lines = [line for line in results.of_part("generations") if line["teacher"].split("-")[1] == teacher]
         label = f"self-distillation, taught by a finished model of {LABELS[teacher]}"
         rows[label] = {line["seed"]: line for line in lines}
-    for share in FILTERED:
-        lines = [line for line in results.of_part("kept") if line["kept"].endswith(f" {share}")]
-        label = f"InfoNCE, without the {100 * share:.0f}% that the noise tool finds"
-        rows[label] = {line["seed"]: line for line in lines}
+    for name in SCORERS:
+        for share in FILTERED[1:]:
+            lines = [line for line in results.of_part("kept") if line["kept"].split()[1] == f"{share}"]
+            label = f"InfoNCE, without the {100 * share:.0f}% with the lowest scores by a model of {LABELS[name]}"
+            rows[label] = {line["seed"]: line for line in lines if line["kept"].split("-")[1] == name}
     return rows
 
 

@@ -11,8 +11,8 @@ Each run is `zslflax.training.loop.train` on configs/photos.py with the changes 
 results. The seed of a run is that of its parameters, its order, its choice of photographs and its wrong sentences; all
 methods have the same. The parts:
 
-    search       the passes over the data, then the method's own parameter, judged on 4,000 training photographs that
-                 are held out and keep their true class; at 4,000 pairs the passes alone
+    search       the passes over the data, and at noise 0.4 and 24,000 pairs the method's own parameter, judged on 4,000
+                 training photographs that are held out and keep their true class
     grid         each method with what was found × noise and pairs (`LEVELS`) × seeds, judged on the test photographs
     clean        InfoNCE on clean sets of several sizes
     rates        other learning rates than the one that all methods share, judged as in the search
@@ -33,7 +33,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from photos_data import Pairs, Photos, auc, kept_pairs
-from photos_plan import ALL, FEW, FILTERED, METHODS, TEACHERS, Run, plan_runs
+from photos_plan import ALL, FEW, FILTERED, METHODS, REPEATED, TEACHERS, Run, plan_runs
 from study import append_line, read_lines
 
 from zslflax import distributed
@@ -98,7 +98,7 @@ class Measure:
                 image_emb = predictor.project_image(self.features["test"][alone])
                 labels = np.searchsorted(photos.unseen, photos.test_labels[alone])
                 results |= hits(image_emb @ class_emb[photos.unseen].T, labels, f"{prefix}alone/")
-        return results | (self.beliefs(predictors[""]) if self.run.probed else {})
+        return results | (self.beliefs(predictors[""]) if self.run.scored else {})
 
     def beliefs(self, predictor: Predictor) -> dict[str, float]:
         """How well the model's belief in the training pairs, and the noise tool's scores, find the wrong ones."""
@@ -171,7 +171,9 @@ def perform_run(run: Run, arguments: argparse.Namespace, photos: Photos, feature
     line = run._asdict() | {"name": run.name, "pairs": len(pairs.index), "wrong": round(float(pairs.wrong.mean()), 4)}
     line |= evaluated[-1] | {"history": evaluated if run.probed else []}
     line |= {"seconds": round(time.time() - started, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-    if not (run.part == "grid" and (run.noise, run.size) == (0.4, ALL) and run.method in TEACHERS and run.seed < 3):
+    if not (
+        run.part == "grid" and (run.noise, run.size) == (0.4, ALL) and run.method in TEACHERS and run.seed < REPEATED
+    ):
         shutil.rmtree(workdir)
     return line | {"jax": jax.__version__}
 
