@@ -50,10 +50,13 @@ def model_fields() -> ConfigDict:
     c = ConfigDict()
     c.embed_dim = 768  # d, width of the joint space (OTTER's release)
     c.image = ConfigDict()
-    # Tower: resnet18|34|50|101|_nano, mobilenet_v2, efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4,
-    # dinov2_s14|_b14|_l14, dinov2_s14_reg|…
+    # Tower: resnet18|34|50|101|_nano, resnet18d|34d|50d|101d, convnext_tiny|_small|_base|_large, mobilenet_v2,
+    # efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4,
+    # dinov2_s14|_b14|_l14, dinov2_s14_reg|…; "": the one that config.json of image.pretrained describes, CLIP's or
+    # SigLIP's.
     c.image.name = "resnet50"
-    # Output of a ViT: cls (the class token) | mean (of the patches) | cls_mean (both, dino.txt); "": the tower's own.
+    # Output of a ViT: cls (the class token) | mean (of the patches) | cls_mean (both, dino.txt) | map (SigLIP's
+    # attention pool); "": the tower's own.
     c.image.pool = ""
     # Weights in safetensors format: a folder, package:MODULE/FOLDER, or a Hugging Face Hub id; "" for random weights.
     c.image.pretrained = ""
@@ -63,17 +66,21 @@ def model_fields() -> ConfigDict:
     c.image.mean = ()
     c.image.std = ()
     c.image.allow_other_statistics = False  # whether mean and std may contradict the files of the pretrained weights
-    c.image.projection = "linear"  # layers after the tower: linear | mlp | none (needs a tower as wide as embed_dim)
+    # Layers after the tower: linear | linear_no_bias | mlp | none (needs a tower as wide as embed_dim).
+    c.image.projection = "linear"
     # Whether the backward pass recomputes the activations inside a block: less memory, a third more computation.
     c.image.remat = False
     c.text = ConfigDict()
-    c.text.pretrained = ""  # a BERT or RoBERTa, given like image.pretrained; its config.json has the sizes
+    # Text encoder, given like image.pretrained; its config.json says which: BERT, RoBERTa, XLM-R, CamemBERT, MPNet,
+    # DistilBERT, ModernBERT, or the text tower of CLIP or SigLIP.
+    c.text.pretrained = ""
     c.text.tokenizer = ""  # given like image.pretrained; "": the folder of text.pretrained
     c.text.max_tokens = 60  # tokens of a caption, with special tokens; longer ones are truncated (OTTER's release)
     # Tokens in a row that several training captions share, at least max_tokens; 0: each caption has its own row.
     c.text.pack_length = 0
     c.text.dropout = 0.1  # dropout probability of hidden states (BERT, arXiv 1810.04805)
-    # Output: mean (over the tokens) | cls (the first token); "": as 1_Pooling/config.json of the encoder says, or mean.
+    # Output: mean (over the tokens) | cls (the first token) | last (the last token, CLIP's); "": as the encoder's
+    # 1_Pooling/config.json says, or the encoder's own.
     c.text.pool = ""
     c.text.projection = "linear"  # as image.projection; OTTER's release: none
     c.text.remat = False  # as image.remat
@@ -122,7 +129,9 @@ def teacher_fields() -> ConfigDict:
     # Statistics of the EMA teacher's batch normalisation in the train step. batch: of the current batch (OTTER's
     # release) | ema: the average of the student's running statistics | student: the student's running statistics.
     c.batch_norm = "batch"
-    c.workdir = ""  # workdir of a finished run, for kind "checkpoint"; its newest checkpoint is the teacher
+    # For kind "checkpoint": workdir of a finished run, whose newest checkpoint is the teacher, or a model as
+    # Predictor.restore takes it: exported, or a CLIP as a folder or Hub id. The student takes its tokenizer.
+    c.workdir = ""
     return c
 
 
@@ -191,7 +200,10 @@ def eval_fields() -> ConfigDict:
     c = ConfigDict()
     c.every = 1_000  # steps between evaluations; the last step is always evaluated
     c.batch_size = 512  # images, over all devices and hosts
-    c.resize_factor = 1.15  # shorter side before the centre crop, in units of the image size (about 256 / 224)
+    # Shorter side before the centre crop, in units of the image size (about 256 / 224); 0: the whole image is resized
+    # to a square (SigLIP).
+    c.resize_factor = 1.15
+    c.interpolation = "area"  # resizing of test images: area | bilinear | bicubic (Pillow's, and slower)
     # Prompts with {} for the class name, or a file with one prompt a line. A class embedding is their average.
     c.templates = ("a photo of a {}.",)
     c.bootstrap_resamples = 1_000  # resamples for the 95% intervals of --mode=evaluate; 0: no intervals

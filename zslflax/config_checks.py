@@ -12,6 +12,8 @@ from zslflax.errors import UserError, nearest_names
 from zslflax.files import check_local
 from zslflax.losses.contrastive import OBJECTIVES
 
+INTERPOLATIONS = ("area", "bilinear", "bicubic")  # see `zslflax.data.images.resample`
+
 
 def validate(config: ConfigDict) -> None:
     """Raises a UserError that names the field and the values that it may have."""
@@ -44,6 +46,7 @@ def check_choices(config: ConfigDict) -> None:
     one_of("objective.duplicates", config.objective.duplicates, ("negative", "positive", "ignored"))
     one_of("teacher.kind", config.teacher.kind, ("ema", "checkpoint", "none"))
     one_of("teacher.batch_norm", config.teacher.batch_norm, ("batch", "ema", "student"))
+    one_of("eval.interpolation", config.eval.interpolation, INTERPOLATIONS)
     one_of("features.dtype", config.features.dtype, ("float16", "bfloat16", "float32"))
     one_of("optimizer.name", config.optimizer.name, ("sgd", "adamw", "lamb"))
     one_of("compute_dtype", config.compute_dtype, ("bfloat16", "float32"))
@@ -138,8 +141,9 @@ def check_eval(config: ConfigDict) -> None:
     """Evaluation."""
     evaluation = config.eval
     expect(
-        evaluation.resize_factor >= 1,
-        f"eval.resize_factor is {evaluation.resize_factor}, expected at least 1, or the crop is larger than the image",
+        evaluation.resize_factor == 0 or evaluation.resize_factor >= 1,
+        f"eval.resize_factor is {evaluation.resize_factor}, expected at least 1, or the crop is larger than the image; "
+        "or 0 for no crop",
     )
     sets = [name for name, test_set in evaluation.sets.items() if test_set.data]
     expect(

@@ -26,6 +26,12 @@ MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate"], "evaluate: evaluates the newest checkpoint of the workdir; trains nothing."
 )
 STEP = flags.DEFINE_integer("step", None, "With --mode=evaluate: the step of the checkpoint instead of the newest.")
+MODEL = flags.DEFINE_string(
+    "model",
+    "",
+    "With --mode=evaluate: a published CLIP or SigLIP or an exported model instead of the workdir's, as a folder or an "
+    "id on the Hugging Face Hub. Default of --workdir, where its predictions go: runs/<its name>.",
+)
 CHANGED = flags.DEFINE_bool("changed", False, "Resume although the workdir's run had another config.")
 STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
@@ -70,13 +76,14 @@ def main(_: Any) -> int:
     """Runs what the flags ask for, and returns the exit status."""
     start_logging()
     config = CONFIG.value
-    workdir = local_path(WORKDIR.value or f"runs/{config.name}", "--workdir").absolute()
+    name = Path(MODEL.value).name or config.name
+    workdir = local_path(WORKDIR.value or f"runs/{name}", "--workdir").absolute()
     resolve_templates(config)
     validate(config)
     distributed.initialize(config.compilation_cache)
     check_devices(config, jax.device_count())
     if MODE.value == "evaluate":
-        evaluate_run(config, workdir, STEP.value)
+        evaluate_run(config, workdir, STEP.value, MODEL.value)
         return 0
     return 0 if train(config, workdir, CHANGED.value) else STOPPED_STATUS.value
 

@@ -187,3 +187,34 @@ def test_tokenizer_json_needs_neither_torch_nor_transformers(folders):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "3 set()\n"
+
+
+def test_siglips_sentencepiece_model_gives_the_tokens_of_transformers(require, tmp_path):
+    sentencepiece, transformers = require("sentencepiece"), require("transformers")
+    words = ["photo", "dog", "cat", "red", "blue", "don't", "naïve", "CAFÉ", "ﬁne", "self-made", "2", "½", "a", "of"]
+    rng = np.random.default_rng(0)
+    sentences = [" ".join(rng.choice(words, 8)) for _ in range(300)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_prefix=str(tmp_path / "spiece"), vocab_size=60, eos_id=1, unk_id=2,
+        bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    original = transformers.SiglipTokenizer(str(tmp_path / "spiece.model"), model_max_length=16)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "SiglipTokenizer", "pad_token": "</s>", "model_max_length": 16})
+    )
+    texts = ["A photo of a DOG.", "a  red, blue cat!", "don't", "naïve café ½ ﬁne", "self-made (2) xyz", "cat " * 20]
+    tokenizer = Tokenizer.from_folder(tmp_path, 16, attends_padding=True)
+    ids, mask = tokenizer(texts)
+    wanted = original(texts, padding="max_length", max_length=16, truncation=True, return_tensors="np")["input_ids"]
+    np.testing.assert_array_equal(ids, wanted)
+    assert mask.all() and tokenizer.identity["attends_padding"]
+    tokenizer.save(tmp_path / "saved")
+    np.testing.assert_array_equal(Tokenizer.from_folder(tmp_path / "saved", 16, True)(texts)[0], ids)
+
+
+def test_siglip_2_reads_text_in_lower_case(tmp_path):
+    backend = tokenizers.Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "cat": 2}, "<unk>"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer", "pad_token": "<pad>"}')
+    for of_siglip, first in ((True, 2), (False, 1)):
+        assert Tokenizer.from_folder(tmp_path, 4, of_siglip)(["Cat"])[0].tolist() == [[first, 0, 0, 0]]

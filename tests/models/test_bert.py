@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zslflax.models.bert import Bert, BertConfig
+from zslflax.models.bert import MAX_DISTANCE, Bert, BertConfig, distance_bucket
+from zslflax.models.import_weights.architecture import BERT_SIZES, DISTILBERT_SIZES, text_architecture
 from zslflax.models.import_weights.load import load_text_tower
 from zslflax.models.import_weights.locate import locate
 
@@ -22,6 +23,7 @@ SIZES = {
     "intermediate_size": 80,
     "max_position_embeddings": 24,
 }
+MODERNBERT = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
 SENTENCES = [
     "a photo of a cat.",
     "Two dogs are playing in the snow while their owner, wearing a red jacket, watches from the porch.",
@@ -40,13 +42,20 @@ def reference(require, kind, folder, **changes):
     config, model = {
         "bert": (transformers.BertConfig, transformers.BertModel),
         "roberta": (transformers.RobertaConfig, transformers.RobertaForMaskedLM),
+        "xlm-roberta": (transformers.XLMRobertaConfig, transformers.XLMRobertaModel),
+        "camembert": (transformers.CamembertConfig, transformers.CamembertModel),
+        "mpnet": (transformers.MPNetConfig, transformers.MPNetModel),
+        "distilbert": (transformers.DistilBertConfig, transformers.DistilBertForMaskedLM),
+        "modernbert": (transformers.ModernBertConfig, transformers.ModernBertModel),
     }[kind]
-    model = model(config(**(SIZES | changes))).eval()
+    names = DISTILBERT_SIZES if kind == "distilbert" else BERT_SIZES
+    values = {names[ours]: SIZES[theirs] for ours, theirs in BERT_SIZES.items()} | changes
+    model = model(config(**values)).eval()
     with torch.no_grad():
         for value in model.parameters():
             value.add_(torch.randn_like(value) * 0.1)
     model.save_pretrained(folder)
-    return model.roberta if kind == "roberta" else model
+    return model.base_model
 
 
 def mean_pooled(model, ids, mask):
@@ -60,7 +69,7 @@ def mean_pooled(model, ids, mask):
 
 
 def load_bert(folder):
-    config = BertConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    config = text_architecture(json.loads((folder / "config.json").read_text()))
     model = Bert(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *random_tokens(config.vocab_size, 2, 1)[:2])
     return model, load_text_tower(folder, shapes)
@@ -81,19 +90,35 @@ def random_tokens(vocabulary, lengths, width, pad=0):
         ("bert", {"layer_norm_eps": 1e-3}),
         ("roberta", {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}),
         ("roberta", {"type_vocab_size": 1, "pad_token_id": 3}),
+        ("xlm-roberta", {"type_vocab_size": 1, "pad_token_id": 1}),
+        ("camembert", {"type_vocab_size": 1, "pad_token_id": 1}),
+        ("mpnet", {"pad_token_id": 1, "relative_attention_num_buckets": 8}),
+        ("distilbert", {"sinusoidal_pos_embds": True}),
+        ("modernbert", MODERNBERT | {"local_attention": 4, "num_hidden_layers": 5}),
+        ("modernbert", MODERNBERT | {"attention_bias": True, "mlp_bias": True, "norm_bias": True}),
     ],
 )
 def test_agrees_with_transformers(require, tmp_path, kind, changes):
     original = reference(require, kind, tmp_path, **changes)
     model, variables = load_bert(tmp_path)
     ids, mask = random_tokens(SIZES["vocab_size"], [7, 1, 12, 4], 12, changes.get("pad_token_id", 0))
-    if kind == "roberta":  # the original treats a pad id inside a text as padding
+    if changes.get("pad_token_id"):  # the original treats a pad id inside a text as padding
         ids = np.where(mask & (ids == changes["pad_token_id"]), 4, ids).astype(np.int32)
     wanted = mean_pooled(original, ids, mask)
     assert wanted.std(axis=0).max() > 0.05
     outputs = jax.jit(model.apply)(variables, ids, mask)
     assert outputs.dtype == jnp.float32
     np.testing.assert_allclose(outputs, wanted, rtol=0, atol=1e-4)
+
+
+def test_mpnets_distances_have_the_buckets_of_the_original(require):
+    torch, transformers = require("torch"), require("transformers")
+    distance = np.arange(-2 * MAX_DISTANCE, 2 * MAX_DISTANCE)
+    for buckets in (8, 32):
+        wanted = transformers.models.mpnet.modeling_mpnet.MPNetEncoder.relative_position_bucket(
+            torch.tensor(distance), num_buckets=buckets
+        )
+        np.testing.assert_array_equal(distance_bucket(jnp.asarray(distance), buckets), wanted.numpy())
 
 
 def test_minilm_agrees_with_transformers_on_single_sentences(require):
@@ -183,7 +208,7 @@ def test_more_tokens_than_positions_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "distilbert"}, "model_type 'distilbert'; expected bert or roberta"),
+        ({"model_type": "deberta"}, "model_type 'deberta'; expected one of bert, roberta, .*; nearest: "),
         ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new'; only 'gelu'"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
         ({"is_decoder": True}, "is_decoder True"),
@@ -193,4 +218,4 @@ def test_more_tokens_than_positions_are_refused():
 def test_other_architectures_are_refused(change, message):
     values = {k: v for k, v in ({"model_type": "bert"} | SIZES | change).items() if v is not None}
     with pytest.raises(ValueError, match=message):
-        BertConfig.from_hf(values)
+        text_architecture(values)

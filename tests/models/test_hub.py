@@ -18,6 +18,16 @@ from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
 
 SHA = "c0ffee" + 34 * "0"  # of the only commit
+CONVERTED_SHA = "decade" + 34 * "0"  # of the pull request that adds safetensors
+CONVERTED = {
+    "num": 15,
+    "title": "Adding `safetensors` variant of this model",
+    "author": {"name": "SFconvertbot"},
+    "createdAt": "2023-01-01T00:00:00.000Z",
+    "status": "open",
+    "isPullRequest": True,
+    "repo": {"name": "some-org/old", "type": "model"},
+}
 PROGRAM = """
 import json, sys
 from zslflax.models import vit
@@ -25,7 +35,9 @@ vit.VITS["vit_nano4"] = (8, 16, 1, 2)
 from zslflax import Predictor
 from zslflax.models.import_weights.locate import locate
 predictor = Predictor.restore("some-org/shapes", cache="")
-print(json.dumps({"text": predictor.encode_text("a red circle").tolist(), "encoder": str(locate("some-org/encoder"))}))
+encoder, old = locate("some-org/encoder"), locate("some-org/old")
+answer = {"encoder": str(encoder), "old": sorted(path.name for path in old.iterdir())}
+print(json.dumps({"text": predictor.encode_text("a red circle").tolist(), **answer}))
 try:
     locate("some-org/shape")
 except FileNotFoundError as error:
@@ -34,7 +46,10 @@ except FileNotFoundError as error:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves the folders ORG/NAME of `server.root` as models, at the addresses of the Hub."""
+    """Serves the folders ORG/NAME of `server.root` as models, at the addresses of the Hub.
+
+    The folders ORG/NAME/pull-request are their pull requests.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -43,23 +58,34 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self, body=True):
         path, root = self.path.partition("?")[0], self.server.root
-        about, listed, file = (
+        discussed, about, listed, file = (
             re.fullmatch(pattern, path)
             for pattern in (
-                r"/api/models/([\w-]+/[\w-]+)/revision/main",
-                rf"/api/models/([\w-]+/[\w-]+)/tree/{SHA}",
-                rf"/([\w-]+/[\w-]+)/resolve/{SHA}/(.+)",
+                r"/api/models/([\w-]+/[\w-]+)/discussions",
+                r"/api/models/([\w-]+/[\w-]+)/revision/(main|refs%2Fpr%2F15)",
+                rf"/api/models/([\w-]+/[\w-]+)/tree/({SHA}|{CONVERTED_SHA})",
+                rf"/([\w-]+/[\w-]+)/resolve/({SHA}|{CONVERTED_SHA})/(.+)",
             )
         )
-        model = next(found[1] for found in (about, listed, file) if found)
+        found = next(found for found in (discussed, about, listed, file) if found)
+        model = found[1]
         if not (root / model).is_dir():
             return self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
+        if discussed:
+            return self.send(200, json.dumps({"discussions": [CONVERTED], "start": 0, "count": 1}).encode(), {}, body)
+        sha = SHA if found[2] in ("main", SHA) else CONVERTED_SHA
+        if sha == CONVERTED_SHA:
+            model += "/pull-request"
         if file:
-            data = (root / model / file[2]).read_bytes()
-            self.server.given.append(file[2])
+            data = (root / model / file[3]).read_bytes()
+            self.server.given.append(file[3])
             etag = f'"{hashlib.sha1(data).hexdigest()}"'
-            return self.send(200, data, {"ETag": etag, "X-Repo-Commit": SHA}, body)
-        files = [path for path in (root / model).rglob("*") if path.is_file()]
+            return self.send(200, data, {"ETag": etag, "X-Repo-Commit": sha}, body)
+        files = [
+            path
+            for path in (root / model).rglob("*")
+            if path.is_file() and (path.parent.name != "pull-request" or sha == CONVERTED_SHA)
+        ]
         tree = [
             {
                 "type": "file",
@@ -69,7 +95,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             }
             for path in files
         ]
-        self.send(200, json.dumps({"id": model, "sha": SHA} if about else tree).encode(), {}, body)
+        self.send(200, json.dumps({"id": found[1], "sha": sha} if about else tree).encode(), {}, body)
 
     def send(self, status: int, data: bytes, headers: dict, body: bool):
         self.send_response(status)
@@ -115,6 +141,10 @@ def test_models_are_downloaded_by_id_and_then_found_without_network(tiny_config,
     )
     for name in ("model.safetensors", "pytorch_model.bin"):
         (encoder / name).write_bytes(b"weights")
+    old = tmp_path / "hub" / "some-org" / "old"  # as openai/clip-vit-base-patch32
+    (old / "pull-request").mkdir(parents=True)
+    for path in (old / "pytorch_model.bin", old / "config.json", old / "pull-request" / "model.safetensors"):
+        path.write_bytes(b"{}")
     with serve(tmp_path / "hub") as server:
         online = run(tmp_path / "home", f"http://127.0.0.1:{server.server_port}")
         assert {"model.safetensors", "config.json", "text_encoder/tokenizer.json"} <= set(server.given)
@@ -124,6 +154,7 @@ def test_models_are_downloaded_by_id_and_then_found_without_network(tiny_config,
     there = {path.name for path in tmp_path.glob(f"home/hub/models--some-org--encoder/snapshots/{SHA}/*")}
     assert there == {path.name for path in encoder.iterdir()} - {"pytorch_model.bin"}
     assert found["encoder"].endswith(SHA)
+    assert found["old"] == ["model.safetensors"]
     assert re.match("'some-org/shape' is no folder here, and the Hugging Face Hub did not give it. Check", online[1])
 
     unreachable, offline = {}, {"HF_HUB_OFFLINE": "1"}

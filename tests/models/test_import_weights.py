@@ -323,10 +323,11 @@ def test_real_weights_are_loaded_without_torch_and_tensorflow():
 import json, sys
 import jax, jax.numpy as jnp
 from zslflax.models import bert, build, resnet, two_tower, vit
+from zslflax.models.import_weights.architecture import text_architecture
 from zslflax.models.import_weights.load import load_text_tower
 from zslflax.models.import_weights.locate import locate
 folder = locate({MINILM!r})
-model = bert.Bert(bert.BertConfig.from_hf(json.loads((folder / "config.json").read_text())))
+model = bert.Bert(text_architecture(json.loads((folder / "config.json").read_text())))
 ids, mask = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)
 variables = load_text_tower(folder, jax.eval_shape(model.init, jax.random.key(0), ids, mask))
 print(sum(x.size for x in jax.tree.leaves(variables)))

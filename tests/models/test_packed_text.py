@@ -12,6 +12,24 @@ from zslflax.models.bert import Bert, BertConfig
 KINDS = {
     "BERT": BertConfig(50, 16, 2, 2, 32, positions=TOKENS, dropout=0.0),
     "RoBERTa": BertConfig(50, 16, 2, 2, 32, positions=TOKENS + 2, first_position=2, types=1, dropout=0.0),
+    "MPNet": BertConfig(50, 16, 2, 2, 32, positions=TOKENS, types=0, buckets=8, dropout=0.0),
+    "CLIP": BertConfig(
+        *(50, 16, 2, 2, 32, TOKENS),
+        *(0, 0, 1e-5, 0.0),
+        pool="last",
+        pre_norm=True,
+        causal=True,
+        embedding_norm=False,
+    ),
+    "ModernBERT": BertConfig(
+        *(50, 16, 2, 2, 32, TOKENS),
+        *(0, 0, 1e-5, 0.0),
+        pre_norm=True,
+        rotary=((1e4, 0), (1e2, 2)),
+        gated=True,
+        use_bias=False,
+        norm_bias=False,
+    ),
 }
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zslflax.models.import_weights.layouts import HF_VIT, TIMM_VIT
 from zslflax.models.import_weights.load import load_image_tower, load_variables, resize_positions
+from zslflax.models.import_weights.transformer_layouts import HF_VIT, TIMM_VIT
 from zslflax.models.vit import VITS, ViT
 
 PATCH, WIDTH, DEPTH, HEADS = 8, 32, 3, 4

@@ -40,7 +40,7 @@ class Views:
     Attributes:
         count: V. View v of an image is a function of (seed, index of the image, v).
         size: side of the square inputs, pixels.
-        resize: of one view: shorter side of the image before its centre crop, pixels.
+        resize, interpolation: of one view, those of `images.resize_center_crop`.
         scale, flip, seed: of several views: bounds of a crop's share of the area, whether half of the crops are
             mirrored, and the seed.
     """
@@ -51,11 +51,12 @@ class Views:
     scale: tuple[float, float] = (1.0, 1.0)
     flip: bool = False
     seed: int = 0
+    interpolation: str = "area"
 
     def __call__(self, image: np.ndarray, index: int, view: int) -> np.ndarray:
         """A view of an image, uint8 [s, s, 3]."""
         if self.count == 1:
-            return images.resize_center_crop(image, self.size, self.resize)
+            return images.resize_center_crop(image, self.size, self.resize, self.interpolation)
         rng = np.random.default_rng([VIEW_STREAM, self.seed, index, view])
         crop = images.random_resized_crop(image, self.size, rng, self.scale)
         return images.flip(crop) if self.flip and rng.random() < 0.5 else crop

@@ -15,9 +15,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from zslflax.errors import UserError
 
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF".split()  # Pillow knows others, some of which run programs
-IMAGE_EXTENSIONS = tuple(
-    "jpg jpeg jpe jfif png webp gif bmp tif tiff avif".split()
-)  # of FORMATS, in order of preference
+IMAGE_EXTENSIONS = tuple("jpg jpeg jpe jfif png webp gif bmp tif tiff avif".split())  # in order of preference
 CLUTTER = {  # folders and files
     *("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
     *("Thumbs.db", "desktop.ini"),
@@ -195,8 +193,17 @@ def available_formats() -> tuple[str, ...]:
     return tuple(format for format in FORMATS if format in Image.OPEN)
 
 
-def resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes with antialiasing: a side that shrinks averages areas, a side that grows interpolates linearly."""
+def resample(image: np.ndarray, height: int, width: int, interpolation: str = "area") -> np.ndarray:
+    """Resizes with antialiasing.
+
+    Args:
+        image: uint8 [h, w, 3].
+        height, width: of the result.
+        interpolation: "area": averages areas of a side that shrinks, interpolates one that grows linearly; "bilinear",
+            "bicubic": Pillow's, with which most towers are published, at several times the cost.
+    """
+    if interpolation != "area":
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[interpolation.upper()]))
     shrunk_height, shrunk_width = min(height, image.shape[0]), min(width, image.shape[1])
     if (shrunk_height, shrunk_width) != image.shape[:2]:
         image = cv2.resize(image, (shrunk_width, shrunk_height), interpolation=cv2.INTER_AREA)
@@ -257,7 +264,7 @@ def flip(image: np.ndarray) -> np.ndarray:
     return cv2.flip(image, 1)  # NumPy would take a tenth of the time of decoding
 
 
-def resize_center_crop(image: np.ndarray, size: int, resize: int) -> np.ndarray:
+def resize_center_crop(image: np.ndarray, size: int, resize: int, interpolation: str = "area") -> np.ndarray:
     """Resizes the shorter side of an image, then takes the centre; with torchvision's rounding.
 
     An image of an aspect ratio beyond `MAX_ASPECT_RATIO` is first cropped to that ratio.
@@ -268,7 +275,8 @@ def resize_center_crop(image: np.ndarray, size: int, resize: int) -> np.ndarray:
     Args:
         image: uint8 [height, width, 3].
         size: side of the result, pixels.
-        resize: shorter side after resizing, pixels; at least `size`.
+        resize: shorter side after resizing, pixels; at least `size`. 0: the whole image becomes the square.
+        interpolation: as in `resample`.
 
     Returns:
         uint8 [size, size, 3].
@@ -276,6 +284,8 @@ def resize_center_crop(image: np.ndarray, size: int, resize: int) -> np.ndarray:
     Raises:
         ValueError: the crop is larger than the resized image.
     """
+    if not resize:
+        return resample(image, size, size, interpolation)
     if resize < size:
         raise ValueError(f"the shorter side becomes {resize} pixels, expected at least the crop's {size}")
     h, w = image.shape[:2]
@@ -284,7 +294,7 @@ def resize_center_crop(image: np.ndarray, size: int, resize: int) -> np.ndarray:
         image = center_crop(image, min(h, longest), min(w, longest))
         h, w = image.shape[:2]
     height, width = (int(resize * h / w), resize) if w < h else (resize, int(resize * w / h))
-    return center_crop(resample(image, height, width), size, size)
+    return center_crop(resample(image, height, width, interpolation), size, size)
 
 
 def center_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -112,6 +112,7 @@ def eval_batches(
     batch_size: int,
     image_size: int,
     resize: int,
+    interpolation: str = "area",
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 0,
@@ -123,7 +124,7 @@ def eval_batches(
         source: of records.
         batch_size: b, per host.
         image_size: s, pixels.
-        resize: shorter side of an image before its centre crop, pixels.
+        resize, interpolation: of `images.resize_center_crop`.
         process_index, process_count: h and H.
         threads: that read and decode; 0: automatic.
         read_images: whether the batches have images.
@@ -139,9 +140,10 @@ def eval_batches(
     """
     if len(source) == 0:
         raise UserError("the evaluation data has no samples")
-    if resize < image_size:
+    if 0 < resize < image_size:
         raise UserError(f"resize is {resize} pixels, expected at least the image's size, {image_size}")
-    transform: Transform = EvalTransform(source, image_size, resize) if read_images else AnnotationTransform(source)
+    crops = EvalTransform(source, image_size, resize, interpolation)
+    transform: Transform = crops if read_images else AnnotationTransform(source)
     order = EvalOrder(len(source), batch_size, process_index, process_count)
     steps = -(-len(source) // (batch_size * process_count))
     threads, give_up_after = choose_threads(threads), min(GIVE_UP_AFTER, len(source))

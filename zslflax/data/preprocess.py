@@ -210,12 +210,13 @@ class EvalTransform:
     Attributes:
         source: what samples are read from.
         image_size: side of the square images, pixels.
-        resize: shorter side of an image before its centre crop, pixels.
+        resize, interpolation: of `images.resize_center_crop`.
     """
 
     source: Source
     image_size: int
     resize: int
+    interpolation: str = "area"
 
     def __call__(self, samples: Sequence[int]) -> Batch:
         """Loads samples, each given by its index in the source, or -1 for padding.
@@ -234,7 +235,8 @@ class EvalTransform:
             try:
                 record = self.source[index]
                 name = record["name"]
-                image[i] = images.resize_center_crop(record_image(record), self.image_size, self.resize)
+                pixels = record_image(record)
+                image[i] = images.resize_center_crop(pixels, self.image_size, self.resize, self.interpolation)
                 valid[i], label[i], text[i] = True, tuple(record["label"]), tuple(record["text"])
             except BadSample as error:
                 errors.append((error.name or name, str(error)))

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from zslflax.files import read_json, write_json
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+SENTENCEPIECE_FILE = "spiece.model"  # of SigLIP
+# SigLIP 2 has Gemma's tokenizer and was trained on text in lower case, which older copies of its files do not say.
+GEMMA_TOKENIZERS = ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast")
 VOCABULARY_FILES = {"BertTokenizer": ("vocab.txt",), "RobertaTokenizer": ("vocab.json", "merges.txt")}
 MAX_VOCABULARY = 1 << 24  # ids; published vocabularies have up to 2**18. The backend aborts the process near 2**32
-PAD_TOKENS = ("[PAD]", "<pad>")  # tried where no file names the padding token
+PAD_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")  # tried where no file names the padding token
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pipeline has threads of its own
 
@@ -33,10 +37,11 @@ class Tokenizer:
         pad_id: the id that fills up shorter texts.
         vocab_size: 1 + the largest id.
         identity: what two models must agree on to share tokens: `name` (the type of vocabulary), `sha256` of the
-            vocabulary and the rules, `max_tokens` and `pad_id`.
+            vocabulary and the rules, `max_tokens` and `pad_id`; and `attends_padding`, where it is true.
+        attends_padding: whether padding is part of the text, as SigLIP's towers were trained.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, max_tokens: int, pad_token: str):
+    def __init__(self, backend: tokenizers.Tokenizer, max_tokens: int, pad_token: str, attends_padding: bool = False):
         special = backend.num_special_tokens_to_add(is_pair=False)
         if max_tokens <= special:
             raise UserError(f"max_tokens is {max_tokens}, expected more than the {special} special tokens")
@@ -49,15 +54,20 @@ class Tokenizer:
             "sha256": hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest(),
             "max_tokens": max_tokens,
             "pad_id": self.pad_id,
-        }
+        } | ({"attends_padding": True} if attends_padding else {})
+        self.attends_padding = attends_padding
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         backend.enable_truncation(max_tokens)
         backend.enable_padding(length=max_tokens, pad_id=self.pad_id, pad_token=pad_token)
         self.backend = backend
 
     @classmethod
-    def from_folder(cls, folder: str | Path, max_tokens: int) -> "Tokenizer":
-        """Loads tokenizer.json, BERT's vocab.txt, or RoBERTa's vocab.json and merges.txt; uses no network.
+    def from_folder(cls, folder: str | Path, max_tokens: int, attends_padding: bool = False) -> "Tokenizer":
+        """Loads tokenizer.json, BERT's vocab.txt, vocab.json and merges.txt, or SigLIP's spiece.model; uses no network.
+
+        Args:
+            folder: of the files.
+            max_tokens, attends_padding: as the attributes.
 
         Raises:
             MissingFileError: the folder has none of them.
@@ -71,20 +81,25 @@ class Tokenizer:
             if longest and max_tokens > longest:
                 raise UserError(f"model.text.max_tokens is {max_tokens}, but the encoder in {folder} takes {longest}")
             check_ids(folder / CONFIG_FILE, map(int, config.get("added_tokens_decoder") or ()))
-            if (folder / TOKENIZER_FILE).is_file():
+            if (folder / SENTENCEPIECE_FILE).is_file() and config.get("tokenizer_class") == "SiglipTokenizer":
+                backend = load_siglip_tokenizer(folder / SENTENCEPIECE_FILE)
+            elif (folder / TOKENIZER_FILE).is_file():
                 check_ids(folder / TOKENIZER_FILE, listed_ids(read_json(folder / TOKENIZER_FILE)))
                 backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+                if attends_padding and config.get("tokenizer_class") in GEMMA_TOKENIZERS:
+                    steps = [tokenizers.normalizers.Lowercase(), *filter(None, [backend.normalizer])]
+                    backend.normalizer = tokenizers.normalizers.Sequence(steps)
             else:
                 backend = load_from_vocabulary(folder, config)
-            return cls(backend, max_tokens, find_pad_token(folder, config, backend))
+            return cls(backend, max_tokens, find_pad_token(folder, config, backend), attends_padding)
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the ids, int32 [b, t], and the mask, bool [b, t], False at padding."""
+        """Returns the ids, int32 [b, t], and the mask, bool [b, t], False at padding that is no part of the text."""
         # JSON can hold half a surrogate pair, which the backend refuses: it becomes "?".
         encoded = self.backend.encode_batch_fast([text.encode(errors="replace").decode() for text in texts])
         ids = np.array([e.ids for e in encoded], np.int32).reshape(-1, self.max_tokens)
         mask = np.array([e.attention_mask for e in encoded], bool).reshape(-1, self.max_tokens)
-        return ids, mask
+        return ids, mask | self.attends_padding
 
     def save(self, folder: str | Path) -> None:
         """Writes the files that `from_folder` and Hugging Face's AutoTokenizer load."""
@@ -152,6 +167,40 @@ def load_from_vocabulary(folder: Path, config: dict[str, Any]) -> tokenizers.Tok
     # Without trust_remote_code=False, transformers asks on the terminal whether to run the code that auto_map names.
     tokenizer = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return tokenizer.backend_tokenizer
+
+
+def load_siglip_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """SigLIP's tokenizer: text in lower case and without punctuation, in the pieces of a SentencePiece model.
+
+    Raises:
+        MissingFileError: the package protobuf, which reads the file, is not installed.
+    """
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    try:
+        model = import_protobuf().ModelProto()
+    except ImportError as error:
+        raise MissingFileError(f"{path} is read by the package protobuf: pip install protobuf") from error
+    model.ParseFromString(path.read_bytes())
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, model.trainer_spec.unk_id))
+    replace, pattern = tokenizers.normalizers.Replace, tokenizers.Regex
+    characters = model.normalizer_spec.precompiled_charsmap
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [
+            tokenizers.normalizers.Lowercase(),
+            replace(pattern("[" + "".join(f"\\x{ord(mark):02x}" for mark in string.punctuation) + "]"), ""),
+            replace(pattern(r"\s+"), " "),
+            tokenizers.normalizers.Strip(),
+            *([tokenizers.normalizers.Precompiled(characters)] if characters else []),
+            replace(pattern(" {2,}"), " "),
+        ]
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
+    end = next(i for i, piece in enumerate(model.pieces) if piece.piece == "</s>")
+    template = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+    backend.post_processor = template
+    return backend
 
 
 def find_pad_token(folder: Path, config: dict[str, Any], backend: tokenizers.Tokenizer) -> str:

@@ -61,6 +61,7 @@ def embed_images(
         batch_size=config.eval.batch_size // jax.process_count(),
         image_size=size,
         resize=round(size * config.eval.resize_factor),
+        interpolation=config.eval.interpolation,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=config.data.threads,

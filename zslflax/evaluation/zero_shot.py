@@ -57,24 +57,29 @@ class Candidates(NamedTuple):
     true: Sequence[Sequence[int]]
 
 
-def evaluate_run(config: ConfigDict, workdir: Path, step: int | None = None) -> dict[str, float]:
-    """Evaluates a checkpoint of `workdir` without training; prints and returns the metrics by flat name.
+def evaluate_run(config: ConfigDict, workdir: Path, step: int | None = None, model: str = "") -> dict[str, float]:
+    """Evaluates a checkpoint of `workdir`, or another model, without training; prints and returns the metrics by name.
 
     The model is what the workdir's config.json says. The test sets are those of `config`.
 
     Args:
         config: the whole config.
-        workdir: of a training run.
+        workdir: of a training run; with `model`, only the predictions are written there.
         step: of the checkpoint; default: the newest.
+        model: an exported or published model instead, as `Predictor.restore` takes it, with its own preparation of
+            images.
 
     Raises:
         UserError: there is no such checkpoint, no test set, or nothing in the test sets that can be measured.
     """
     test_sets = open_test_sets(config)
-    restore = functools.partial(Predictor.restore, workdir, cache=config.eval.class_cache)
+    restore = functools.partial(Predictor.restore, model or workdir, cache=config.eval.class_cache)
     predictors = {"": restore(step=step)}
-    step = predictors[""].step
-    if predictors[""].config.teacher.kind == "ema":
+    step, own = predictors[""].step, predictors[""].config
+    if model:
+        config = config.copy_and_resolve_references()
+        config.eval.update(resize_factor=own.eval.resize_factor, interpolation=own.eval.interpolation)
+    elif own.teacher.kind == "ema":
         predictors["student"] = restore(step=step, use="student")
     results = evaluate(predictors, test_sets, config, workdir, config.eval.bootstrap_resamples)
     if not results:
@@ -83,7 +88,7 @@ def evaluate_run(config: ConfigDict, workdir: Path, step: int | None = None) -> 
             if test_sets
             else "there is nothing to measure: give the data of a test set, such as eval.sets.test.data"
         )
-    log.info("step %d of %s\n%s", step, workdir, format_table(results))
+    log.info("step %d of %s\n%s", step, model or workdir, format_table(results))
     metrics = flat_names(results)
     if distributed.is_main():
         print(json.dumps({"step": step, **metrics}))

@@ -1,7 +1,8 @@
 """The format of an exported model: a folder that predicts without its run, without pickles and without Orbax.
 
 `model.safetensors` has the variables, `config.json` the sizes and the prompts, `README.md` is the model card, and
-`text_encoder/` has the tokenizer. A workdir has a `text_encoder/` as well.
+`text_encoder/` has the tokenizer. `image_encoder/` has the config.json of an image tower that has no name. A workdir
+has these two folders as well.
 """
 
 from collections.abc import Mapping
@@ -17,15 +18,22 @@ from zslflax.config import default_config
 from zslflax.config_json import read_config
 from zslflax.data.text import Tokenizer
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import hash_arrays, open_tensors, read_json, read_text, write_atomically, write_json, write_text
+from zslflax.files import hash_arrays, open_tensors, read_json, write_atomically, write_json, write_text
 from zslflax.inference.model_checks import check_finite, check_saved_config, check_shapes
 from zslflax.models.build import resolve_model
+from zslflax.models.import_weights.architecture import read_architecture
 from zslflax.models.import_weights.locate import locate
 
 TEXT_FOLDER = "text_encoder"  # in workdirs and exports: the tokenizer, and the config.json of a pretrained text encoder
+IMAGE_FOLDER = "image_encoder"  # likewise: the config.json of an image tower whose files describe it
 IDENTITY = "identity.json"  # in TEXT_FOLDER: `Tokenizer.identity`
 WEIGHTS = "model.safetensors"
-EVAL_FIELDS = ("templates", "resize_factor", "batch_size")  # fields of `config.eval` that a prediction depends on
+EVAL_FIELDS = (
+    "templates",
+    "resize_factor",
+    "interpolation",
+    "batch_size",
+)  # fields of `config.eval` that a prediction depends on
 CARD = """\
 ---
 library_name: zslflax
@@ -85,7 +93,8 @@ def save_model(folder: Path, config: ConfigDict, variables: dict[str, Any], step
 def prediction_fields(config: ConfigDict) -> dict[str, Any]:
     """Returns the fields of a config that prediction needs, with the paths that they have in the exported folder."""
     model = resolve_model(config.model, check=False).to_dict()
-    model["image"]["pretrained"] = ""  # its weights are among the tensors
+    # Its weights are among the tensors; only a tower without a name needs its config.json.
+    model["image"]["pretrained"] = "" if config.model.image.name else IMAGE_FOLDER
     model["text"]["tokenizer"] = TEXT_FOLDER
     model["text"]["pretrained"] = TEXT_FOLDER if config.model.text.pretrained else ""
     return {
@@ -101,7 +110,7 @@ def model_card(config: ConfigDict, step: int) -> str:
     """Returns the text of README.md."""
     return CARD.format(
         name=config.name,
-        image=config.model.image.name,
+        image=config.model.image.name or "ViT",
         size=config.model.image.size,
         objective=config.objective.name,
         step=step,
@@ -157,14 +166,23 @@ def save_text_encoder(config: ConfigDict, tokenizer: Tokenizer, folder: Path) ->
     tokenizer.save(folder)
     write_json(folder / IDENTITY, tokenizer.identity)
     if config.model.text.pretrained:
-        write_text(folder / "config.json", read_text(locate(config.model.text.pretrained) / "config.json"))
+        write_json(folder / "config.json", read_architecture(locate(config.model.text.pretrained)))
 
 
-def use_text_encoder(config: ConfigDict, folder: Path) -> None:
-    """Makes a config use the folder that `save_text_encoder` wrote instead of the one that the run started from."""
-    config.model.text.tokenizer = str(folder)
+def save_image_encoder(config: ConfigDict, folder: Path) -> None:
+    """Writes the config.json that describes an image tower without a name; nothing for another one."""
+    if not config.model.image.name:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", read_architecture(locate(config.model.image.pretrained)))
+
+
+def use_encoders(config: ConfigDict, folder: Path) -> None:
+    """Makes a config use the files in `TEXT_FOLDER` and `IMAGE_FOLDER` of a folder, not those the run started from."""
+    config.model.text.tokenizer = str(folder / TEXT_FOLDER)
     if config.model.text.pretrained:
-        config.model.text.pretrained = str(folder)
+        config.model.text.pretrained = str(folder / TEXT_FOLDER)
+    if not config.model.image.name:
+        config.model.image.pretrained = str(folder / IMAGE_FOLDER)
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

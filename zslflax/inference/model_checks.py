@@ -3,9 +3,10 @@
 The checks come before anything is allocated for the model, and their messages name the file and the field.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from zslflax.config import default_config, field_names
-from zslflax.config_checks import get_field
+from zslflax.config_checks import INTERPOLATIONS, get_field
 from zslflax.data.sources.shapes import shards_exist
 from zslflax.errors import UserError
-from zslflax.models.build import text_config
+from zslflax.models.build import described_tower, text_config
 from zslflax.models.two_tower import TwoTower
 
 # The smallest and largest value of fields that decide how much memory and time a prediction takes. The bounds are far
@@ -59,11 +60,15 @@ def check_saved_config(config: ConfigDict, path: Path) -> None:
         check_value(value, kind, f"{path} has {field} {shorten(value)}")
     for field, (low, high) in RANGES.items():
         value = get_field(config, field)
-        if not low <= value <= high:
+        if not low <= value <= high and (field, value) != ("eval.resize_factor", 0):
             raise UserError(f"{path} has {field} {value!r}, expected {low:,} to {high:,}")
     if config.compute_dtype not in COMPUTE_DTYPES:
         raise UserError(
             f"{path} has compute_dtype {shorten(config.compute_dtype)}, expected {' or '.join(COMPUTE_DTYPES)}"
+        )
+    if config.eval.interpolation not in INTERPOLATIONS:
+        raise UserError(
+            f"{path} has eval.interpolation {shorten(config.eval.interpolation)}, expected {', '.join(INTERPOLATIONS)}"
         )
     check_image_fields(config, path)
     check_templates(config.eval.templates, path)
@@ -126,21 +131,43 @@ def check_text_encoder(config: ConfigDict, path: Path) -> None:
     Raises:
         UserError: a size cannot be used; or the file describes an encoder that is not implemented.
     """
-    try:
-        sizes = dataclasses.asdict(text_config(config.model.text))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} has a field of the wrong type: {error}") from error
-    kinds = {field.name: field.type for field in dataclasses.fields(text_config(config.model.text))}
-    for name, value in sizes.items():
-        whole = kinds[name] in (int, "int")
+    check_sizes(lambda: text_config(config.model.text), path)
+
+
+def check_image_encoder(config: ConfigDict, path: Path) -> None:
+    """Refuses sizes of the config.json that describes an image tower without a name, as `check_text_encoder` does."""
+    if not config.model.image.name:
+        check_sizes(lambda: described_tower(config.model.image, np.float32), path)
+
+
+def check_sizes(describe: Callable[[], Any], path: Path) -> None:
+    """Refuses numbers in the fields of a dataclass that cannot be sizes.
+
+    Args:
+        describe: returns the dataclass, from the file at `path`.
+        path: for messages.
+    """
+    with wrong_types(path):
+        described = describe()
+    for field in dataclasses.fields(described):
+        name, value = field.name, getattr(described, field.name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        limit = MAX_ENCODER_LAYERS if name == "layers" else MAX_ENCODER_SIZE
-        if whole and not (type(value) is int and 0 <= value <= limit):
+        limit = MAX_ENCODER_LAYERS if name in ("layers", "depth") else MAX_ENCODER_SIZE
+        if field.type in (int, "int") and not (type(value) is int and 0 <= value <= limit):
             raise UserError(f"{path} gives {name} {shorten(value)}, expected a whole number up to {limit:,}")
-        if kinds[name] in (float, "float") and not (number and math.isfinite(value) and value >= 0):
+        if field.type in (float, "float") and not (number and math.isfinite(value) and value >= 0):
             raise UserError(f"{path} gives {name} {shorten(value)}, expected a number of at least 0")
+
+
+@contextlib.contextmanager
+def wrong_types(path: Path) -> Iterator[None]:
+    """Turns the errors of code that reads a damaged JSON file into a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path} has a field of the wrong type: {error}") from error
 
 
 def variable_shapes(model: TwoTower, config: ConfigDict, path: Path) -> dict[str, tuple[int, ...]]:

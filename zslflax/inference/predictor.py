@@ -20,7 +20,7 @@ from zslflax.errors import FolderExistsError, UserError
 from zslflax.files import hash_arrays, local_path, storage_errors
 from zslflax.inference.class_cache import ClassCache
 from zslflax.inference.class_embeddings import cached_class_embeddings
-from zslflax.inference.export import TEXT_FOLDER, save_model, save_text_encoder
+from zslflax.inference.export import IMAGE_FOLDER, TEXT_FOLDER, save_image_encoder, save_model, save_text_encoder
 from zslflax.inference.image_input import ImageInput, describe_array, is_array, is_one_image, read_image, to_numpy
 from zslflax.inference.prompts import read_class_names, read_templates
 from zslflax.inference.restore import restore_model
@@ -86,8 +86,9 @@ class Predictor:
         """Loads a trained model; the number and kind of devices that trained it do not matter.
 
         Args:
-            source: the workdir of a training run, a folder that `export` wrote, or the id of such a folder on the
-                Hugging Face Hub.
+            source: the workdir of a training run, a folder that `export` wrote, a CLIP or SigLIP as Hugging Face or
+                open_clip publishes it, or the id of such a folder on the Hugging Face Hub, such as
+                "openai/clip-vit-base-patch32".
             step: of a checkpoint in a workdir; default: the newest.
             use: "teacher" for the EMA teacher of a run (or the student where there is none), or "student". An exported
                 folder has only one model.
@@ -122,6 +123,7 @@ class Predictor:
         if any(folder.iterdir()):
             raise FolderExistsError(f"{folder} is not empty; export the model into a new folder")
         save_text_encoder(self.config, self.tokenizer, folder / TEXT_FOLDER)
+        save_image_encoder(self.config, folder / IMAGE_FOLDER)
         save_model(folder, self.config, jax.device_get(self.variables), self.step)
 
     def encode_image(self, images: ImageInput | Iterable[ImageInput]) -> np.ndarray:
@@ -219,8 +221,9 @@ class Predictor:
 
     def preprocess(self, image: ImageInput) -> np.ndarray:
         """Resizes and crops one image, as in `encode_image`, to the input of the image tower: uint8 [s, s, 3]."""
-        size = self.config.model.image.size
-        return resize_center_crop(read_image(image), size, round(size * self.config.eval.resize_factor))
+        size, evaluation = self.config.model.image.size, self.config.eval
+        resize = round(size * evaluation.resize_factor)
+        return resize_center_crop(read_image(image), size, resize, evaluation.interpolation)
 
     def text_encoder_identity(self) -> dict[str, Any]:
         """Returns what the embedding of a text depends on besides the text, as a JSON value, for `ClassCache`."""

@@ -1,4 +1,4 @@
-"""Loads a trained model from the workdir of a run, an exported folder or the Hugging Face Hub."""
+"""Loads a model from the workdir of a run, an exported folder, a published CLIP or SigLIP, or the Hugging Face Hub."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,22 +14,26 @@ from zslflax.data.text import Tokenizer
 from zslflax.errors import MissingFileError, UserError
 from zslflax.files import local_path
 from zslflax.inference.export import (
+    IMAGE_FOLDER,
     TEXT_FOLDER,
     WEIGHTS,
     SavedModel,
     check_tokenizer,
     load_model,
     read_saved_config,
-    use_text_encoder,
+    use_encoders,
 )
 from zslflax.inference.model_checks import (
     check_finite,
+    check_image_encoder,
     check_saved_config,
     check_shapes,
     check_text_encoder,
     use_own_places,
     variable_shapes,
+    wrong_types,
 )
+from zslflax.inference.published import is_published, load_published, published_config
 from zslflax.models.build import build_two_tower, text_config
 from zslflax.models.import_weights.locate import locate
 from zslflax.models.partition import combine
@@ -44,7 +48,7 @@ class RestoredModel(NamedTuple):
         model: the `TwoTower`.
         variables: {"params", "batch_stats"}, NumPy arrays.
         tokenizer: with which it was trained.
-        step: of the checkpoint.
+        step: of the checkpoint; 0 of a published model.
     """
 
     config: ConfigDict
@@ -59,16 +63,20 @@ def restore_model(source: str | Path, step: int | None = None, use: str = "teach
     if use not in ("teacher", "student"):
         raise UserError(f'use is {use!r}, expected "teacher" or "student"')
     folder = locate(source) if isinstance(source, str) else local_path(source, "the model")
+    if is_published(folder):
+        return restore_published(folder, step, use)
     if not (folder / "config.json").is_file():
         raise MissingFileError(
-            f"{folder} has no config.json: expected the --workdir of a training run, or an exported model"
+            f"{folder} has no config.json: expected the --workdir of a training run, an exported model, or a published "
+            "CLIP or SigLIP"
         )
     exported = (folder / WEIGHTS).is_file()
     if exported and (step is not None or use != "teacher"):
         raise UserError(f"{folder} is an exported model, which has no steps and no student beside it")
     config = read_saved_config(folder) if exported else read_run_config(folder)
-    use_text_encoder(config, folder / TEXT_FOLDER)
+    use_encoders(config, folder)
     check_text_encoder(config, folder / TEXT_FOLDER / "config.json")
+    check_image_encoder(config, folder / IMAGE_FOLDER / "config.json")
     try:
         model, tokenizer = build_model(config)
     except UserError as error:
@@ -77,6 +85,21 @@ def restore_model(source: str | Path, step: int | None = None, use: str = "teach
     expected = variable_shapes(model, config, folder / "config.json")
     saved = load_model(folder, config, expected) if exported else read_run(folder, config, expected, step, use)
     return RestoredModel(config, model, saved.variables, tokenizer, saved.step)
+
+
+def restore_published(folder: Path, step: int | None = None, use: str = "teacher") -> RestoredModel:
+    """Loads a CLIP or SigLIP as Hugging Face or open_clip publishes it; arguments as `restore_model` takes them."""
+    if step is not None or use != "teacher":
+        raise UserError(f"{folder} is a published model, which has no steps and no student beside it")
+    path = folder / "config.json"
+    with wrong_types(path):
+        config = published_config(folder)
+    check_text_encoder(config, path)
+    check_image_encoder(config, path)
+    model, tokenizer = build_model(config)
+    variables = load_published(folder, config, model)
+    check_finite(flatten_dict(variables, sep="/"), folder)
+    return RestoredModel(config, model, variables, tokenizer, 0)
 
 
 def read_run_config(workdir: Path) -> ConfigDict:
@@ -133,8 +156,9 @@ def build_model(config: ConfigDict) -> tuple[TwoTower, Tokenizer]:
         UserError: the tokenizer has ids for which the text tower has no embedding.
     """
     text = config.model.text
-    tokenizer = Tokenizer.from_folder(locate(text.tokenizer or text.pretrained), text.max_tokens)
-    rows = text_config(text).vocab_size
+    sizes = text_config(text)
+    folder = locate(text.tokenizer or text.pretrained)
+    tokenizer, rows = Tokenizer.from_folder(folder, text.max_tokens, sizes.attends_padding), sizes.vocab_size
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the text tower's table has {rows} rows; "

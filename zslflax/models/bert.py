@@ -1,30 +1,24 @@
-"""BERT and RoBERTa as sentence encoders with pooling over the tokens (DeCLUTR, Sentence-BERT, MiniLM, BGE)."""
+"""Text transformers as sentence encoders: BERT and its relatives, CLIP's and SigLIP's text towers, ModernBERT."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zslflax.errors import UserError
-from zslflax.models.transformer import Attention, Mlp
+from zslflax.models.transformer import Attention, Mlp, rotary_angles
 
-ROBERTAS = ("roberta", "xlm-roberta", "camembert")  # values of Hugging Face's model_type for one architecture
-HF_SIZES = {  # field of BertConfig: field of a Hugging Face config.json
-    "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
-    "positions": "max_position_embeddings",
-}
+MAX_DISTANCE = 128  # of tokens, beyond which MPNet's relative position bias is constant (as T5's, arXiv 1910.10683)
 
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Sizes of a BERT.
+    """Sizes of a text transformer, and how it differs from BERT.
 
     Attributes:
         vocab_size: number of token ids.
@@ -32,12 +26,22 @@ class BertConfig:
         layers: number of layers.
         heads: attention heads in each layer.
         hidden: width inside the perceptrons.
-        positions: rows of the table of position embeddings.
+        positions: rows of the table of position embeddings; with `rotary`, the longest text.
         first_position: row of the first token's position embedding: 0 for BERT, pad id + 1 for RoBERTa.
-        types: rows of the table of token types; only the first one is used.
+        types: rows of the table of token types, of which only the first one is used; 0 for no such table.
         eps: of the layer norms.
-        pool: "mean": the average over the tokens of a text; "cls": the vector of its first token.
+        pool: "mean": the average over the tokens of a text; "cls": the vector of its first token; "last": of its last.
         dropout: probability that an element of the embeddings or of a sublayer's output becomes 0 in training.
+        activation: of the perceptrons, one of `transformer.ACTIVATIONS`.
+        pre_norm: whether the layer norms precede the sublayers, and one follows the last layer.
+        embedding_norm: whether a layer norm follows the embeddings.
+        causal: whether a token attends to no later ones.
+        attends_padding: whether texts are padded to the maximum length with tokens that count as any other (SigLIP).
+        buckets: of distances, each with a learnt bias of the attention (MPNet); 0 for none.
+        rotary: ModernBERT's layers, each as (base of the rotary position embeddings, distance up to which a token
+            attends to others, 0 for any); () for a table of positions.
+        gated: whether the perceptrons are gated.
+        use_bias, norm_bias: whether dense layers and layer norms have biases.
     """
 
     vocab_size: int = 30_522
@@ -51,65 +55,69 @@ class BertConfig:
     eps: float = 1e-12
     dropout: float = 0.1
     pool: str = "mean"
+    activation: str = "gelu"
+    pre_norm: bool = False
+    embedding_norm: bool = True
+    causal: bool = False
+    attends_padding: bool = False
+    buckets: int = 0
+    rotary: tuple[tuple[float, int], ...] = ()
+    gated: bool = False
+    use_bias: bool = True
+    norm_bias: bool = True
 
     @property
     def max_tokens(self) -> int:
         """The number of tokens that have a position embedding."""
         return self.positions - self.first_position
 
-    @classmethod
-    def from_hf(cls, values: dict[str, Any], dropout: float = 0.1) -> "BertConfig":
-        """Reads the sizes from the contents of a Hugging Face config.json.
-
-        >>> sizes = {"vocab_size": 30_522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12}
-        >>> sizes |= {"intermediate_size": 1536, "max_position_embeddings": 512}
-        >>> BertConfig.from_hf({"model_type": "bert", **sizes}).max_tokens
-        512
-
-        Raises:
-            UserError: `Bert` does not implement the architecture or one of its options.
-        """
-        kind = values.get("model_type")
-        if kind != "bert" and kind not in ROBERTAS:
-            raise UserError(f"config.json has model_type {kind!r}; expected bert or {', '.join(ROBERTAS)}")
-        for field, wanted in (
-            ("hidden_act", "gelu"),
-            ("position_embedding_type", "absolute"),
-            ("is_decoder", False),
-        ):
-            if values.get(field, wanted) != wanted:
-                raise UserError(f"config.json has {field} {values[field]!r}; only {wanted!r} is implemented")
-        missing = [field for field in HF_SIZES.values() if field not in values]
-        if missing:
-            raise UserError(f"config.json lacks {', '.join(missing)}; take the one published with the weights")
-        return cls(
-            **{ours: values[theirs] for ours, theirs in HF_SIZES.items()},
-            first_position=values.get("pad_token_id", 1) + 1 if kind in ROBERTAS else 0,
-            types=values.get("type_vocab_size", 2),
-            eps=values.get("layer_norm_eps", 1e-12),
-            dropout=dropout,
-        )
-
 
 class Layer(nn.Module):
-    """A post-norm layer: LN(x + Attention(x)), then LN(x + Mlp(x))."""
+    """A post-norm layer, LN(x + Attention(x)), then LN(x + Mlp(x)), or a pre-norm one, x + Attention(LN(x)), …
+
+    Attributes:
+        config: of the transformer.
+        dtype: of the computation.
+        index: of the layer, from 0.
+    """
 
     config: BertConfig
     dtype: Any
+    index: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
-        """Maps [b, t, w] → [b, t, w]; `mask` as in `Attention`."""
+    def __call__(
+        self, x: jax.Array, position: jax.Array, mask: jax.Array, bias: jax.Array | None, train: bool
+    ) -> jax.Array:
+        """Maps [b, t, w] → [b, t, w].
+
+        Args:
+            x: one vector per token.
+            position: int32, broadcast to [b, t].
+            mask, bias: as in `Attention`.
+            train: whether dropout is applied.
+        """
         c = self.config
         drop = nn.Dropout(c.dropout, deterministic=not train)
-        x = x + drop(Attention(c.heads, self.dtype, name="attention")(x, mask))
-        x = nn.LayerNorm(epsilon=c.eps, dtype=self.dtype, name="norm1")(x)
-        x = x + drop(Mlp(c.hidden, self.dtype, name="mlp")(x))
-        return nn.LayerNorm(epsilon=c.eps, dtype=self.dtype, name="norm2")(x)
+        norm = partial(nn.LayerNorm, epsilon=c.eps, dtype=self.dtype, use_bias=c.norm_bias)
+        attention = Attention(c.heads, self.dtype, c.use_bias, name="attention")
+        mlp = Mlp(c.hidden, self.dtype, c.activation, c.gated, c.use_bias, name="mlp")
+        rotation = None
+        if c.rotary:
+            base, window = c.rotary[self.index]
+            rotation = rotary_angles(position, c.width // c.heads, base)
+            if window:
+                mask = mask & (jnp.abs(distances(position)) <= window)[:, None]
+        if not c.pre_norm:
+            x = norm(name="norm1")(x + drop(attention(x, mask, bias, rotation)))
+            return norm(name="norm2")(x + drop(mlp(x)))
+        first = bool(c.rotary) and self.index == 0  # ModernBERT's embeddings have been normalised
+        x = x + drop(attention(x if first else norm(name="norm1")(x), mask, bias, rotation))
+        return x + drop(mlp(norm(name="norm2")(x)))
 
 
 class Bert(nn.Module):
-    """Maps a text to one vector: the last layer's mean over the tokens of the text, or its vector of the first token.
+    """Maps a text to one vector: the last layer's mean over its tokens, or the vector of its first or last token.
 
     `__call__` takes one text per row; `packed` takes rows that hold several texts, and computes the same vectors.
     Dropout is applied to the embeddings and to the output of each sublayer, but not to attention weights.
@@ -143,7 +151,8 @@ class Bert(nn.Module):
             )
         position = jnp.arange(text.shape[1], dtype=jnp.int32)[None]
         x = self.last_layer(text, position, text_mask[:, None, None, :], train)
-        pooled = text_mask & (position == 0) if c.pool == "cls" else text_mask
+        tokens = jnp.sum(text_mask, axis=1, keepdims=True)
+        pooled = text_mask & self.pools(position, tokens)
         weight = pooled[:, :, None].astype(jnp.float32)
         return jnp.sum(x.astype(jnp.float32) * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)
 
@@ -162,23 +171,59 @@ class Bert(nn.Module):
         same_text = segment[:, None, :, None] == segment[:, None, None, :]
         x = self.last_layer(text, position, same_text, train).astype(jnp.float32)
         # Padding gets an index out of range, which segment_sum drops; thousands of additions to one row would be slow.
-        pooled = (segment > 0) & (position == 0) if self.config.pool == "cls" else segment > 0
-        owner = jnp.where(pooled, segment - 1, texts).reshape(-1)
-        total = partial(jax.ops.segment_sum, segment_ids=owner, num_segments=texts)
-        tokens = total(jnp.ones(segment.size, jnp.float32))
-        return total(x.reshape(-1, x.shape[-1])) / jnp.maximum(tokens[:, None], 1e-9)
+        owner = jnp.where(segment > 0, segment - 1, texts)
+        total = lambda x, of: jax.ops.segment_sum(x, of.reshape(-1), num_segments=texts)
+        tokens = total(jnp.ones(segment.size, jnp.float32), owner)
+        if self.config.pool != "mean":
+            last = jnp.concatenate([tokens, jnp.zeros(1)])[owner]
+            owner = jnp.where(self.pools(position, last), owner, texts)
+            tokens = jnp.minimum(tokens, 1.0)
+        return total(x.reshape(-1, x.shape[-1]), owner) / jnp.maximum(tokens[:, None], 1e-9)
+
+    def pools(self, position: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Whether the vector of a token is part of its text's: bool, from its position and the text's length."""
+        return {"mean": position >= 0, "cls": position == 0, "last": position == tokens - 1}[self.config.pool]
 
     @nn.compact
     def last_layer(self, text: jax.Array, position: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
         """Returns the vector of every token after the last layer, [rows, t, width]; `mask` as in `Attention`."""
         c = self.config
+        norm = partial(nn.LayerNorm, epsilon=c.eps, use_bias=c.norm_bias)
         table = partial(nn.Embed, features=c.width, embedding_init=nn.initializers.normal(0.02))
         x = table(c.vocab_size, name="word")(text)
-        x = x + table(c.positions, name="position")(position + c.first_position)
-        x = x + table(c.types, name="type")(jnp.zeros((1, 1), jnp.int32))
-        x = nn.LayerNorm(epsilon=c.eps, name="norm")(x).astype(self.dtype)
+        if not c.rotary:
+            x = x + table(c.positions, name="position")(position + c.first_position)
+        if c.types:
+            x = x + table(c.types, name="type")(jnp.zeros((1, 1), jnp.int32))
+        x = (norm(name="norm")(x) if c.embedding_norm else x).astype(self.dtype)
         x = nn.Dropout(c.dropout, deterministic=not train)(x)
-        layer = nn.remat(Layer, static_argnums=(3,)) if self.remat else Layer  # argument 3 is `train`
+        if c.causal:
+            mask = mask & (distances(position) <= 0)[:, None]
+        bias = None
+        if c.buckets:
+            of_bucket = table(c.buckets, features=c.heads, name="distance")
+            bias = of_bucket(distance_bucket(distances(position), c.buckets)).transpose(0, 3, 1, 2).astype(self.dtype)
+        layer = nn.remat(Layer, static_argnums=(5,)) if self.remat else Layer  # argument 5 is `train`
         for i in range(c.layers):
-            x = layer(c, self.dtype, name=f"layer_{i}")(x, mask, train)
-        return x
+            x = layer(c, self.dtype, i, name=f"layer_{i}")(x, position, mask, bias, train)
+        return norm(name="last_norm", dtype=self.dtype)(x) if c.pre_norm else x
+
+
+def distances(position: jax.Array) -> jax.Array:
+    """Returns how many tokens another token (third axis) comes after a token (second axis): [b, t] → [b, t, t]."""
+    return position[:, None, :] - position[:, :, None]
+
+
+def distance_bucket(distance: jax.Array, buckets: int) -> jax.Array:
+    """Returns the number of the bucket of each distance: exact where it is short, then on a logarithmic scale (T5).
+
+    >>> distance_bucket(jnp.array([0, -1, 1, -1000]), 32).tolist()
+    [0, 1, 17, 15]
+    """
+    half = buckets // 2
+    exact = half // 2
+    n = np.arange(MAX_DISTANCE + 1, dtype=np.float32)
+    # On the host, in the order of the original: the rounding of a device may choose the next bucket.
+    far = exact + (np.log(np.maximum(n, 1) / exact) / math.log(MAX_DISTANCE / exact) * (half - exact)).astype(int)
+    table = jnp.asarray(np.where(n < exact, n, np.minimum(far, half - 1)), jnp.int32)
+    return jnp.where(distance > 0, half, 0) + table[jnp.minimum(jnp.abs(distance), MAX_DISTANCE)]

@@ -12,12 +12,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from zslflax.errors import UserError, nearest_names
-from zslflax.files import read_json
 from zslflax.models.bert import Bert, BertConfig
+from zslflax.models.convnext import CONVNEXTS, ConvNeXt
+from zslflax.models.import_weights.architecture import read_architecture, text_architecture, vit_architecture
 from zslflax.models.import_weights.description import read_pixel_statistics, read_text_pooling
 from zslflax.models.import_weights.locate import locate
 from zslflax.models.mobilenet import MOBILENETS, MobileNet
-from zslflax.models.resnet import RESNETS, ResNet
+from zslflax.models.resnet import RESNET_DS, RESNETS, ResNet
 from zslflax.models.two_tower import MlpProjection, ProjectedTower, TwoTower
 from zslflax.models.vit import DINOV2, POOLS, REGISTERS, VITS, ViT
 
@@ -43,7 +44,10 @@ def build_two_tower(config: ConfigDict, *, dtype: Any = jnp.float32, axis_name: 
             f"model.text.max_tokens is {config.text.max_tokens}; the encoder has {bert.max_tokens} positions, "
             f"nearest that works: {bert.max_tokens}"
         )
-    image = image_tower(config.image.name, dtype, axis_name, config.image.remat, config.image.pool)
+    if config.image.name:
+        image = image_tower(config.image.name, dtype, axis_name, config.image.remat, config.image.pool)
+    else:
+        image = described_tower(config.image, dtype)
     example = jnp.zeros((1, config.image.size, config.image.size, 3))
     image_width = lambda: jax.eval_shape(image.init_with_output, jax.random.key(0), example)[0].shape[-1]
     return TwoTower(
@@ -87,11 +91,15 @@ def resolve_model(config: ConfigDict, check: bool = True) -> ConfigDict:
 
 
 def text_pool(config: ConfigDict) -> str:
-    """Returns the pooling of the text tower that the `model.text` section of a config describes: "mean" or "cls"."""
-    pool = config.pool or (read_text_pooling(locate(config.pretrained)) if config.pretrained else "mean")
-    if pool not in ("mean", "cls"):
-        raise UserError(f'model.text.pool is {pool!r}; expected "", mean or cls')
-    return pool
+    """Returns the pooling of the text tower that the `model.text` section of a config describes, see `BertConfig`."""
+    pool = config.pool
+    if not pool and config.pretrained:
+        folder = locate(config.pretrained)
+        own = text_architecture(read_architecture(folder)).pool  # "last" of CLIP; else sentence-transformers' files say
+        pool = own if own == "last" else read_text_pooling(folder)
+    if pool not in ("", "mean", "cls", "last"):
+        raise UserError(f'model.text.pool is {pool!r}; expected "", mean, cls or last')
+    return pool or "mean"
 
 
 def projection(config: ConfigDict, modality: str, tower_width: Callable[[], int]) -> nn.Module | None:
@@ -106,12 +114,12 @@ def projection(config: ConfigDict, modality: str, tower_width: Callable[[], int]
         UserError: there is no such kind of projection, or none after a tower of another width than `embed_dim`.
     """
     kind, width = config[modality].projection, config.embed_dim
-    if kind == "linear":
-        return nn.Dense(width)
+    if kind in ("linear", "linear_no_bias"):
+        return nn.Dense(width, use_bias=kind == "linear")
     if kind == "mlp":
         return MlpProjection(width, config.projection.hidden, config.projection.dropout)
     if kind != "none":
-        raise UserError(f"model.{modality}.projection is {kind!r}; expected linear, mlp or none")
+        raise UserError(f"model.{modality}.projection is {kind!r}; expected linear, linear_no_bias, mlp or none")
     if tower_width() != width:
         raise UserError(
             f"model.{modality}.projection is 'none', but the {modality} tower is {tower_width()} wide and "
@@ -130,6 +138,8 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
         UserError: there is no such tower; names the nearest one. Or the tower has no such pool.
     """
     resnet = partial(ResNet, dtype=dtype, axis_name=axis_name, remat=remat)
+    resnet_d = partial(resnet, deep=True)
+    convnext = partial(ConvNeXt, dtype=dtype, remat=remat)
     mobilenet = partial(MobileNet, dtype=dtype, axis_name=axis_name, remat=remat)
     vit = partial(ViT, dtype=dtype, remat=remat, pool=pool or "cls")
     dinov2 = partial(vit, layer_scale=True)
@@ -139,6 +149,14 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
         "resnet50": resnet(*RESNETS["resnet50"]),
         "resnet101": resnet(*RESNETS["resnet101"]),
         "resnet_nano": resnet((1, 1, 1), False, stem_width=32, small=True),  # 8 layers, 0.3 million parameters
+        "resnet18d": resnet_d(*RESNET_DS["resnet18d"]),
+        "resnet34d": resnet_d(*RESNET_DS["resnet34d"]),
+        "resnet50d": resnet_d(*RESNET_DS["resnet50d"]),
+        "resnet101d": resnet_d(*RESNET_DS["resnet101d"]),
+        "convnext_tiny": convnext(*CONVNEXTS["convnext_tiny"]),
+        "convnext_small": convnext(*CONVNEXTS["convnext_small"]),
+        "convnext_base": convnext(*CONVNEXTS["convnext_base"]),
+        "convnext_large": convnext(*CONVNEXTS["convnext_large"]),
         "mobilenet_v2": mobilenet(MOBILENETS["mobilenet_v2"]),
         "efficientnet_lite0": mobilenet(MOBILENETS["efficientnet_lite0"]),
         "efficientnet_lite1": mobilenet(MOBILENETS["efficientnet_lite1"]),
@@ -162,10 +180,43 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
             f"model.image.name is {name!r}; expected one of {', '.join(towers)}; nearest: {nearest_names(name, towers)}"
         )
     tower = towers[name]
+    check_pool(tower, name, pool)
+    return tower
+
+
+def described_tower(config: ConfigDict, dtype: Any) -> ViT:
+    """Builds the image tower that the files of `image.pretrained` describe.
+
+    Args:
+        config: the `model.image` section.
+        dtype: of the computation.
+
+    Raises:
+        UserError: there are no such files, or they describe a tower that has to be named.
+    """
+    if not config.pretrained:
+        raise UserError('model.image.name is ""; expected a name, or model.image.pretrained, whose files describe it')
+    folder = locate(config.pretrained)
+    values = read_architecture(folder)
+    fields = vit_architecture(values)
+    if fields is None:
+        raise UserError(
+            f'model.image.name is "", but {folder} has model_type {values.get("model_type")!r}; expected clip, '
+            "clip_vision_model, siglip or siglip_vision_model, or give the name of the tower"
+        )
+    fields["pool"] = config.pool or fields["pool"]
+    tower = ViT(**fields, dtype=dtype, remat=config.remat)
+    check_pool(tower, "this tower", config.pool)
+    return tower
+
+
+def check_pool(tower: nn.Module, name: str, pool: str) -> None:
+    """Refuses a value of `image.pool` that the tower called `name` does not have."""
     if pool and not (isinstance(tower, ViT) and pool in POOLS):
         pools = f'"" or one of {", ".join(POOLS)}' if isinstance(tower, ViT) else '"": it averages over the image'
         raise UserError(f"model.image.pool is {pool!r}; expected of {name} {pools}")
-    return tower
+    if pool.startswith("cls") and not getattr(tower, "class_token", True):
+        raise UserError(f"model.image.pool is {pool!r}, but {name} has no class token; expected mean or map")
 
 
 def text_config(config: ConfigDict) -> BertConfig:
@@ -174,7 +225,7 @@ def text_config(config: ConfigDict) -> BertConfig:
     They come from the config.json of the pretrained encoder, or from `scratch` where there is none.
     """
     if config.pretrained:
-        sizes = BertConfig.from_hf(read_json(locate(config.pretrained) / "config.json"), config.dropout)
+        sizes = text_architecture(read_architecture(locate(config.pretrained)), config.dropout)
     else:
         s = config.scratch
         sizes = BertConfig(s.vocab_size, s.width, s.layers, s.heads, 4 * s.width, dropout=config.dropout)

@@ -1,4 +1,4 @@
-"""ResNet v1.5 (He et al. 2015, with the stride in the 3×3 convolution), the image tower of the paper."""
+"""ResNet v1.5 (He et al. 2015, with the stride in the 3×3 convolution), the image tower of the paper; and ResNet-D."""
 
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ RESNETS = {  # name: (blocks in each stage, whether they are bottlenecks)
     "resnet50": ((3, 4, 6, 3), True),
     "resnet101": ((3, 4, 23, 3), True),
 }
+RESNET_DS = {f"{name}d": sizes for name, sizes in RESNETS.items()}  # ResNet-D (He et al. 2018, arXiv 1812.01187)
 
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015b, as in torchvision
 
@@ -65,6 +66,7 @@ class Block(nn.Module):
         bottleneck: whether the block is a bottleneck (1×1, 3×3, 1×1) or a basic block (3×3, 3×3).
         dtype: of the computation.
         norm: creates a normalisation layer from its name.
+        average: whether the shortcut averages 2×2 pixels instead of leaving out three of four (ResNet-D).
     """
 
     width: int
@@ -72,6 +74,7 @@ class Block(nn.Module):
     bottleneck: bool
     dtype: Any
     norm: Any
+    average: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -88,6 +91,9 @@ class Block(nn.Module):
             y = nn.relu(self.norm(name="bn1")(conv(self.width, (3, 3), stride, padding, name="conv1")(x)))
             y = self.norm(name="bn2")(conv(out, (3, 3), (1, 1), padding, name="conv2")(y))
         if x.shape != y.shape:
+            if self.average and self.stride > 1:
+                x = nn.avg_pool(x, stride, stride, "SAME", count_include_pad=False)
+                stride = (1, 1)
             x = self.norm(name="downsample_bn")(conv(out, (1, 1), stride, name="downsample_conv")(x))
         return nn.relu(x + y)
 
@@ -104,6 +110,7 @@ class ResNet(nn.Module):
         small: whether the images are small (32 pixels): the first convolution is then 3×3 and no pooling follows it,
             so that the first stage sees half of the image's resolution instead of a quarter.
         remat: whether the backward pass recomputes the activations inside each block instead of storing them.
+        deep: whether this is a ResNet-D: three 3×3 convolutions instead of the 7×7 one, and averages in the shortcuts.
     """
 
     stages: tuple[int, ...]
@@ -113,6 +120,7 @@ class ResNet(nn.Module):
     stem_width: int = 64
     small: bool = False
     remat: bool = False
+    deep: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -131,13 +139,19 @@ class ResNet(nn.Module):
             axis_name=self.axis_name if train else None,
         )
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
+        x = x.astype(self.dtype)
+        if self.deep:
+            half, same = self.stem_width // 2, ((1, 1), (1, 1))
+            x = nn.relu(norm(name="stem_bn1")(conv(half, (3, 3), (2, 2), same, name="stem_conv1")(x)))
+            x = nn.relu(norm(name="stem_bn2")(conv(half, (3, 3), (1, 1), same, name="stem_conv2")(x)))
         stem: nn.Module
-        if self.small:
+        if self.deep:
+            stem = conv(self.stem_width, (3, 3), (1, 1), ((1, 1), (1, 1)), name="conv1")
+        elif self.small:
             stem = conv(self.stem_width, (3, 3), (2, 2), ((1, 1), (1, 1)), name="conv1")
         else:
             stem = StemConv(self.stem_width, self.dtype, name="conv1")
-        x = stem(x.astype(self.dtype))
-        x = nn.relu(norm(name="bn1")(x))
+        x = nn.relu(norm(name="bn1")(stem(x)))
         if not self.small:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         block = nn.remat(Block) if self.remat else Block
@@ -145,5 +159,5 @@ class ResNet(nn.Module):
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 else 1
                 width = self.stem_width * 2**i
-                x = block(width, stride, self.bottleneck, self.dtype, norm, name=f"layer{i + 1}_{j}")(x)
+                x = block(width, stride, self.bottleneck, self.dtype, norm, self.deep, name=f"layer{i + 1}_{j}")(x)
         return jnp.mean(x.astype(jnp.float32), axis=(1, 2))

@@ -1,10 +1,18 @@
-"""Self-attention and the two-layer perceptron, which the image and the text transformer share."""
+"""Self-attention and perceptrons, which the image and the text transformers share."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # by their names in Hugging Face's config.json
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
+}
 
 
 class Attention(nn.Module):
@@ -13,40 +21,89 @@ class Attention(nn.Module):
     Attributes:
         heads: number of heads; divides the width.
         dtype: of the computation; parameters are fp32.
+        use_bias: whether the projections have biases.
     """
 
     heads: int
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        rotation: tuple[jax.Array, jax.Array] | None = None,
+        queries: int | None = None,
+    ) -> jax.Array:
         """Maps [b, t, w] → [b, t, w].
 
         Args:
             x: one vector per position.
             mask: bool, broadcast to [b, heads, t, t]; True where a position (third axis) attends to another
                 (fourth axis). None means that every position attends to every other.
+            bias: of the logits, broadcast to [b, heads, t, t]; None for none.
+            rotation: cosines and sines of `rotary_angles`, by which queries and keys are turned; None for none.
+            queries: q, the number of leading positions to compute, so that the result is [b, q, w]; None for all.
         """
         b, t, w = x.shape
-        qkv = nn.Dense(3 * w, dtype=self.dtype, name="qkv")(x)
+        qkv = nn.Dense(3 * w, use_bias=self.use_bias, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.split(qkv.reshape(b, t, 3 * self.heads, w // self.heads), 3, axis=2)  # (b, t, heads, w / heads)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        return nn.Dense(w, dtype=self.dtype, name="out")(y.reshape(b, t, w))
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        y = jax.nn.dot_product_attention(q[:, :queries], k, v, bias=bias, mask=mask)
+        return nn.Dense(w, use_bias=self.use_bias, dtype=self.dtype, name="out")(y.reshape(b, -1, w))
+
+
+def rotary_angles(position: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """Returns the cosines and sines of rotary position embeddings (Su et al. 2021, arXiv 2104.09864).
+
+    Args:
+        position: int32 [b, t].
+        width: w, of a head.
+        base: of the geometric series of frequencies.
+
+    Returns:
+        fp32 [b, t, 1, w / 2] of each.
+    """
+    frequency = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = position[:, :, None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns [b, t, heads, w]; each pair of channels i and i + w / 2 is a point in a plane."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 class Mlp(nn.Module):
-    """Two dense layers with the exact GELU between them.
+    """Two dense layers with an activation between them.
 
     Attributes:
         hidden: width between the two layers.
         dtype: of the computation; parameters are fp32.
+        activation: one of `ACTIVATIONS`.
+        gated: whether the first layer also computes a factor for each activated value (Shazeer 2020, arXiv
+            2002.05202).
+        use_bias: whether the layers have biases.
     """
 
     hidden: int
     dtype: Any = jnp.float32
+    activation: str = "gelu"
+    gated: bool = False
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., w] → [..., w]."""
-        y = nn.gelu(nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x), approximate=False)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(y)
+        width = 2 * self.hidden if self.gated else self.hidden
+        y, *factor = jnp.split(
+            nn.Dense(width, use_bias=self.use_bias, dtype=self.dtype, name="fc1")(x), width // self.hidden, axis=-1
+        )
+        y = ACTIVATIONS[self.activation](y)
+        if factor:
+            y = y * factor[0]
+        return nn.Dense(x.shape[-1], use_bias=self.use_bias, dtype=self.dtype, name="fc2")(y)

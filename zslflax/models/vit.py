@@ -1,4 +1,4 @@
-"""Vision transformer (Dosovitskiy et al. 2021) with pre-norm blocks and a class token; also as DINOv2 has it."""
+"""Vision transformer (Dosovitskiy et al. 2021) with pre-norm blocks; also as DINOv2, CLIP and SigLIP have it."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ DINOV2 = {  # likewise; with layer scale (Oquab et al. 2023, arXiv 2304.07193)
     "dinov2_l14": (14, 1024, 24, 16),
 }
 REGISTERS = 4  # of "dinov2_s14_reg" and so on (Darcet et al. 2023, arXiv 2309.16588)
-POOLS = ("cls", "mean", "cls_mean")
+POOLS = ("cls", "mean", "cls_mean", "map")
 
 
 class LayerScale(nn.Module):
@@ -47,13 +47,17 @@ class Block(nn.Module):
         heads: of the attention.
         dtype: of the computation.
         eps: of the layer norms.
+        hidden: width inside the perceptron.
         layer_scale: whether a `LayerScale` follows the attention and the perceptron.
+        activation: of the perceptron.
     """
 
     heads: int
     dtype: Any
     eps: float
+    hidden: int
     layer_scale: bool = False
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -61,15 +65,40 @@ class Block(nn.Module):
         y = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="norm1")(x)
         x = x + self.scale(1, Attention(self.heads, self.dtype, name="attention")(y))
         y = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="norm2")(x)
-        return x + self.scale(2, Mlp(4 * x.shape[-1], self.dtype, name="mlp")(y))
+        return x + self.scale(2, Mlp(self.hidden, self.dtype, self.activation, name="mlp")(y))
 
     def scale(self, number: int, x: jax.Array) -> jax.Array:
         """Applies the layer scale of this number, if the block has layer scales."""
         return LayerScale(self.dtype, name=f"layer_scale{number}")(x) if self.layer_scale else x
 
 
+class AttentionPool(nn.Module):
+    """Pools by a learnt query that attends to all patches, as in SigLIP (Zhai et al. 2021, arXiv 2106.04560).
+
+    Attributes:
+        heads, dtype, eps, hidden, activation: as of a `Block`.
+    """
+
+    heads: int
+    dtype: Any
+    eps: float
+    hidden: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, t, w] → [b, w]."""
+        b, t, w = x.shape
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, w)).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(probe, (b, 1, w)), x], axis=1)
+        not_itself = (jnp.arange(t + 1) > 0)[None, None, None]
+        x = Attention(self.heads, self.dtype, name="attention")(x, not_itself, queries=1)
+        y = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="norm")(x)
+        return (x + Mlp(self.hidden, self.dtype, self.activation, name="mlp")(y))[:, 0]
+
+
 class ViT(nn.Module):
-    """Maps images to the class token, the mean of the patches, or both, after the last layer norm.
+    """Maps images to the class token, the mean of the patches, both, or a learnt pool, after the last layer norm.
 
     Attributes:
         patch: side of a patch in pixels; the sides of an image must be multiples of it.
@@ -81,7 +110,12 @@ class ViT(nn.Module):
         layer_scale: whether the blocks have layer scales.
         registers: number of learnt tokens that take part in the attention and not in the output.
         pool: "cls": the class token; "mean": the mean over the patches; "cls_mean": one after the other (dino.txt,
-            Jose et al. 2024, arXiv 2412.16334).
+            Jose et al. 2024, arXiv 2412.16334); "map": an `AttentionPool`.
+        hidden: width inside the perceptrons; 0: 4 · width.
+        activation: of the perceptrons, one of `transformer.ACTIVATIONS`.
+        patch_bias: whether the embedding of patches has a bias.
+        class_token: whether there is a class token.
+        pre_norm: whether a layer norm precedes the first block (CLIP).
     """
 
     patch: int
@@ -94,6 +128,11 @@ class ViT(nn.Module):
     layer_scale: bool = False
     registers: int = 0
     pool: str = "cls"
+    hidden: int = 0
+    activation: str = "gelu"
+    patch_bias: bool = True
+    class_token: bool = True
+    pre_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -109,24 +148,40 @@ class ViT(nn.Module):
                 f"image of {x.shape[1]} × {x.shape[2]} pixels: expected multiples of the patch's "
                 f"{self.patch}; change model.image.size"
             )
-        patch = (self.patch, self.patch)
-        x = nn.Conv(self.width, patch, patch, "VALID", dtype=self.dtype, name="patch_embed")(x.astype(self.dtype))
-        x = x.reshape(x.shape[0], -1, self.width)  # (b, patches, width), row by row
-        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)).astype(self.dtype), x], axis=1)
-        position = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
-        x = x + position.astype(self.dtype)
-        if self.registers:  # they have no position and stand between the class token and the patches
-            shape = (1, self.registers, self.width)
-            registers = self.param("registers", nn.initializers.normal(0.02), shape).astype(self.dtype)
-            registers = jnp.broadcast_to(registers, (x.shape[0], *shape[1:]))
-            x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
+        tokens = self.embed_patches(x)
+        if self.pre_norm:
+            tokens = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="pre_norm")(tokens)
         block = nn.remat(Block) if self.remat else Block
+        hidden = self.hidden or 4 * self.width
         for i in range(self.depth):
-            x = block(self.heads, self.dtype, self.eps, self.layer_scale, name=f"block_{i}")(x)
+            tokens = block(
+                *(self.heads, self.dtype, self.eps, hidden, self.layer_scale, self.activation), name=f"block_{i}"
+            )(tokens)
         norm = nn.LayerNorm(epsilon=self.eps, name="norm")
         if self.pool == "cls":
-            return norm(x[:, 0].astype(jnp.float32))
-        x = norm(x.astype(jnp.float32))
-        mean = jnp.mean(x[:, 1 + self.registers :], axis=1)
-        return mean if self.pool == "mean" else jnp.concatenate([x[:, 0], mean], axis=-1)
+            return norm(tokens[:, 0].astype(jnp.float32))
+        tokens = norm(tokens.astype(jnp.float32))
+        patches = tokens[:, int(self.class_token) + self.registers :]
+        if self.pool == "map":
+            pool = AttentionPool(self.heads, self.dtype, self.eps, hidden, self.activation, name="pool")
+            return pool(patches.astype(self.dtype)).astype(jnp.float32)
+        mean = jnp.mean(patches, axis=1)
+        return mean if self.pool == "mean" else jnp.concatenate([tokens[:, 0], mean], axis=-1)
+
+    def embed_patches(self, x: jax.Array) -> jax.Array:
+        """Maps normalised pixels [b, h, w, 3] → the tokens before the first block [b, t, width]."""
+        patch = (self.patch, self.patch)
+        embed = nn.Conv(
+            self.width, patch, patch, "VALID", use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed"
+        )
+        x = embed(x.astype(self.dtype))
+        x = x.reshape(x.shape[0], -1, self.width)  # (b, patches, width), row by row
+        leading = lambda token: jnp.broadcast_to(token, (x.shape[0], *token.shape[1:])).astype(self.dtype)
+        init = nn.initializers.normal(0.02)
+        if self.class_token:
+            x = jnp.concatenate([leading(self.param("cls_token", init, (1, 1, self.width))), x], axis=1)
+        x = x + self.param("position", init, (1, x.shape[1], self.width)).astype(self.dtype)
+        if self.registers:  # they have no position and stand between the class token and the patches
+            registers = leading(self.param("registers", init, (1, self.registers, self.width)))
+            x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
+        return x

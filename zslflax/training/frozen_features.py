@@ -21,6 +21,8 @@ from zslflax.data.text import Tokenizer
 from zslflax.errors import UserError
 from zslflax.files import hash_arrays
 from zslflax.models.build import text_config
+from zslflax.models.import_weights.architecture import read_architecture, vit_architecture
+from zslflax.models.import_weights.locate import locate
 from zslflax.models.partition import Tree, combine
 from zslflax.models.two_tower import TwoTower
 from zslflax.training.optimizer import FOREVER, frozen_until
@@ -111,6 +113,8 @@ def open_image_tower(config: ConfigDict, model: TwoTower, tower: Tree, batch_sta
         "compute_dtype": config.compute_dtype,
         "version": zslflax.__version__,
     }
+    if not config.model.image.name:
+        identity["described"] = vit_architecture(read_architecture(locate(config.model.image.pretrained)))
     root, features = Path(config.features.folder), config.features
     return FrozenImageTower(model, copied(variables), identity, root, features.dtype, config.data.threads)
 
@@ -123,7 +127,8 @@ def copied(variables: Tree) -> Tree:
 def evaluation_view(config: ConfigDict) -> Views:
     """The centre crop of evaluation."""
     size = config.model.image.size
-    return Views(1, size, round(size * config.eval.resize_factor))
+    resize, interpolation = round(size * config.eval.resize_factor), config.eval.interpolation
+    return Views(1, size, resize, interpolation=interpolation)
 
 
 def training_views(config: ConfigDict) -> Views:

@@ -24,7 +24,7 @@ from zslflax.data.sources.subset import exclude_samples
 from zslflax.data.text import Tokenizer
 from zslflax.errors import UserError
 from zslflax.evaluation.test_sets import open_test_sets
-from zslflax.inference.export import TEXT_FOLDER, save_text_encoder
+from zslflax.inference.export import IMAGE_FOLDER, TEXT_FOLDER, save_image_encoder, save_text_encoder
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
 from zslflax.losses.contrastive import init_params
@@ -103,6 +103,7 @@ def set_up(
     first_step = int(state.step)
     if distributed.is_main() and (changed or first_step == 0):
         save_text_encoder(config, tokenizer, workdir / TEXT_FOLDER)
+        save_image_encoder(config, workdir / IMAGE_FOLDER)
     write_config(config, workdir)
     write_data(config.data.train, sources, workdir)
     log_setup(config, state, sources)
@@ -279,7 +280,7 @@ def log_setup(config: ConfigDict, state: TrainState, sources: Sequence[Source]) 
     log.info(
         "%s: image tower %s %.1fM parameters%s, text tower %.1fM%s; %s",
         config.name,
-        config.model.image.name,
+        config.model.image.name or config.model.image.pretrained,
         millions("image"),
         " (frozen)" if "image" in frozen else "",
         millions("text"),

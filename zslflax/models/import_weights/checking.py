@@ -56,10 +56,17 @@ def detect_layout(folder: Path, names: Collection[str], layouts: Sequence[Layout
     raise UserError(f"{folder}: expected a weight named {expected} (after any prefix), found {some} …")
 
 
-def check_names(folder: Path, needed: set[str], found: set[str], prefix: str) -> None:
-    """Refuses a checkpoint that lacks weights of the tower, or has weights that are unknown to it; lists them all."""
+def check_names(folder: Path, needed: set[str], found: set[str], prefix: str, others: str = "") -> None:
+    """Refuses a checkpoint that lacks weights of the tower, or has weights that are unknown to it; lists them all.
+
+    Args:
+        folder: of the checkpoint.
+        needed, found: names of weights.
+        prefix: of the tower's names.
+        others: a regular expression of names that are of another tower.
+    """
     missing = sorted(needed - found)
-    unknown = sorted(name for name in found - needed if not is_unused(name, prefix))
+    unknown = sorted(name for name in found - needed if not is_unused(name, prefix) and not re.fullmatch(others, name))
     if missing or unknown:
         raise UserError(
             f"{folder} has another architecture than the tower; change one of them.\n"

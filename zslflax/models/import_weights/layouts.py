@@ -1,4 +1,4 @@
-"""Layouts of published checkpoints: the name of each weight of a tower in torchvision, timm and Hugging Face."""
+"""Layouts of published checkpoints: the name of each weight of a tower; here those of convolutional networks."""
 
 import functools
 import re
@@ -14,27 +14,18 @@ class Layout(NamedTuple):
     Attributes:
         anchor: the name of a weight that each of these checkpoints has. Whatever precedes it is the prefix of all
             names in the checkpoint.
-        module: maps the path of a module in the tower, such as "block_0/mlp/fc1", to its name in the checkpoint.
+        module: maps the path of a module in the tower, such as "block_0/mlp/fc1", to its name in the checkpoint. The
+            weight "kernel" of a module "fc" is "fc.weight", of "in_proj_" it is "in_proj_weight", and of "table=" it
+            is "table".
+        others: a regular expression of names in the same checkpoint that are of another tower.
     """
 
     anchor: str
     module: Callable[[str], Names]
+    others: str = ""
 
 
 MOBILENET_BLOCK = ("expand_conv", "expand_bn", "depthwise_conv", "depthwise_bn", "project_conv", "project_bn")
-
-HF_VIT_NAMES = {
-    "patch_embed": "embeddings.patch_embeddings.projection",
-    "cls_token": "embeddings.cls_token",
-    "position": "embeddings.position_embeddings",
-    "attention/qkv": "attention.attention.{}",
-    "attention/out": "attention.output.dense",
-    "mlp/fc1": "intermediate.dense",
-    "mlp/fc2": "output.dense",
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "norm": "layernorm",
-}
 
 
 def torchvision_resnet(path: str) -> str:
@@ -60,6 +51,61 @@ def hf_resnet(path: str) -> str:
     stage, index = block[0].removeprefix("layer").split("_")
     part = "shortcut" if module.startswith("downsample") else f"layer.{int(module[-1]) - 1}"
     return f"encoder.stages.{int(stage) - 1}.layers.{index}.{part}.{kind}"
+
+
+def timm_resnet_d(path: str) -> str:
+    """Returns timm's name of a ResNet-D's module.
+
+    >>> timm_resnet_d("layer2_0/downsample_conv"), timm_resnet_d("stem_bn2")
+    ('layer2.0.downsample.1', 'conv1.4')
+    """
+    stem = {"stem_conv1": "0", "stem_bn1": "1", "stem_conv2": "3", "stem_bn2": "4", "conv1": "6"}
+    if path in stem:
+        return f"conv1.{stem[path]}"
+    path = path.replace("downsample_conv", "downsample/1").replace("downsample_bn", "downsample/2")
+    return torchvision_resnet(path)
+
+
+def timm_convnext(path: str) -> str:
+    """Returns timm's name of a ConvNeXt's module.
+
+    >>> timm_convnext("stage2_5/mlp/fc1"), timm_convnext("stage1_norm")
+    ('stages.2.blocks.5.mlp.fc1', 'stages.1.downsample.0')
+    """
+    block, _, module = path.partition("/")
+    if not module:
+        stems = {"norm": "head.norm", "stage0_conv": "stem.0", "stage0_norm": "stem.1"}
+        stage, _, kind = block.removeprefix("stage").partition("_")
+        return stems.get(path, f"stages.{stage}.downsample.{0 if kind == 'norm' else 1}")
+    stage, index = block.removeprefix("stage").split("_")
+    names = {"depthwise": "conv_dw", "layer_scale/scale": "gamma"}
+    return f"stages.{stage}.blocks.{index}.{names.get(module, module.replace('/', '.'))}"
+
+
+def hf_convnext(path: str) -> str:
+    """Returns Hugging Face's name of a ConvNeXt's module.
+
+    >>> hf_convnext("stage2_5/mlp/fc1"), hf_convnext("stage1_norm")
+    ('encoder.stages.2.layers.5.pwconv1', 'encoder.stages.1.downsampling_layer.0')
+    """
+    block, _, module = path.partition("/")
+    if not module:
+        stems = {
+            "norm": "layernorm",
+            "stage0_conv": "embeddings.patch_embeddings",
+            "stage0_norm": "embeddings.layernorm",
+        }
+        stage, _, kind = block.removeprefix("stage").partition("_")
+        return stems.get(path, f"encoder.stages.{stage}.downsampling_layer.{0 if kind == 'norm' else 1}")
+    stage, index = block.removeprefix("stage").split("_")
+    names = {
+        "depthwise": "dwconv",
+        "norm": "layernorm",
+        "mlp/fc1": "pwconv1",
+        "mlp/fc2": "pwconv2",
+        "layer_scale/scale": "layer_scale_parameter",
+    }
+    return f"encoder.stages.{stage}.layers.{index}.{names[module]}"
 
 
 def torchvision_mobilenet(path: str) -> str:
@@ -133,74 +179,6 @@ def timm_mobilenet(path: str, blocks: Sequence[int]) -> str:
     return f"blocks.{stage}.{number}.{f'bn{layer + 1}' if is_norm else convs[layer]}"
 
 
-def timm_vit(path: str) -> str:
-    """Returns timm's name of a ViT's module.
-
-    >>> timm_vit("block_3/attention/qkv")
-    'blocks.3.attn.qkv'
-    """
-    names = {
-        "patch_embed": "patch_embed.proj",
-        "position": "pos_embed",
-        "registers": "reg_token",
-        "attention/out": "attn.proj",
-        "layer_scale1/scale": "ls1.gamma",
-        "layer_scale2/scale": "ls2.gamma",
-    }
-    path = rename_module(path, names).replace("block_", "blocks.")
-    return path.replace("attention/", "attn.").replace("/", ".")
-
-
-def hf_vit(path: str) -> Names:
-    """Returns Hugging Face's name of a ViT's module.
-
-    >>> hf_vit("block_3/mlp/fc1")
-    'encoder.layer.3.intermediate.dense'
-    """
-    path = rename_module(path, HF_VIT_NAMES).replace("block_", "encoder.layer.")
-    return query_key_value(path.replace("/", "."))
-
-
-def hf_dinov2(path: str) -> Names:
-    """Returns Hugging Face's name of a DINOv2's module.
-
-    >>> hf_dinov2("block_3/mlp/fc1"), hf_dinov2("block_3/layer_scale1/scale")
-    ('encoder.layer.3.mlp.fc1', 'encoder.layer.3.layer_scale1.lambda1')
-    """
-    names = {
-        "registers": "embeddings.register_tokens",
-        "norm1": "norm1",
-        "norm2": "norm2",
-        "mlp/fc1": "mlp.fc1",
-        "mlp/fc2": "mlp.fc2",
-        "layer_scale1/scale": "layer_scale1.lambda1",
-        "layer_scale2/scale": "layer_scale2.lambda1",
-    }
-    path = rename_module(path, HF_VIT_NAMES | names).replace("block_", "encoder.layer.")
-    return query_key_value(path.replace("/", "."))
-
-
-def hf_bert(path: str) -> Names:
-    """Returns Hugging Face's name of a module of BERT or RoBERTa.
-
-    >>> hf_bert("layer_3/norm1")
-    'encoder.layer.3.attention.output.LayerNorm'
-    """
-    names = {
-        "word": "embeddings.word_embeddings",
-        "position": "embeddings.position_embeddings",
-        "type": "embeddings.token_type_embeddings",
-        "norm": "embeddings.LayerNorm",
-        "attention/qkv": "attention.self.{}",
-        "attention/out": "attention.output.dense",
-        "norm1": "attention.output.LayerNorm",
-        "mlp/fc1": "intermediate.dense",
-        "mlp/fc2": "output.dense",
-        "norm2": "output.LayerNorm",
-    }
-    return query_key_value(rename_module(path, names).replace("layer_", "encoder.layer.").replace("/", "."))
-
-
 def rename_module(path: str, names: dict[str, str]) -> str:
     """Replaces a path, or what follows "block_3/" or "layer_3/" in it, by its entry in `names`, if it has one."""
     block, _, module = path.partition("/")
@@ -215,20 +193,14 @@ def split_block(path: str) -> tuple[int, str]:
     return int(block.removeprefix("block_")), module
 
 
-def query_key_value(name: str) -> Names:
-    """Expands `{}` in a name to the three projections of an attention that the tower has as one."""
-    return tuple(name.format(part) for part in ("query", "key", "value")) if "{}" in name else name
-
-
 TORCHVISION_RESNET = Layout("layer1.0.conv1.weight", torchvision_resnet)
 HF_RESNET = Layout("embedder.embedder.convolution.weight", hf_resnet)
+TIMM_RESNET_D = Layout("conv1.0.weight", timm_resnet_d)
+TIMM_CONVNEXT = Layout("stem.0.weight", timm_convnext)
+HF_CONVNEXT = Layout("encoder.stages.0.layers.0.dwconv.weight", hf_convnext)
 TORCHVISION_MOBILENET = Layout("features.1.conv.0.0.weight", torchvision_mobilenet)
 FLAT_MOBILENET = Layout("features.1.conv.0.weight", flat_mobilenet)
 EFFICIENTNET_PYTORCH = Layout("_conv_stem.weight", efficientnet_pytorch)
-TIMM_VIT = Layout("patch_embed.proj.weight", timm_vit)
-HF_VIT = Layout("embeddings.patch_embeddings.projection.weight", hf_vit)
-HF_DINOV2 = Layout("embeddings.patch_embeddings.projection.weight", hf_dinov2)
-HF_BERT = Layout("embeddings.word_embeddings.weight", hf_bert)
 
 LEAVES = {  # name of a variable in a linen module: its name in PyTorch
     "kernel": "weight",
@@ -249,12 +221,19 @@ def mobilenet_layouts(blocks: Sequence[int]) -> tuple[Layout, ...]:
 def published_names(layout: Layout, path: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the names, without prefix, of the published weights that make up the variable at `path` of a tower.
 
-    >>> published_names(TIMM_VIT, ("block_0", "norm1", "scale"))
-    ('blocks.0.norm1.weight',)
+    >>> published_names(TORCHVISION_RESNET, ("layer1_0", "bn1", "scale"))
+    ('layer1.0.bn1.weight',)
     """
     *modules, leaf = path
     if leaf in LEAVES and not modules[-1].startswith("layer_scale"):
-        names, end = layout.module("/".join(modules)), f".{LEAVES[leaf]}"
+        names, end = layout.module("/".join(modules)), LEAVES[leaf]
     else:  # a parameter that no PyTorch module owns as its weight, such as "cls_token"
         names, end = layout.module("/".join(path)), ""
-    return tuple(name + end for name in ((names,) if isinstance(names, str) else names))
+    return tuple(join_name(name, end) for name in ((names,) if isinstance(names, str) else names))
+
+
+def join_name(module: str, leaf: str) -> str:
+    """Returns the name of a weight from that of its module, as `Layout.module` gives it."""
+    if not leaf or module.endswith("="):
+        return module.removesuffix("=")
+    return module + leaf if module.endswith("_") else f"{module}.{leaf}"

@@ -11,21 +11,31 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from zslflax.errors import UserError
+from zslflax.models.convnext import CONVNEXTS
+from zslflax.models.import_weights.architecture import Values, read_architecture, tower_values, vit_architecture
 from zslflax.models.import_weights.checking import BUFFERS, check_config, check_names, check_shapes, detect_layout
 from zslflax.models.import_weights.layouts import (
-    HF_BERT,
-    HF_DINOV2,
+    HF_CONVNEXT,
     HF_RESNET,
-    HF_VIT,
-    TIMM_VIT,
+    TIMM_CONVNEXT,
+    TIMM_RESNET_D,
     TORCHVISION_RESNET,
     Layout,
     mobilenet_layouts,
     published_names,
 )
 from zslflax.models.import_weights.reading import find_tensors, read_tensors
+from zslflax.models.import_weights.transformer_layouts import (
+    HF_BERT,
+    HF_CLIP_IMAGE,
+    HF_DINOV2,
+    HF_VIT,
+    OPEN_CLIP_IMAGE,
+    TEXT_LAYOUTS,
+    TIMM_VIT,
+)
 from zslflax.models.mobilenet import MOBILENETS
-from zslflax.models.resnet import RESNETS
+from zslflax.models.resnet import RESNET_DS, RESNETS
 from zslflax.models.vit import DINOV2, VITS
 
 log = logging.getLogger("zslflax")
@@ -36,7 +46,8 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
 
     Args:
         folder: holds safetensors in one of the tower's layouts (`layouts.py`), with any prefix.
-        name: of the tower, one of `RESNETS`, `MOBILENETS` or `VITS`.
+        name: of the tower, one of `RESNETS`, `RESNET_DS`, `CONVNEXTS`, `MOBILENETS`, `VITS` or `DINOV2`; "" for the one
+            that config.json describes.
         variables: the tower's {"params", "batch_stats"}, as arrays or their shapes.
         image_size: pixels. The position embeddings of a ViT are resized to it.
 
@@ -48,9 +59,15 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
         UserError: the checkpoint has another architecture. The message lists all names that only one side has, or all
             shapes that differ.
     """
+    if not name:
+        return load_described_tower(folder, variables, image_size)
     check_config(folder, name, expected_options(name))
     if name in RESNETS:
         return load_variables(folder, variables, (TORCHVISION_RESNET, HF_RESNET))
+    if name in RESNET_DS:
+        return load_variables(folder, variables, (TIMM_RESNET_D,))
+    if name in CONVNEXTS:
+        return load_variables(folder, variables, (TIMM_CONVNEXT, HF_CONVNEXT))
     if name in MOBILENETS:
         return load_variables(folder, variables, mobilenet_layouts([s.blocks for s in MOBILENETS[name].stages]))
     if name in VITS:
@@ -62,9 +79,20 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
         smooth = lambda layout: layout is TIMM_VIT or name != dinov2
         resize = lambda table, layout: resize_positions(table, image_size // DINOV2[dinov2][0], smooth(layout))
         return load_variables(folder, variables, (TIMM_VIT, HF_DINOV2), {("position",): resize})
-    raise UserError(
-        f"no image tower is called {name!r}; expected one of {', '.join([*RESNETS, *MOBILENETS, *VITS, *DINOV2])}"
-    )
+    names = [*RESNETS, *RESNET_DS, *CONVNEXTS, *MOBILENETS, *VITS, *DINOV2]
+    raise UserError(f"no image tower is called {name!r}; expected one of {', '.join(names)}")
+
+
+def load_described_tower(folder: Path, variables: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """Loads the image tower that the folder's config.json describes: CLIP's or SigLIP's."""
+    vit = vit_architecture(read_architecture(folder))
+    assert vit is not None  # or the tower could not have been built
+    tokens, side = int(vit.get("class_token", True)), image_size // vit["patch"]
+    transforms = {
+        ("position",): lambda table, layout: resize_positions(table[None], side, antialias=False, tokens=tokens),
+        ("cls_token",): lambda token, layout: token[None, None],
+    }
+    return load_variables(folder, variables, (HF_CLIP_IMAGE, OPEN_CLIP_IMAGE), transforms)
 
 
 def expected_options(name: str) -> dict[str, tuple[Any, ...]]:
@@ -72,6 +100,12 @@ def expected_options(name: str) -> dict[str, tuple[Any, ...]]:
     if name in RESNETS:
         timm_names = (name, f"tv_{name}", f"ssl_{name}", f"swsl_{name}", f"gluon_{name}_v1b")
         hf = {"downsample_in_bottleneck": (False,), "downsample_in_first_stage": (False,), "hidden_act": ("relu",)}
+        return {"architecture": timm_names, "global_pool": ("avg",), **hf}
+    if name in RESNET_DS:
+        return {"architecture": (name, f"gluon_{name.removesuffix('d')}_v1d"), "global_pool": ("avg",)}
+    if name in CONVNEXTS:  # Hugging Face's last norm has an eps of 1e-12, which matters only for tiny variances
+        timm_names = (name, f"{name}_in22k", f"{name}_in22ft1k", f"{name}_384_in22ft1k")
+        hf = {"hidden_act": ("gelu",), "layer_scale_init_value": (1e-6,), "num_stages": (4,), "patch_size": (4,)}
         return {"architecture": timm_names, "global_pool": ("avg",), **hf}
     if name in MOBILENETS:  # timm's own "efficientnet_lite0" pads as PyTorch does
         tensorflow = (name.replace("_", "-"), f"tf_{name}")
@@ -87,11 +121,13 @@ def expected_options(name: str) -> dict[str, tuple[Any, ...]]:
 
 
 def load_text_tower(folder: Path, variables: dict[str, Any]) -> dict[str, Any]:
-    """Loads a published BERT or RoBERTa in the names of Hugging Face, with any prefix.
+    """Loads a published text encoder in the names of Hugging Face, or CLIP's in those of open_clip, with any prefix.
 
     Arguments, result and errors are those of `load_image_tower`.
     """
-    return load_variables(folder, variables, (HF_BERT,))
+    config: Values = read_architecture(folder) if (folder / "config.json").is_file() else {}
+    layouts = TEXT_LAYOUTS.get(tower_values(config, "text").get("model_type", ""), (HF_BERT,))
+    return load_variables(folder, variables, layouts)
 
 
 def load_variables(
@@ -116,7 +152,7 @@ def load_variables(
     layout, prefix = detect_layout(folder, locations, layouts)
     names = {path: [prefix + name for name in published_names(layout, path[1:])] for path in targets}
     needed = {name for of_value in names.values() for name in of_value}
-    check_names(folder, needed, set(locations), prefix)
+    check_names(folder, needed, set(locations), prefix, layout.others)
 
     tensors = read_tensors(locations, needed)
     published = {path: {name: tensors[name] for name in of_value} for path, of_value in names.items()}
@@ -142,8 +178,8 @@ def to_linen(leaf: str, parts: list[np.ndarray]) -> np.ndarray:
     return np.ascontiguousarray(value)
 
 
-def resize_positions(table: np.ndarray, side: int, antialias: bool = True) -> np.ndarray:
-    """Resizes the position embeddings of a ViT, [1, 1 + s², w] or [1, s², w], to `side`² patches: [1, 1 + side², w].
+def resize_positions(table: np.ndarray, side: int, antialias: bool = True, tokens: int = 1) -> np.ndarray:
+    """Resizes the position embeddings of a ViT, [1, 1 + s², w] or [1, s², w], to those of `side`² patches.
 
     The class token keeps its embedding, or gets zeros where the table has none: timm adds it to the token itself in
     networks with registers.
@@ -152,24 +188,28 @@ def resize_positions(table: np.ndarray, side: int, antialias: bool = True) -> np
         table: as published.
         side: number of patches along a side of the image.
         antialias: antialiased bicubic interpolation as in timm; otherwise `interpolate_bicubic`.
+        tokens: 1 with a class token, 0 without.
+
+    Returns:
+        [1, tokens + side², w].
     """
     side_of = lambda count: round(count**0.5) if round(count**0.5) ** 2 == count else 0
-    if side_of(table.shape[1]) and table.shape[1] > 1:
+    if tokens and side_of(table.shape[1]) and table.shape[1] > 1:
         table = np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
-    old = side_of(table.shape[1] - 1)
+    old = side_of(table.shape[1] - tokens)
     if not old:
         raise UserError(
             f"position embeddings {table.shape}: expected those of a square, with or without one for the class token"
         )
     if old == side:
         return table
-    grid = table[:, 1:].reshape(1, old, old, -1)
+    grid = table[:, tokens:].reshape(1, old, old, -1)
     if antialias:
         shape = (1, side, side, grid.shape[-1])
         grid = np.asarray(jax.image.resize(jnp.asarray(grid), shape, "cubic", antialias=True))
     else:
         grid = interpolate_bicubic(grid, side)
-    return np.concatenate([table[:, :1], grid.reshape(1, side**2, -1)], axis=1)
+    return np.concatenate([table[:, :tokens], grid.reshape(1, side**2, -1)], axis=1)
 
 
 def interpolate_bicubic(grid: np.ndarray, side: int) -> np.ndarray:

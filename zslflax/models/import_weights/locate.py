@@ -28,17 +28,55 @@ def locate(name: str) -> Path:
             f"{name!r} is no folder here; expected a folder, package:MODULE/FOLDER or a Hub id such as "
             "microsoft/resnet-50"
         )
-    import huggingface_hub  # the import takes 0.3 s, and most runs read a local folder
-
     try:
-        files = ["*.safetensors", "*.json", "vocab.txt", "merges.txt"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+        return download(name)
     except OSError as error:  # the Hub refused, the connection failed, or the model is not in the cache
         raise MissingFileError(
             f"{name!r} is no folder here, and the Hugging Face Hub did not give it. Check the spelling; "
             "where the Hub cannot be reached, copy the model's folder here and name that. "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def download(name: str) -> Path:
+    """Returns the local folder of a model on the Hub.
+
+    Some models, CLIP ViT-B/32 among them, have safetensors only in a pull request that the Hub itself has opened.
+
+    Raises:
+        OSError: the Hub refused, the connection failed, or the model is not in the cache.
+    """
+    import huggingface_hub  # the import takes 0.3 s, and most runs read a local folder
+
+    files = ["*.safetensors", "*.json", "vocab.txt", "merges.txt", "spiece.model"]
+    folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    if not list(folder.glob("*.safetensors")) and (revision := safetensors_revision(name, folder)):
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
+    return folder
+
+
+def safetensors_revision(name: str, folder: Path) -> str:
+    """Returns the revision in which the Hub's own converter has put safetensors, "" if there is none.
+
+    Args:
+        name: of a model on the Hub.
+        folder: its main revision in the cache.
+    """
+    import httpx
+    import huggingface_hub
+
+    kept = sorted(
+        (folder.parents[1] / "refs" / "refs" / "pr").glob("*")
+    )  # downloaded before, as this asks for no other
+    if kept:
+        return f"refs/pr/{kept[-1].name}"
+    try:
+        requests = huggingface_hub.HfApi().get_repo_discussions(
+            name, author="SFconvertbot", discussion_type="pull_request"
+        )
+        return next((request.git_reference or "" for request in requests if "safetensors" in request.title), "")
+    except (OSError, httpx.HTTPError):
+        return ""
 
 
 def locate_in_package(name: str) -> Path:

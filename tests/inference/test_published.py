@@ -1,0 +1,147 @@
+"""CLIP and SigLIP as they are published, compared with `transformers`, from files to embeddings."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.testing.published import EMBED_DIM, SIZE, TEXTS, TOKENS, photo, save_clip, save_siglip, to_open_clip
+from zslflax.evaluation.test_sets import open_test_sets
+from zslflax.evaluation.zero_shot import evaluate_run
+from zslflax.inference.predictor import Predictor
+from zslflax.training.loop import train
+
+SAVE = {"clip": save_clip, "siglip": save_siglip}
+# Of sizes whose crops have one centre: where it lies between two pixels, transformers and torchvision differ.
+IMAGES = [photo(60, 40), photo(32, 90, 1), photo(40, 40, 2)]
+
+
+@pytest.fixture(scope="module", params=SAVE)
+def published(require, request, tmp_path_factory):
+    """A folder with a published model, and the original model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return folder, SAVE[request.param](require, folder)
+
+
+def unit(outputs) -> np.ndarray:
+    """The embeddings in the output of an original, as unit vectors."""
+    x = getattr(outputs, "pooler_output", outputs).detach().numpy()
+    assert x.std(axis=0).max() > 0.05, "the output of the original hardly depends on its input"
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def original_image_emb(require, folder, model):
+    """What the original computes of `IMAGES` with its own image processor."""
+    transformers = require("transformers")
+    pixels = transformers.AutoImageProcessor.from_pretrained(folder)(
+        [Image.fromarray(image) for image in IMAGES], return_tensors="pt"
+    )
+    return unit(model.get_image_features(**pixels))
+
+
+def original_text_emb(require, folder, model):
+    """What the original computes of `TEXTS` with its own tokenizer; SigLIP's takes no mask."""
+    tokenizer = require("transformers").AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(TEXTS, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    mask = {} if model.config.model_type == "siglip" else {"attention_mask": tokens["attention_mask"]}
+    return unit(model.get_text_features(tokens["input_ids"], **mask))
+
+
+def test_embeddings_agree_with_transformers(require, published):
+    folder, model = published
+    predictor = Predictor.restore(folder, cache="")
+    np.testing.assert_allclose(
+        predictor.encode_image(IMAGES), original_image_emb(require, folder, model), rtol=0, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        predictor.encode_text(TEXTS), original_text_emb(require, folder, model), rtol=0, atol=1e-4
+    )
+    scale = predictor.variables["params"]["objective"]["log_logit_scale"]
+    np.testing.assert_allclose(np.asarray(scale), model.logit_scale.detach().numpy().reshape(()), rtol=1e-6)
+
+
+def test_an_exported_model_is_the_same(published, tmp_path):
+    folder, _ = published
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    predictor = Predictor.restore(moved, cache="")
+    predictor.export(tmp_path / "exported")
+    shutil.rmtree(moved)
+    again = Predictor.restore(tmp_path / "exported", cache="")
+    np.testing.assert_array_equal(again.encode_image(IMAGES), predictor.encode_image(IMAGES))
+    np.testing.assert_array_equal(again.encode_text(TEXTS), predictor.encode_text(TEXTS))
+    assert again.config.eval.resize_factor == predictor.config.eval.resize_factor
+
+
+def test_open_clips_folder_is_the_same_model(require, tmp_path):
+    save_clip(require, tmp_path / "hf", text_width=24)
+    to_open_clip(require, tmp_path / "hf", tmp_path / "open_clip")
+    predictors = [Predictor.restore(tmp_path / name, cache="") for name in ("hf", "open_clip")]
+    assert predictors[1].config.model.embed_dim == EMBED_DIM
+    assert predictors[1].model.mean == (0.1, 0.2, 0.3)
+    text_emb = [predictor.encode_text(TEXTS) for predictor in predictors]
+    np.testing.assert_allclose(text_emb[1], text_emb[0], atol=1e-6)
+    pixels = np.stack([photo(32, 32, i) for i in range(3)])
+    inputs = [(pixels - 255 * np.array(p.model.mean)) / (255 * np.array(p.model.std)) for p in predictors]
+    towers = [
+        p.model.image.tower.apply({"params": p.variables["params"]["image"]["tower"]}, inputs[0]) for p in predictors
+    ]
+    np.testing.assert_allclose(towers[1], towers[0], atol=1e-5)
+
+
+def test_what_is_not_computed_is_refused_by_field(require, published, tmp_path):
+    folder, _ = published
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    values = json.loads((copy / "config.json").read_text())
+    for section, field, value in (
+        ("vision_config", "hidden_act", "relu"),
+        ("vision_config", "num_channels", 1),
+        ("text_config", "hidden_act", "silu"),
+        ("vision_config", "hidden_size", "24"),
+        ("vision_config", "num_hidden_layers", 10**9),
+    ):
+        changed = values | {section: values[section] | {field: value}}
+        (copy / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"{field}|width|depth|wrong type"):
+            Predictor.restore(copy, cache="")
+
+
+def test_a_single_encoder_is_no_model(require, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="model_type 'bert'; expected a model with an image and a text tower, clip or"):
+        Predictor.restore(tmp_path)
+
+
+def test_a_published_model_is_evaluated_on_any_test_set(published, tiny_config, tmp_path):
+    folder, _ = published
+    metrics = evaluate_run(tiny_config, tmp_path / "runs", model=str(folder))
+    [test_set] = open_test_sets(tiny_config)
+    records = [test_set.source[i] for i in range(len(test_set.source))]
+    predictor = Predictor.restore(folder, cache="")
+    names = test_set.label_space.class_names
+    answers = predictor.classify([record["image"] for record in records], names, top_k=1)
+    hits = [names.index(answer[0][0]) in record["label"] for answer, record in zip(answers, records)]
+    assert metrics["eval/test/hit@1"] == pytest.approx(np.mean(hits))
+    assert (tmp_path / "runs" / "predictions" / "0.png").is_file()
+
+
+def test_the_towers_alone_start_a_run_and_the_whole_model_teaches_it(require, tiny_config, tmp_path):
+    save_clip(require, tmp_path / "clip")
+    save_siglip(require, tmp_path / "siglip")
+    c = tiny_config
+    c.model.image.update(name="", pretrained=str(tmp_path / "siglip"), size=SIZE)
+    c.model.text.update(pretrained=str(tmp_path / "clip"), tokenizer="", max_tokens=TOKENS)
+    c.freeze = (("image/tower", -1), ("text/tower", -1))
+    c.teacher.kind, c.teacher.workdir, c.steps = "checkpoint", str(tmp_path / "clip"), 2
+    train(c, tmp_path / "run")
+    for name in ("clip", "siglip"):
+        (tmp_path / name / "model.safetensors").unlink()
+    predictor = Predictor.restore(tmp_path / "run", cache="")
+    assert predictor.model.image.tower.pool == "map" and predictor.model.text.tower.config.causal
+    assert predictor.model.mean == (0.5, 0.5, 0.5)
+    predictor.export(tmp_path / "exported")
+    shutil.rmtree(tmp_path / "run")
+    again = Predictor.restore(tmp_path / "exported", cache="")
+    np.testing.assert_array_equal(again.encode_image(IMAGES), predictor.encode_image(IMAGES))
+    np.testing.assert_array_equal(again.encode_text(TEXTS), predictor.encode_text(TEXTS))

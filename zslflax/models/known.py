@@ -1,0 +1,76 @@
+"""The towers and models that there are, with their sizes and where their weights are published."""
+
+from typing import NamedTuple
+
+
+class Known(NamedTuple):
+    """A tower, an encoder or a whole model.
+
+    Attributes:
+        name: of an image tower, `model.image.name`; else what it is called.
+        millions: of parameters.
+        hub_ids: ids on the Hugging Face Hub. Their architectures, layouts and options are those that the tests compare
+            with the original implementation; "(convert)" marks those that are published in PyTorch's format alone.
+    """
+
+    name: str
+    millions: float
+    hub_ids: tuple[str, ...] = ()
+
+
+IMAGE_TOWERS = (
+    Known("resnet18", 11.2, ("microsoft/resnet-18", "timm/resnet18.tv_in1k")),
+    Known("resnet34", 21.3, ("microsoft/resnet-34", "timm/resnet34.tv_in1k")),
+    Known("resnet50", 23.5, ("microsoft/resnet-50", "timm/resnet50.tv_in1k", "timm/resnet50.fb_swsl_ig1b_ft_in1k")),
+    Known("resnet101", 42.5, ("microsoft/resnet-101", "timm/resnet101.tv_in1k")),
+    Known("resnet_nano", 0.3),
+    Known("resnet18d", 11.2, ("timm/resnet18d.ra2_in1k",)),
+    Known("resnet34d", 21.3, ("timm/resnet34d.ra2_in1k",)),
+    Known("resnet50d", 23.5, ("timm/resnet50d.ra2_in1k",)),
+    Known("resnet101d", 42.5, ("timm/resnet101d.ra2_in1k",)),
+    Known("convnext_tiny", 27.8, ("facebook/convnext-tiny-224", "timm/convnext_tiny.fb_in22k")),
+    Known("convnext_small", 49.5, ("facebook/convnext-small-224", "timm/convnext_small.fb_in22k")),
+    Known("convnext_base", 87.6, ("facebook/convnext-base-224", "timm/convnext_base.fb_in22k")),
+    Known("convnext_large", 196.2, ("facebook/convnext-large-224", "timm/convnext_large.fb_in22k")),
+    Known("mobilenet_v2", 2.2, ("timm/mobilenetv2_100.ra_in1k",)),
+    Known("efficientnet_lite0", 3.4, ("timm/tf_efficientnet_lite0.in1k",)),
+    Known("efficientnet_lite1", 4.1, ("timm/tf_efficientnet_lite1.in1k",)),
+    Known("efficientnet_lite2", 4.8, ("timm/tf_efficientnet_lite2.in1k",)),
+    Known("efficientnet_lite3", 6.9, ("timm/tf_efficientnet_lite3.in1k",)),
+    Known("efficientnet_lite4", 11.7, ("timm/tf_efficientnet_lite4.in1k",)),
+    Known("vit_nano4", 0.8),
+    Known("vit_ti16", 5.5, ("timm/vit_tiny_patch16_224.augreg_in21k",)),
+    Known("vit_s16", 21.7, ("timm/vit_small_patch16_224.augreg_in21k",)),
+    Known("vit_b16", 85.8, ("google/vit-base-patch16-224-in21k", "timm/vit_base_patch16_224.augreg_in21k")),
+    Known("vit_b32", 87.5, ("google/vit-base-patch32-224-in21k", "timm/vit_base_patch32_224.augreg_in21k")),
+    Known("dinov2_s14", 22.1, ("facebook/dinov2-small", "timm/vit_small_patch14_dinov2.lvd142m")),
+    Known("dinov2_b14", 86.6, ("facebook/dinov2-base", "timm/vit_base_patch14_dinov2.lvd142m")),
+    Known("dinov2_l14", 304.4, ("facebook/dinov2-large", "timm/vit_large_patch14_dinov2.lvd142m")),
+    Known("dinov2_s14_reg", 22.1, ("facebook/dinov2-with-registers-small",)),
+    Known("dinov2_b14_reg", 86.6, ("facebook/dinov2-with-registers-base",)),
+    Known("dinov2_l14_reg", 304.4, ("facebook/dinov2-with-registers-large",)),
+)
+
+TEXT_ENCODERS = (
+    Known("MiniLM (BERT)", 22.6, ("sentence-transformers/all-MiniLM-L6-v2",)),
+    Known("BGE small (BERT)", 33.2, ("BAAI/bge-small-en-v1.5",)),
+    Known("BGE base (BERT)", 109.0, ("BAAI/bge-base-en-v1.5",)),
+    Known("E5 base (BERT)", 109.0, ("intfloat/e5-base-v2",)),
+    Known("GTE base (BERT)", 109.0, ("thenlper/gte-base",)),
+    Known("DeCLUTR (RoBERTa)", 124.0, ("johngiorgi/declutr-base (convert)", "johngiorgi/declutr-sci-base (convert)")),
+    Known("E5 multilingual (XLM-R)", 277.0, ("intfloat/multilingual-e5-base",)),
+    Known("CamemBERT", 110.0, ("dangvantuan/sentence-camembert-base",)),
+    Known("MPNet", 109.0, ("sentence-transformers/all-mpnet-base-v2",)),
+    Known("DistilBERT", 66.0, ("sentence-transformers/multi-qa-distilbert-cos-v1",)),
+    Known("ModernBERT", 149.0, ("nomic-ai/modernbert-embed-base", "Alibaba-NLP/gte-modernbert-base")),
+)
+
+TWO_TOWER_MODELS = (
+    Known("CLIP ViT-B/32", 151.3, ("openai/clip-vit-base-patch32", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K")),
+    Known("CLIP ViT-B/16", 149.6, ("openai/clip-vit-base-patch16", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K")),
+    Known("CLIP ViT-L/14", 427.6, ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-L-14-laion2B-s32B-b82K")),
+    Known("CLIP ViT-L/14, 336 pixels", 427.9, ("openai/clip-vit-large-patch14-336",)),
+    Known("SigLIP B/16", 203.2, ("google/siglip-base-patch16-224",)),
+    Known("SigLIP So400m/14, 384 pixels", 878.0, ("google/siglip-so400m-patch14-384",)),
+    Known("SigLIP 2 B/16", 375.2, ("google/siglip2-base-patch16-224",)),
+)
