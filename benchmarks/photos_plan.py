@@ -34,8 +34,9 @@ LEVELS = (
 )
 REPEATED = 3  # seeds of all that is not in the grid
 CLEAN_SIZES = (8_000, 12_000, 16_000)
-TEACHERS = ("info_nce", "self_distillation", "sigmoid")  # whose finished models teach
-SCORERS = ("self_distillation", "sigmoid")  # whose finished models score the pairs
+BASELINE = "info_nce"
+TEACHERS = ("self_distillation", "sigmoid")  # whose finished models teach
+SCORERS = ("self_distillation",)  # whose finished models score the pairs
 FILTERED = (0.1, 0.2, 0.4)  # shares of the pairs that the noise tool leaves out; training is measured at the last two
 RATE = 1e-3  # peak learning rate, the same for all methods
 OTHER_RATES = ((3e-4, 1.0), (3e-4, 2.0), (3e-3, 0.5))  # other rates, and by what the best passes are multiplied
@@ -140,13 +141,11 @@ def plan_runs(lines: list[dict]) -> Iterator[Run]:
 def further_runs(found: dict) -> Iterator[Run]:
     """Other learning rates, clean sets of other sizes, generations, and training on what the noise tool keeps."""
     best = {name: found[name, 0.4, ALL] for name in METHODS}
-    for name in TEACHERS:
+    for name in (BASELINE, *TEACHERS):
         passes, value = best[name]["passes"], best[name]["value"]
         for rate, factor in OTHER_RATES:
             yield Run("rates", name, 0.4, ALL, SEARCH_SEED, factor * passes, value, rate=rate)
     for seed in range(REPEATED):
-        for size in CLEAN_SIZES:
-            yield Run("clean", "info_nce", 0.0, size, seed, **found["info_nce", 0.0, ALL])
         for name in TEACHERS:
             first = Run("grid", name, 0.4, ALL, seed, **best[name])
             run = Run("generations", "self_distillation", 0.4, ALL, seed, **best["self_distillation"])
@@ -154,4 +153,7 @@ def further_runs(found: dict) -> Iterator[Run]:
         for name in SCORERS:
             scored = Run("grid", name, 0.4, ALL, seed, **best[name]).name
             for share in FILTERED[1:]:
-                yield Run("kept", "info_nce", 0.4, ALL, seed, **best["info_nce"], kept=f"{scored} {share}")
+                yield Run("kept", BASELINE, 0.4, ALL, seed, **best[BASELINE], kept=f"{scored} {share}")
+    for seed in range(REPEATED):
+        for size in CLEAN_SIZES:
+            yield Run("clean", BASELINE, 0.0, size, seed, **found[BASELINE, 0.0, ALL])

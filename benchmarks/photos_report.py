@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from photos_plan import ALL, CLEAN_SIZES, COMPARED, FEW, FILTERED, METHODS, PASSES, SCORERS, TEACHERS
+from photos_plan import ALL, CLEAN_SIZES, COMPARED, FEW, FILTERED, METHODS, PASSES, RATE, SCORERS, TEACHERS, VALUES_AT
 from study_report import (
     BASELINE,
     COLOURS,
@@ -85,6 +85,8 @@ def clean_curve(results: Results) -> dict[int, list[float]]:
 
 def worth(curve: dict[int, list[float]], hit: float) -> str:
     """The size of a clean set on which InfoNCE reaches a hit@1, linear in the logarithm of the size between sizes."""
+    if not curve:
+        return "–"
     means = [float(np.mean(values)) for values in curve.values()]
     if not means[0] <= hit <= means[-1]:
         return f"fewer than {min(curve):,}" if hit < means[0] else f"more than {max(curve):,}"
@@ -113,6 +115,24 @@ def noise_tool_table(results: Results) -> str:
     return table(
         ["model that scores", "share with the lowest scores", "wrong among them, %", "of all wrong ones, %"], rows
     )
+
+
+def rates_table(results: Results) -> str:
+    """hit@1 on the held-out photographs at other learning rates, beside what the search found."""
+    rows = []
+    for name in (BASELINE, *TEACHERS):
+        tried = [line for line in results.of_part("rates") if line["method"] == name]
+        found = [
+            line
+            for line in results.of_part("search")
+            if (line["method"], line["noise"], line["size"]) == (name, *VALUES_AT)
+        ]
+        if tried:
+            for line in [max(found, key=lambda line: line["hit@1"]), *tried]:
+                rows.append(
+                    [LABELS[name], f"{line.get('rate', RATE):g}", f"{line['passes']:g}", f"{100 * line['hit@1']:.1f}"]
+                )
+    return table(["method", "learning rate", "passes", "hit@1, %"], rows)
 
 
 def compare_table(results: Results, rows: dict[str, dict[int, dict]]) -> str:
@@ -190,6 +210,7 @@ def main() -> None:
             ("hit@1 of the names without captions among all", "eval/test/unseen/hit@1"),
         ):
             print(f"{title}, {size:,} pairs\n\n{grid_tables(results, size, metric)}")
+    print(f"Other learning rates, 24,000 pairs at noise 0.4\n\n{rates_table(results)}")
     print(f"Teacher or student\n\n{shipping_table(results)}")
     print(f"What noisy pairs are worth\n\n{differences_to_clean(results)}")
     for metric in ("auc/belief", "auc/similarity"):
