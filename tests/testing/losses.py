@@ -50,9 +50,9 @@ def losses_and_gradients(config, params, student, teacher, valid, ids=None):
 
 
 @functools.cache
-def mapped(config, devices):
+def mapped(config, devices, arguments):
     function = functools.partial(losses_and_gradients, config)
-    axes = {"in_axes": (None, 0, 0, 0, 0), "out_axes": (0, None, 0)}
+    axes = {"in_axes": (None, *[0] * arguments), "out_axes": (0, None, 0)}
     return jax.pmap(function, "data", **axes, devices=jax.devices()[:devices])
 
 
@@ -72,8 +72,8 @@ def run_objective(
     """
     teacher = teacher if OBJECTIVES[config.name].needs_teacher else None
     split = lambda tree: jax.tree.map(lambda x: jnp.asarray(x).reshape(devices, -1, *x.shape[1:]), tree)
-    inputs = split((student, teacher, np.asarray(valid), ids))
-    losses, params_grads, emb_grads = mapped(config, devices)(distinct_params(config), *inputs)
+    inputs = split((student, teacher, np.asarray(valid)) + ((ids,) if ids else ()))
+    losses, params_grads, emb_grads = mapped(config, devices, len(inputs))(distinct_params(config), *inputs)
     losses, emb_grads = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), (losses, emb_grads))
     return losses, jax.tree.map(np.asarray, params_grads), emb_grads
 

@@ -64,7 +64,7 @@ def test_packed_captions_make_the_same_update(variables):
 
 
 def test_duplicates_are_found_in_the_whole_batch(variables):
-    """Pairs of one caption, on two devices and in other micro-batches: an update that differs from that of negatives."""
+    """Pairs of one caption, on two devices and in other micro-batches: an update other than that of negatives."""
     ids = np.stack([np.arange(N), np.arange(N) * 7], axis=1).astype(np.uint32)
     batches = [{**batch, "image_id": ids, "text_id": ids % np.uint32(5)} for batch in BATCHES]
     c = make_config(objective__duplicates="positive")
