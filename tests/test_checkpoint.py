@@ -15,7 +15,7 @@ import pytest
 
 from tests.testing.checkpoints import damage, reads_damage, save_steps, state_at
 from tests.testing.configs import ROOT
-from tests.testing.faults import as_nobody, give_to_nobody
+from tests.testing.faults import as_nobody, give_to_nobody, small_disk
 from zslflax import checkpoint, checkpoint_checks, checkpoint_recovery, distributed
 from zslflax.errors import StorageError, UserError
 
@@ -325,6 +325,18 @@ def test_a_checkpoint_without_permission_is_not_used_and_one_that_cannot_be_move
         state, steps = restore_newest(workdir)
     assert int(state.step) == 1 and steps == [1]
     assert "checkpoints/2 is damaged, moved to" in caplog.text and "Permission denied" in caplog.text
+
+
+@reads_damage
+def test_damage_is_moved_to_another_file_system(two_checkpoints, tmp_path):
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        shutil.copytree(two_checkpoints / "checkpoints", disk / "checkpoints")
+        (disk / "checkpoints" / "7").mkdir()
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "checkpoints").symlink_to(disk / "checkpoints")
+        state, steps = restore_newest(tmp_path / "run")
+        assert int(state.step) == 2 and steps == [1, 2]
+        assert (tmp_path / "run" / "damaged" / "7").is_dir()
 
 
 @reads_damage

@@ -1,5 +1,6 @@
 """What a run does with checkpoints that are damaged, copied, renamed or linked before it resumes."""
 
+import errno
 import logging
 import shutil
 from collections.abc import Sequence
@@ -111,4 +112,9 @@ def move(place: Path, target: Path) -> None:
     """
     with storage_errors(target):
         target.parent.mkdir(exist_ok=True)
-        shutil.move(place, target)  # the folder of checkpoints may be a link to another file system
+        try:
+            place.rename(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            shutil.move(place, target)  # the folder of checkpoints may be a link to another file system
