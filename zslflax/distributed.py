@@ -56,9 +56,10 @@ def initialize(compilation_cache: str = "") -> None:
         jax.device_count()
     except UserError:
         raise
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:  # the last where a platform has no device
+        reason = str(error).rstrip(".") or f"there is no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
         raise UserError(
-            f"jax does not start: {error}. The environment variables JAX_…, XLA_FLAGS and ZSLFLAX_DISTRIBUTED say "
+            f"jax does not start: {reason}. The environment variables JAX_…, XLA_FLAGS and ZSLFLAX_DISTRIBUTED say "
             "on which devices it should run, and with which other processes, all of which must be started"
         ) from error
     if is_multi_process():
