@@ -14,7 +14,7 @@ RUN = """
 import sys, time
 from zslflax import cli, distributed, peers
 from zslflax.errors import UserError
-peers.POLL_SECONDS = 0.3
+peers.POLL_SECONDS = 0.2
 with cli.exit_on_error():
     distributed.initialize()
     print("connected", flush=True)
@@ -60,7 +60,7 @@ def test_the_others_name_a_process_that_was_killed(start):
     for process in (first, third):
         errors = errors_of(process)
         assert process.returncode == 1
-        assert "zslflax: process 1 of 3 has given no sign of life for 3 s: it was killed" in errors
+        assert "zslflax: process 1 of 3 has given no sign of life for 4 s: it was killed" in errors
         assert "This process ends too. The same command goes on from the newest checkpoint" in errors
         assert "was aborted by jax" not in errors and "stack trace" not in errors
     assert "zslflax: process 1 of 3 was killed, or was aborted by jax" in errors_of(second)

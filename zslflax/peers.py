@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 POLL_SECONDS = 3.0
-SILENT_POLLS = 10  # without a sign of life. jax aborts a process that lost another one after 100 s.
+SILENT_POLLS = 20  # without a sign of life: 60 s, in which a library may hold the interpreter. jax aborts after 100 s.
 ALIVE, GONE = "zslflax/alive/", "zslflax/gone/"  # folders of the store, with an entry for each process
 DONE = "done"  # instead of a count: the process has come to its end
 GO_ON = "The same command goes on from the newest checkpoint"
