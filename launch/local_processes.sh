@@ -19,8 +19,19 @@ port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); 
 # Without this flag, a device may start two collectives in another order than the others, and the run hangs (jaxlib 0.10).
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_cpu_enable_concurrency_optimized_scheduler=false"
 
-pids=()
+# The first signal is passed on as SIGTERM: the run saves and stops, and is waited for. The second one ends it at once.
+signals=0 pids=()
+stop() {
+    signals=$((signals + 1))
+    if ((signals == 1)); then
+        echo "${0##*/}: the processes save and stop; once more ends them at once" >&2 || true
+        kill -TERM "${pids[@]}" 2>/dev/null || true
+    else
+        kill -KILL "${pids[@]}" 2>/dev/null || true
+    fi
+}
 trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT # jax handles SIGTERM in multi-process runs
+trap stop INT TERM HUP
 for ((i = 0; i < processes; i++)); do
     command=(env JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port"
         "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$i" python -m zslflax.main "$@")
@@ -31,15 +42,40 @@ for ((i = 0; i < processes; i++)); do
         "${command[@]}" &
         pids+=($!)
     else
-        "${command[@]}" > >(sed "s/^/[$i] /" >&2) 2>&1 &
+        "${command[@]}" > >(trap '' INT TERM HUP && exec sed -u "s/^/[$i] /" >&2) 2>&1 &
         pids+=($!)
     fi
 done
 
-# The first process that fails ends all of them. The others would wait for it until the heartbeat times out.
-for _ in "${pids[@]}"; do
-    wait -n
+# The first process that fails ends all of them. The others would wait for it until they notice. A run that was asked to
+# stop is waited for to its end.
+running=${#pids[@]} failed=0
+while ((running > 0)); do
+    before=$signals status=0
+    wait -n || status=$?
+    if ((signals > before)); then
+        continue # the wait was interrupted
+    elif ((status == 127)); then
+        break # all have ended
+    fi
+    running=$((running - 1))
+    if ((status != 0)); then
+        failed=$((failed ? failed : status))
+        if ((signals == 0)); then
+            gone=""
+            for ((i = 0; i < processes; i++)); do
+                kill -0 "${pids[i]}" 2>/dev/null || gone+=" $i"
+            done
+            reason="has failed with status $status"
+            if ((status > 128)); then
+                reason="was killed by signal $((status - 128))"
+            fi
+            echo "${0##*/}: process$gone $reason; the same command goes on from the newest checkpoint" >&2
+            break # the others are ended
+        fi
+    fi
 done
+exit "$failed"
 
 # Expect the output of process 0 unchanged, and that of process i on standard error after "[i] ". The exit status is
 # that of the first process that failed, or 0. The run equals that of one process with all the devices, up to rounding.

@@ -4,6 +4,8 @@ import gc
 import importlib
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import jax
 import pytest
@@ -15,6 +17,7 @@ from tests.testing.configs import (
     make_learned_config,
     make_tiny_config,
 )
+from tests.testing.faults import give_to_nobody
 from zslflax.models import vit
 from zslflax.training import loop
 
@@ -80,6 +83,14 @@ def learned_workdir(shapes_root):
     """The workdir of a run that learned to tell colours. Tests must not change it."""
     loop.train(make_learned_config(shapes_root), shapes_root / "learned")
     return shapes_root / "learned"
+
+
+@pytest.fixture
+def nobodys_folder():
+    """A new folder that `as_nobody` can reach and write. pytest's own folders are closed to other users."""
+    with tempfile.TemporaryDirectory() as folder:
+        give_to_nobody(Path(folder))
+        yield Path(folder)
 
 
 @pytest.fixture

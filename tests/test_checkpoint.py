@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 
 import flax
 import jax
@@ -14,7 +15,8 @@ import pytest
 
 from tests.testing.checkpoints import damage, reads_damage, save_steps, state_at
 from tests.testing.configs import ROOT
-from zslflax import checkpoint, checkpoint_checks, distributed
+from tests.testing.faults import as_nobody, give_to_nobody, small_disk
+from zslflax import checkpoint, checkpoint_checks, checkpoint_recovery, distributed
 from zslflax.errors import StorageError, UserError
 
 
@@ -136,7 +138,7 @@ def test_some_attributes_are_read_alone_and_without_a_warning(two_checkpoints, c
 
 def restore_newest(folder, like=None):
     with checkpoint.open_manager(folder) as manager:
-        return checkpoint.restore_newest(manager, like or state_at(0)), list(manager.all_steps())
+        return checkpoint_recovery.restore_newest(manager, like or state_at(0)), list(manager.all_steps())
 
 
 @reads_damage
@@ -258,6 +260,116 @@ def test_a_folder_that_holds_no_checkpoint_is_moved(workdir_copy):
     assert (workdir_copy / "damaged" / "7").is_dir()
 
 
+def test_a_copy_of_a_checkpoint_is_moved_and_the_next_steps_are_saved(workdir_copy, caplog):
+    folder = workdir_copy / "checkpoints"
+    for name in ("999", "9" * 30):
+        shutil.copytree(folder / "2", folder / name)
+    with pytest.raises(UserError, match="999 holds step 2; it was copied or renamed. Rename it to 2, or remove it"):
+        checkpoint.restore_parts(workdir_copy, 999, ("params",))
+    with checkpoint.open_manager(workdir_copy) as manager:
+        with pytest.raises(StorageError, match=r"step 3 is not saved where later steps are: \[1, 2, 999, 9+\]"):
+            checkpoint.save(manager, state_at(3))
+        assert int(checkpoint_recovery.restore_newest(manager, state_at(0)).step) == 2
+        checkpoint.save(manager, state_at(3))
+    assert checkpoint.complete_steps(workdir_copy) == [2, 3]
+    assert f"{folder}/999 is a copy of step 2, moved to {workdir_copy}/damaged/999, and not used" in caplog.text
+
+
+def test_a_checkpoint_that_was_renamed_gets_its_name_back(workdir_copy, caplog):
+    folder = workdir_copy / "checkpoints"
+    (folder / "2").rename(folder / "31")
+    state, steps = restore_newest(workdir_copy)
+    assert int(state.step) == 2 and steps == [1, 2]
+    assert checkpoint.recent_metrics(workdir_copy, 2) == []
+    assert f"{folder}/31 holds step 2 and has been renamed to it" in caplog.text
+
+
+@pytest.mark.parametrize("target", ["2", "../elsewhere"])
+def test_a_linked_checkpoint_is_refused_and_stays(workdir_copy, target):
+    folder = workdir_copy / "checkpoints"
+    shutil.copytree(folder / "2", workdir_copy / "elsewhere")
+    (folder / "5").symlink_to(target)
+    with pytest.raises(UserError, match="/5 is a symbolic link; replace it by the folder to which it leads, or remove"):
+        restore_newest(workdir_copy)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "5"]
+
+
+def test_names_that_are_no_steps_are_left_alone(workdir_copy):
+    folder = workdir_copy / "checkpoints"
+    names = ["2 (copy)", "2.bak", "0002", "-2"]
+    for name in names:
+        shutil.copytree(folder / "2", folder / name)
+    (folder / "5").write_text("")
+    assert checkpoint.complete_steps(workdir_copy) == [1, 2]
+    with checkpoint.open_manager(workdir_copy) as manager:
+        assert int(checkpoint_recovery.restore_newest(manager, state_at(0)).step) == 2
+        for step in (3, 4, 5):
+            checkpoint.save(manager, state_at(step))
+    assert checkpoint.complete_steps(workdir_copy) == [4, 5]
+    assert set(names) <= {path.name for path in folder.iterdir()}
+
+
+@reads_damage
+def test_a_checkpoint_without_permission_is_not_used_and_one_that_cannot_be_moved_is_named(
+    two_checkpoints, nobodys_folder, caplog
+):
+    workdir = shutil.copytree(two_checkpoints, nobodys_folder / "run")
+    give_to_nobody(workdir)
+    damaged = workdir / "checkpoints" / "2"
+    (damaged / "run" / "metadata").chmod(0)
+    damaged.chmod(0o555)  # a folder that is not writable cannot be moved to another
+    with as_nobody():
+        with pytest.raises(StorageError, match=f"{workdir}/damaged/2 cannot be written: Permission denied"):
+            restore_newest(workdir)
+        damaged.chmod(0o755)
+        state, steps = restore_newest(workdir)
+    assert int(state.step) == 1 and steps == [1]
+    assert "checkpoints/2 is damaged, moved to" in caplog.text and "Permission denied" in caplog.text
+
+
+@reads_damage
+def test_damage_is_moved_to_another_file_system(two_checkpoints, tmp_path):
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        shutil.copytree(two_checkpoints / "checkpoints", disk / "checkpoints")
+        (disk / "checkpoints" / "7").mkdir()
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "checkpoints").symlink_to(disk / "checkpoints")
+        state, steps = restore_newest(tmp_path / "run")
+        assert int(state.step) == 2 and steps == [1, 2]
+        assert (tmp_path / "run" / "damaged" / "7").is_dir()
+
+
+@reads_damage
+def test_a_file_in_place_of_the_folder_for_damaged_checkpoints_is_named(workdir_copy):
+    (workdir_copy / "checkpoints" / "7").mkdir()
+    (workdir_copy / "damaged").write_text("")
+    with pytest.raises(StorageError, match=f"{workdir_copy}/damaged/7 cannot be written: .*exists"):
+        restore_newest(workdir_copy)
+
+
+def test_a_save_that_leaves_nothing_is_an_error(tmp_path):
+    with checkpoint.open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state_at(1))
+        manager.wait_until_finished()
+        shutil.rmtree(tmp_path / "checkpoints" / "1")
+        with pytest.raises(StorageError, match="step 1 was saved to .*/checkpoints/1, but cannot be read from there"):
+            checkpoint.check_for_errors(manager)
+
+
+@reads_damage
+def test_arrays_of_the_first_save_are_read_again(tmp_path):
+    with checkpoint.open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state_at(1))
+        manager.wait_until_finished()
+        for path in (tmp_path / "checkpoints" / "1" / "state").rglob("d/*"):
+            path.unlink()
+        with pytest.raises(StorageError, match="step 1 was saved to .* but cannot be read from there"):
+            checkpoint.check_for_errors(manager)
+        checkpoint.save(manager, state_at(2))
+        checkpoint.wait_until_finished(manager)
+    assert checkpoint.small_attributes(state_at(1)) == ["step", "teacher_params"]
+
+
 def test_the_metrics_since_the_last_report_are_saved_with_the_state(tmp_path):
     values = np.random.default_rng(0).standard_normal(3, np.float32)
     recent = [{"loss": jnp.asarray(value), "failed_step": jnp.int32(-1)} for value in values] + [
@@ -291,8 +403,8 @@ def test_no_flipped_bit_of_the_metrics_since_the_last_report_goes_unnoticed(tmp_
         path.write_bytes(good)
     path.write_bytes(good.replace(b"5.4", b"3.4"))
     with checkpoint.open_manager(tmp_path) as manager:
-        assert checkpoint.restore_newest(manager, state_at(0)).step == 2
-    assert (tmp_path / checkpoint.DAMAGED_FOLDER / "3").is_dir()
+        assert checkpoint_recovery.restore_newest(manager, state_at(0)).step == 2
+    assert (tmp_path / checkpoint_recovery.DAMAGED_FOLDER / "3").is_dir()
 
 
 def failing_close(monkeypatch, manager, error):
@@ -312,6 +424,18 @@ def test_a_save_that_fails_as_a_run_ends_does_not_replace_the_error_of_the_run(t
         raise KeyError("of the run")
     close()
     assert "could not be written to" in caplog.text and "RESOURCE_EXHAUSTED" in caplog.text
+
+
+def test_a_save_that_never_ends_does_not_keep_a_run_that_has_failed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint, "CLOSE_SECONDS", 0.1)
+    ended = threading.Event()
+    with pytest.raises(KeyError, match="of the run"), checkpoint.open_manager(tmp_path) as manager:
+        close = manager.close
+        monkeypatch.setattr(manager, "close", ended.wait)
+        raise KeyError("of the run")
+    ended.set()
+    close()
+    assert "the save in progress has not ended within 0 s and is given up" in caplog.text
 
 
 def test_only_errors_of_storage_become_a_storage_error(tmp_path, monkeypatch):

@@ -79,3 +79,23 @@ def test_compiled_functions_are_cached_unless_the_config_says_otherwise(tmp_path
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize(
+    "address, count, process",
+    [
+        ("10.0.0.1", "2", "0"),
+        ("10.0.0.1:80", "", "0"),
+        ("10.0.0.1:80", "two", "0"),
+        ("10.0.0.1:80", "2", "2"),
+        ("h:1", "2", "-1"),
+    ],
+)
+def test_variables_that_describe_no_process_are_refused(monkeypatch, address, count, process):
+    names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": process}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"a number of processes, and one from 0 below it; found .*ID='{process}'"):
+        distributed.read_process_variables()
+    monkeypatch.setattr(distributed.os, "environ", names | dict(zip(names, ("h.example:80", "2", "1"))))
+    assert distributed.read_process_variables() == ("h.example:80", 2, 1)

@@ -88,6 +88,13 @@ def test_columns_by_name(tmp_path):
         list(files.read_columns(path, ["a"]))
 
 
+@pytest.mark.parametrize("text", ['a,b\n1,"2\n3,4\n5,6\n', 'a,b\n1,"2" inch\n'])
+def test_a_quote_in_a_csv_file_that_would_take_other_rows_is_refused(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError, match="a.csv, line . is not valid CSV"):
+        list(read_columns(tmp_path / "a.csv", ["b"]))
+
+
 @pytest.mark.parametrize("path", ["gs://b/m", "s3://b/m", "https://h/m", Path("gs://b/m"), "file:///m"])
 def test_an_address_is_no_local_path(path):
     with pytest.raises(UserError, match="--export is '.*', an address; expected a path on this machine"):

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -198,3 +199,61 @@ def test_skypilot_tells_jax_its_processes(tool, tmp_path):
     said = subprocess.check_output(["bash", "-c", task["run"]], env=environment, cwd=tmp_path, text=True)
     command = "-m zslflax.main --stopped_status=143 --workdir=/share/runs/r50_declutr --config=c.py *.tar"
     assert said == f"10.0.0.1:8476 2 1 {command}\n"
+
+
+PROCESS = """
+if [[ $1 == -c ]]; then echo 12345; exit; fi
+if [[ $JAX_PROCESS_ID == "${FAILS:-}" ]]; then exit 3; fi
+if [[ $JAX_PROCESS_ID == "${DIES:-}" ]]; then kill -KILL $$; fi
+trap 'sleep 0.1; if [[ -z ${HANGS:-} ]]; then echo "process $JAX_PROCESS_ID has saved"; exit ${STATUS:-0}; fi' TERM
+echo "process $JAX_PROCESS_ID runs"
+for ((;;)); do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def local_processes(tool):
+    """Starts three processes, which save when they get SIGTERM; waits until they run."""
+
+    def start(**environment):
+        process = subprocess.Popen(
+            ["bash", LAUNCH / "local_processes.sh", "3", "2", "--config=c.py"],
+            env=os.environ | tool("python", PROCESS) | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if environment.keys() <= {"STATUS", "HANGS"}:
+            assert sum("runs" in process.stdout.readline() for _ in range(3)) == 3
+        return process
+
+    return start
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_launcher_reaches_all_processes_and_is_waited_for(local_processes, number):
+    process = local_processes(STATUS="143")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and output.count("has saved") == 3
+    assert "the processes save and stop; once more ends them at once" in output
+
+
+def test_a_second_signal_to_the_launcher_ends_the_processes(local_processes):
+    process = local_processes(HANGS="1")
+    process.send_signal(signal.SIGINT)
+    assert "once more" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 137 and "saved" not in output
+
+
+@pytest.mark.parametrize(
+    "environment, status, reason",
+    [({"FAILS": "1"}, 3, "1 has failed with status 3"), ({"DIES": "2"}, 137, "2 was killed")],
+)
+def test_the_launcher_names_the_process_that_ended_the_others(local_processes, environment, status, reason):
+    process = local_processes(**environment)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert f"process {reason}" in output and "the same command goes on from the newest checkpoint" in output

@@ -91,6 +91,17 @@ def test_a_wrong_flag_ends_in_one_line(parse, arguments, config, message):
     assert line.startswith("zslflax: ") and message in line and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [("x = 1\ndef (", "file.py, line 2: invalid syntax"), ("x = 1", "the file has no function get_config")],
+)
+def test_a_config_file_that_is_no_config_ends_in_one_line(parse, tmp_path, text, message):
+    (tmp_path / "file.py").write_text(text)
+    with pytest.raises(SystemExit) as raised:
+        parse("--config.steps=3", config=tmp_path / "file.py")
+    assert raised.value.code.startswith("zslflax: --config: ") and message in raised.value.code
+
+
 def test_templates_from_a_file_are_saved_with_the_config(parse, tmp_path):
     (tmp_path / "prompts.txt").write_text("a photo of a {}.\na drawing of a {}.\n")
     c = parse(f"--config.eval.templates={tmp_path / 'prompts.txt'}")

@@ -2,12 +2,14 @@
 
 A train state is any object whose attributes (`vars(state)`) are pytrees of arrays, among them the scalar `step`. A
 checkpoint has two items: `state`, the arrays, and `run`, JSON with a fingerprint of each attribute, the metrics of the
-steps since the last report, and a hash of both.
+steps since the last report, and a hash of both. A checkpoint's step is what its `run` says, and its folder's name.
 """
 
 import contextlib
 import logging
 import math
+import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ from orbax.checkpoint import checkpoint_managers
 
 from zslflax import distributed
 from zslflax.checkpoint_checks import (
-    MismatchError,
     check_fingerprints,
     check_structure,
     fingerprints,
@@ -32,10 +33,23 @@ log = logging.getLogger("zslflax")
 
 Metrics = dict[str, Any]  # scalars by name
 
-FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"  # in the workdir
+FOLDER = "checkpoints"  # in the workdir
+CLOSE_SECONDS = 300.0  # that a run which fails waits for its last save
 
 
-def create_manager(workdir: str | Path, best_metric: str = "") -> ocp.CheckpointManager:
+class CheckpointManager(ocp.CheckpointManager):
+    """Orbax's manager, which also knows what of this run's saves has been found on the disk.
+
+    Attributes:
+        unproved: the step of the last save until `prove_save` has found it; None otherwise.
+        samples: attributes that `prove_save` reads of the first save, a small part of it; none after that.
+    """
+
+    unproved: int | None = None
+    samples: Sequence[str] | None = None
+
+
+def create_manager(workdir: str | Path, best_metric: str = "") -> CheckpointManager:
     """A manager of the checkpoints in `workdir`/checkpoints, which saves in the background.
 
     It keeps the newest two, and the one with the highest value of `best_metric` if that is given.
@@ -57,35 +71,46 @@ def create_manager(workdir: str | Path, best_metric: str = "") -> ocp.Checkpoint
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept), best_fn=best_fn
     )
-    return ocp.CheckpointManager((Path(workdir) / FOLDER).absolute(), options=options)
+    return CheckpointManager((Path(workdir) / FOLDER).absolute(), options=options)
 
 
 @contextlib.contextmanager
-def open_manager(workdir: Path, best_metric: str = "") -> Iterator[ocp.CheckpointManager]:
+def open_manager(workdir: Path, best_metric: str = "") -> Iterator[CheckpointManager]:
     """A manager as `create_manager` returns it, closed at the end.
 
     If the block raises, an error of a save that is still in progress is logged and does not replace the block's error.
+    Such a save is waited for, at most `CLOSE_SECONDS`.
     """
     manager = create_manager(workdir, best_metric)
     try:
         yield manager
     except BaseException:
-        try:
-            close(manager)
-        except Exception as error:
-            log.error("%s", error)
+        closing = threading.Thread(target=close_and_log, args=(manager,), name="zslflax-close", daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+        if closing.is_alive():
+            log.error("the save in progress has not ended within %.0f s and is given up", CLOSE_SECONDS)
         raise
     close(manager)
 
 
-def close(manager: ocp.CheckpointManager) -> None:
-    """Waits for saves in progress and closes the manager. Raises a StorageError if one of them failed."""
+def close_and_log(manager: CheckpointManager) -> None:
+    """Closes the manager, and logs the error of a save in progress."""
+    try:
+        close(manager)
+    except Exception as error:
+        log.error("%s", error)
+
+
+def close(manager: CheckpointManager) -> None:
+    """Waits for saves in progress and closes the manager. Raises a StorageError as `wait_until_finished`."""
     with save_errors(manager):
         manager.close()
+    prove_save(manager)
 
 
 def save(
-    manager: ocp.CheckpointManager,
+    manager: CheckpointManager,
     state: Any,
     eval_metrics: Metrics | None = None,
     recent_metrics: Sequence[Metrics] = (),
@@ -101,6 +126,7 @@ def save(
     Raises:
         StorageError: the previous save failed, or this one could not start.
     """
+    wait_until_finished(manager)  # Orbax would wait as well
     step = int(state.step)
     if step in manager.all_steps():
         if not eval_metrics:
@@ -114,27 +140,74 @@ def save(
         run=ocp.args.JsonSave(run_item(fingerprints(vars(state)), recent)),
     )
     with save_errors(manager):
-        manager.save(step, args=items, metrics=eval_metrics or None)
+        if not manager.save(step, args=items, metrics=eval_metrics or None):
+            raise OSError(f"step {step} is not saved where later steps are: {manager.all_steps()}")
+    manager.unproved = step
+    if manager.samples is None:
+        manager.samples = small_attributes(state)
 
 
-def check_for_errors(manager: ocp.CheckpointManager) -> None:
-    """Raises a StorageError if a save in the background has failed. Does not wait."""
+def small_attributes(state: Any) -> list[str]:
+    """The step, and of the attributes that hold more than single numbers the smallest one."""
+    sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in vars(state).items()}
+    larger = [name for name, tree in vars(state).items() if any(x.ndim for x in jax.tree.leaves(tree))]
+    return ["step", *sorted(larger, key=lambda name: sizes[name])[:1]]
+
+
+def check_for_errors(manager: CheckpointManager) -> None:
+    """Raises a StorageError if a save in the background has failed or left nothing. Waits for no save.
+
+    After the first save it reads a small part of it again.
+    """
     with save_errors(manager):
         manager.check_for_errors()
+    if not manager.is_saving_in_progress():
+        prove_save(manager)
 
 
-def wait_until_finished(manager: ocp.CheckpointManager) -> None:
-    """Waits for saves in progress. Raises a StorageError if one of them failed."""
+def wait_until_finished(manager: CheckpointManager) -> None:
+    """Waits for saves in progress. Raises a StorageError if one of them failed or left nothing that can be read."""
     with save_errors(manager):
         manager.wait_until_finished()
+    prove_save(manager)
+
+
+def prove_save(manager: CheckpointManager) -> None:
+    """Proves in the main process that the last save, which must be finished, is on the disk.
+
+    Of the manager's first save some arrays are read as well. A place from which nothing can be restored, whatever the
+    reason, ends the run there and not at the next start.
+
+    Raises:
+        StorageError: there is no such checkpoint, or its arrays cannot be read.
+    """
+    step, manager.unproved = manager.unproved, None
+    if step is not None and distributed.is_main():
+        check_saved(manager, step, manager.samples or ())
+        manager.samples = ()
+
+
+def check_saved(manager: CheckpointManager, step: int, names: Sequence[str] = ()) -> None:
+    """Raises a StorageError if the checkpoint of a step is not on the disk, or attributes of it cannot be read."""
+    folder = Path(manager.directory) / str(step)
+    try:
+        read_run_item(folder)
+        if names:
+            restore_parts(folder.parent.parent, step, names)
+    except UserError as error:
+        raise StorageError(
+            f"step {step} was saved to {folder}, but cannot be read from there; is it on a file system that keeps what "
+            f"is written, and does nothing else remove it? {error}"
+        ) from error
 
 
 @contextlib.contextmanager
-def save_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
+def save_errors(manager: CheckpointManager) -> Iterator[None]:
     """Turns errors of a save into a StorageError that names the checkpoints that are complete."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:  # TensorStore raises ValueError for a full disk
+        manager.unproved = None
         steps = ", ".join(map(str, complete_steps(Path(manager.directory).parent))) or "none"
         raise StorageError(
             f"a checkpoint could not be written to {manager.directory}; complete are those of steps: "
@@ -143,12 +216,16 @@ def save_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 def complete_steps(workdir: str | Path) -> list[int]:
-    """The steps of the complete checkpoints in a workdir, in ascending order."""
+    """The steps of the complete checkpoints in a workdir, in ascending order, by the names of their folders.
+
+    Orbax writes a checkpoint under another name and renames it when it is complete.
+    """
     folder = Path(workdir) / FOLDER
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
-def restore(manager: ocp.CheckpointManager, like: Any, step: int | None = None) -> Any:
+def restore(manager: CheckpointManager, like: Any, step: int | None = None) -> Any:
     """Restores a state, replicated over the devices, regardless of the number of devices and processes that saved it.
 
     Args:
@@ -169,52 +246,6 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int | None = None) 
     state = distributed.to_local(manager.restore(step, args=items).state)
     check_fingerprints(vars(state), folder)
     return state
-
-
-def restore_newest(manager: ocp.CheckpointManager, like: Any) -> Any:
-    """Restores the newest checkpoint that can be read. Newer ones are damaged: they are logged and moved to damaged/.
-
-    Raises:
-        MismatchError: no checkpoint can be restored, because they have other arrays than `like`. Nothing is moved.
-        UserError: no checkpoint can be restored, because of damage. Nothing is moved.
-    """
-    reasons: dict[int, str] = {}
-    mismatch: MismatchError | None = None
-    for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            state = restore(manager, like, step)
-        except Exception as error:  # Orbax, TensorStore and their parsers raise many kinds
-            reasons[step] = f"{type(error).__name__}: {str(error)[:300]}"
-            mismatch = error if mismatch is None and isinstance(error, MismatchError) else mismatch
-        if distributed.all_hosts(step not in reasons):
-            move_damaged(manager, [newer for newer in manager.all_steps() if newer > step], reasons)
-            return state
-    if mismatch is not None:
-        raise mismatch
-    described = "\n  ".join(f"{step}: {reason}" for step, reason in reasons.items())
-    raise UserError(
-        f"none of the checkpoints in {manager.directory} can be restored; nothing has been changed there. "
-        f"Replace them by copies, or choose another --workdir:\n  {described}"
-    )
-
-
-def move_damaged(manager: ocp.CheckpointManager, steps: Sequence[int], reasons: dict[int, str]) -> None:
-    """Moves damaged checkpoints to the workdir's folder damaged/, so that their steps can be saved again."""
-    if not steps:
-        return
-    folder = Path(manager.directory)
-    for step in steps:
-        target = folder.parent / DAMAGED_FOLDER / str(step)
-        while target.exists():
-            target = target.with_name(target.name + "+")
-        reason = reasons.get(step, "another process cannot read it")
-        log.error("the checkpoint %s is damaged, moved to %s, and not used: %s", folder / str(step), target, reason)
-        distributed.wait_for_hosts()  # all processes have chosen the target
-        if distributed.is_main():
-            target.parent.mkdir(exist_ok=True)
-            (folder / str(step)).rename(target)
-    distributed.wait_for_hosts()
-    manager.reload()
 
 
 def restore_parts(workdir: str | Path, step: int, names: Sequence[str]) -> dict[str, Any]:

@@ -23,15 +23,26 @@ class MismatchError(UserError):
     """A checkpoint has other arrays than the train state that it should be restored to."""
 
 
+class MisplacedError(UserError):
+    """A checkpoint was copied or renamed: it holds another `step` than its folder's name says."""
+
+    def __init__(self, folder: Path, step: int):
+        super().__init__(f"{folder} holds step {step}; it was copied or renamed. Rename it to {step}, or remove it")
+        self.step = step
+
+
 def read_run_item(folder: Path) -> dict[str, Any]:
     """The item `run` of a checkpoint, which `run_item` made.
 
     Raises:
-        UserError: it is not what was saved.
+        UserError: it is not what was saved, or is of another step than the folder's name says.
     """
     item = read_json(folder / "run" / "metadata")
     if item != run_item(item.get("fingerprints"), item.get("recent_metrics")):
         raise UserError(f"the checkpoint {folder} is damaged: run/metadata is not what was saved")
+    # The step is a single number with the weight 1, so that its fingerprint is the step.
+    if (step := item["fingerprints"]["step"]) != int(folder.name):
+        raise MisplacedError(folder, step)
     return item
 
 

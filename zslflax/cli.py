@@ -1,21 +1,33 @@
 """What all commands share: the log and progress on standard error, and user errors without a traceback."""
 
 import contextlib
+import errno
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 import absl.logging
 import jax
 from tqdm import tqdm
 
+from zslflax import distributed
 from zslflax.errors import UserError
 
 log = logging.getLogger("zslflax")
 
+EXIT_SECONDS = 30.0  # that a process may wait for its threads when it ends
+SHUTDOWN_SECONDS = 300.0  # more, in which jax waits at the end for the other processes of a run
+INTERRUPTED = 130  # exit status after Ctrl-C
+# Errors of the machine, which a user can fix wherever they come from: permissions, full or read-only disks, limits.
+MACHINE_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+    *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP),
+)
 LOG_SECONDS = 30.0  # between lines of progress, where standard error is not a terminal
 
 
@@ -27,6 +39,8 @@ def start_logging() -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax logs twenty lines for each checkpoint
+    # On a full disk, Orbax raises one error and leaves hundreds of the same, which asyncio would log.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 class _TqdmStream:
@@ -43,29 +57,80 @@ class _TqdmStream:
 def exit_on_error() -> Iterator[None]:
     """Ends the program with the message of a `UserError`, and with the traceback of any other exception.
 
+    Errors of the machine, such as a full disk or a missing permission, end with their message as well.
+
     A reader that closes the pipe of standard output, such as `head`, ends the program quietly.
 
-    With the environment variable ZSLFLAX_TRACEBACK=1, a `UserError` shows its traceback as well.
+    With the environment variable ZSLFLAX_TRACEBACK=1, all errors show their traceback.
 
     In a multi-process run the process exits at once. A normal exit would wait for the other processes, which in turn
-    wait for this one's part of a step.
+    wait for this one's part of a step. Otherwise it ends at the latest `EXIT_SECONDS` after the block, whatever its
+    threads wait for, such as a file system or a server that does not answer.
     """
+    open_standard_streams()
+    limit = ExitLimit()
     try:
         yield
         sys.stdout.flush()  # an error of the last lines is raised here
+        limit.status = 0
     except BrokenPipeError:
         # Python flushes again when it ends, which would print the error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
-        message = None
-        if isinstance(error, UserError) and not os.environ.get("ZSLFLAX_TRACEBACK"):
-            message = f"zslflax: {error}"
-        if jax.distributed.is_initialized():
-            print(message or traceback.format_exc(), file=sys.stderr, flush=True)
-            os._exit(1)
-        if message:
-            sys.exit(message)
+        limit.status = 0
+    except SystemExit as error:
+        limit.status = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
+    except KeyboardInterrupt:
+        end_process("zslflax: interrupted", INTERRUPTED, limit)
+    except Exception as error:
+        of_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRORS
+        if (isinstance(error, UserError) or of_machine) and not os.environ.get("ZSLFLAX_TRACEBACK"):
+            end_process(f"zslflax: {error}", 1, limit)
+        if jax.distributed.is_initialized():
+            end_process(traceback.format_exc(), 1, limit)
+        raise
+
+
+def end_process(message: str, status: int, limit: "ExitLimit") -> NoReturn:
+    """Prints a message and ends the process: at once, if it is one of several, and otherwise with a `SystemExit`."""
+    limit.status = status
+    if status == 1 and not jax.distributed.is_initialized():
+        sys.exit(message)  # prints it
+    with contextlib.suppress(OSError):  # nobody reads it, or its disk is full
+        print(message, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        distributed.leave(message)
+        os._exit(status)
+    sys.exit(status)
+
+
+def open_standard_streams() -> None:
+    """Replaces standard streams that are closed by /dev/null. Otherwise the next file gets the number of one of them.
+
+    A library that logs to standard error would write into that file.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+
+
+class ExitLimit:
+    """Ends the process `EXIT_SECONDS` after its main thread, if other threads still hold it.
+
+    Attributes:
+        status: the exit status that the process then has.
+    """
+
+    def __init__(self) -> None:
+        self.status = 1
+        threading.Thread(target=self._run, name="zslflax-exit", daemon=True).start()
+
+    def _run(self) -> None:
+        threading.main_thread().join()
+        time.sleep(EXIT_SECONDS + (SHUTDOWN_SECONDS if jax.distributed.is_initialized() else 0.0))
+        os._exit(self.status)
 
 
 class Progress:

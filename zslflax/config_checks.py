@@ -1,5 +1,6 @@
 """Checks of a config that need no files: names, ranges, and fields that contradict each other."""
 
+import math
 import re
 from collections.abc import Collection
 from typing import Any
@@ -13,6 +14,16 @@ from zslflax.files import check_local
 from zslflax.losses.contrastive import OBJECTIVES
 
 INTERPOLATIONS = ("area", "bilinear", "bicubic")  # see `zslflax.data.images.resample`
+POSITIVE = (
+    *("steps", "batch_size", "log_every", "eval.every", "eval.batch_size", "checkpoint.every"),
+    *("model.embed_dim", "model.image.size", "model.text.max_tokens", "objective.sinkhorn_iterations"),
+    *("optimizer.learning_rate", "optimizer.eps"),
+)
+NOT_NEGATIVE = (
+    *("micro_batch", "optimizer.max_nonfinite_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
+    *("objective.soft_ramp_steps", "model.text.cached_captions", "eval.bootstrap_resamples"),
+)
+BELOW_ONE = ("model.text.dropout", "model.projection.dropout", "optimizer.momentum", "optimizer.b1", "optimizer.b2")
 
 
 def validate(config: ConfigDict) -> None:
@@ -53,22 +64,28 @@ def check_choices(config: ConfigDict) -> None:
 
 
 def check_ranges(config: ConfigDict) -> None:
-    """Numbers of steps and samples, and of what the optimiser tolerates."""
-    for field in (
-        "steps",
-        "batch_size",
-        "log_every",
-        "eval.every",
-        "eval.batch_size",
-        "checkpoint.every",
-    ):
+    """Numbers that are finite, positive, not negative, or shares."""
+    for field in field_names(config):
+        value = get_field(config, field)
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
+        expect(finite, f"{field} is {value}, expected finite numbers")
+    for field in POSITIVE:
         value = get_field(config, field)
         expect(value > 0, f"{field} is {value}, expected a positive number")
     views = config.features.views
     expect(views > 0, f"features.views is {views}, expected 1 (the crop of evaluation) or more random crops")
-    for field in ("micro_batch", "optimizer.max_nonfinite_steps"):
+    for field in NOT_NEGATIVE:
         value = get_field(config, field)
         expect(value >= 0, f"{field} is {value}, expected 0 or a positive number")
+    for field in BELOW_ONE:
+        value = get_field(config, field)
+        expect(0 <= value < 1, f"{field} is {value}, expected a number from 0 to below 1")
+    for field in ("seed", "features.seed", "data.shapes.seed"):
+        value = get_field(config, field)
+        expect(0 <= value < 2**32, f"{field} is {value}, expected a number from 0 to 2³² − 1")
+    std = config.model.image.std
+    expect(all(value > 0 for value in std), f"model.image.std is {tuple(std)}, expected numbers above 0")
     warmup, steps = config.optimizer.warmup_steps, config.steps
     expect(
         0 <= warmup < steps,
@@ -113,6 +130,7 @@ def check_data(config: ConfigDict) -> None:
         f"model.text.max_tokens, {text.max_tokens}",
     )
     expect(len(data.train) > 0, "data.train is empty, expected at least one source")
+    expect(all(data.train), f"data.train is {tuple(data.train)}, expected no empty names of sources")
     expect(
         len(data.weights) in (0, len(data.train)),
         f"data.weights has {len(data.weights)} values for the {len(data.train)} sources of data.train",
@@ -182,7 +200,14 @@ def check_paths(config: ConfigDict) -> None:
     """Fields that name local files or folders, none of which may be an address such as gs://bucket/folder."""
     fields = [
         *("model.image.pretrained", "model.text.pretrained", "model.text.tokenizer", "teacher.workdir"),
-        *("compilation_cache", "data.exclude", "data.tfds_dir", "data.shapes.root", "eval.class_cache"),
+        *(
+            "compilation_cache",
+            "features.folder",
+            "data.exclude",
+            "data.tfds_dir",
+            "data.shapes.root",
+            "eval.class_cache",
+        ),
     ]
     for name in config.eval.sets:
         fields += [f"eval.sets.{name}.{field}" for field in ("class_names", "unseen", "synonyms", "wordnet")]

@@ -3,9 +3,11 @@
 A process runs on each host and owns that host's devices. Mapped functions run on all devices under the axis `AXIS`.
 """
 
+import atexit
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,18 +15,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed  # jax gives its client to nobody, but Orbax takes it there too
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from zslflax.background import BackgroundIterator
 from zslflax.errors import UserError
 from zslflax.files import expand_user
+from zslflax.peers import Peers
 
 log = logging.getLogger("zslflax")
 
 Tree = Any  # a pytree of arrays
 
 AXIS = "data"  # name of the mapped axis, over which the global batch is split
+
+_peers: Peers | None = None  # of a multi-process run
 
 
 def initialize(compilation_cache: str = "") -> None:
@@ -41,10 +47,48 @@ def initialize(compilation_cache: str = "") -> None:
             jax.config.update("jax_compilation_cache_dir", str(expand_user(compilation_cache)))
         except UserError as error:
             log.warning("compiled programs are not kept: %s", error)
-    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        jax.distributed.initialize(address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]))
-    elif os.environ.get("ZSLFLAX_DISTRIBUTED"):
-        jax.distributed.initialize()
+    atexit.register(leave)
+    try:
+        if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+            jax.distributed.initialize(*read_process_variables())
+        elif os.environ.get("ZSLFLAX_DISTRIBUTED"):
+            jax.distributed.initialize()
+        jax.device_count()
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, AssertionError) as error:  # the last where a platform has no device
+        reason = str(error).rstrip(".") or f"there is no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+        raise UserError(
+            f"jax does not start: {reason}. The environment variables JAX_…, XLA_FLAGS and ZSLFLAX_DISTRIBUTED say "
+            "on which devices it should run, and with which other processes, all of which must be started"
+        ) from error
+    if is_multi_process():
+        global _peers
+        _peers = Peers(jax.process_index(), jax.process_count())
+        _peers.watch(jax_distributed.global_state.client)
+
+
+def read_process_variables() -> tuple[str, int, int]:
+    """The coordinator's address, the number of processes, and which of them this is.
+
+    Raises:
+        UserError: one of the environment variables is missing, or is not what jax expects.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, count, process = (os.environ.get(name, "") for name in names)
+    numbers = count.isdecimal() and process.isdecimal() and int(process) < int(count)
+    if not (numbers and re.fullmatch(r".+:\d+", address)):
+        found = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in names)
+        raise UserError(
+            f"expected the address HOST:PORT, a number of processes, and one from 0 below it; found {found}"
+        )
+    return address, int(count), int(process)
+
+
+def leave(error: str = "") -> None:
+    """Notes that this process ends, so that the others need not find out. It does nothing in a run of one process."""
+    if _peers is not None:
+        _peers.leave(error)
 
 
 def is_main() -> bool:
@@ -191,6 +235,25 @@ def gather_json(value: Any) -> list[Any]:
     padded = np.pad(data, (0, sizes.max() - len(data)))
     rows = gather_hosts(padded).reshape(len(sizes), -1)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """What `function` returns in the main process, which alone calls it, in every process.
+
+    JSON must be able to hold the value. A UserError is raised in all processes.
+    """
+    value, error = None, None
+    if is_main():
+        try:
+            value = function()
+        except UserError as raised:
+            error = raised
+    value, message = gather_json([value, str(error) if error else None])[0]
+    if error:
+        raise error
+    if message is not None:
+        raise UserError(message)
+    return value
 
 
 def broadcast_from_main(array: np.ndarray | None) -> np.ndarray | None:

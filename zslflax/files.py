@@ -241,7 +241,9 @@ def iter_rows(
         MissingFileError, StorageError: as `read_text`.
         UserError: the file is not valid CSV.
     """
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, quoting=quoting)
+    # Without `strict`, a quote that is never closed takes all rows after it into its field.
+    text = io.StringIO(read_text(path), newline="")
+    reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
     try:
         for row in reader:
             fields = [field.strip() for field in row]

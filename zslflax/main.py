@@ -52,7 +52,11 @@ def parse(arguments: list[str]) -> list[str]:
     check_config_file(arguments)
     try:
         return flags.FLAGS(arguments)
-    except (AttributeError, KeyError):
+    except SyntaxError as error:
+        sys.exit(f"zslflax: --config: {error.filename}, line {error.lineno}: {error.msg}")
+    except (AttributeError, KeyError) as error:
+        if getattr(error, "name", "") == "get_config":
+            sys.exit("zslflax: --config: the file has no function get_config, which returns the config; see configs/")
         # Parse again without the overrides, which ml_collections looks up in sys.argv, to know the config's fields.
         flags.FLAGS.unparse_flags()
         sys.argv = [argument for argument in arguments if not argument.lstrip("-").startswith("config.")]

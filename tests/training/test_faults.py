@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.testing.checkpoints import flip_arrays, reads_damage
+from tests.testing.faults import as_nobody, give_to_nobody, small_disk
 from tests.testing.runs import act_at_batch, assert_same_bits, assert_same_run, read_metrics, read_state
 from zslflax import checkpoint
 from zslflax.data.sources import shapes
@@ -19,6 +21,8 @@ from zslflax.errors import MissingFileError, NonFiniteError, StorageError, UserE
 from zslflax.evaluation import zero_shot
 from zslflax.inference.predictor import Predictor
 from zslflax.training import input, loop, setup, workdir
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.fixture
@@ -29,10 +33,10 @@ def undisturbed(trained_workdir):
 
 def test_a_run_that_was_asked_to_stop_resumes_to_the_same_bits(tiny_config, undisturbed, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "zslflax")
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(number) for number in SIGNALS]
 
     # The last step is between two reports, before the first report, and one with an evaluation.
-    for number, batch, step in ((signal.SIGTERM, 6, 5), (signal.SIGINT, 2, 1), (signal.SIGTERM, 4, 3)):
+    for number, batch, step in ((signal.SIGTERM, 6, 5), (signal.SIGINT, 2, 1), (signal.SIGHUP, 4, 3)):
         folder = tmp_path / f"{number.name}{step}"
         with monkeypatch.context() as context:
             act_at_batch(context, batch, lambda: os.kill(os.getpid(), number))
@@ -42,7 +46,7 @@ def test_a_run_that_was_asked_to_stop_resumes_to_the_same_bits(tiny_config, undi
         loop.train(tiny_config, folder)
         assert_same_run(undisturbed, folder)
     assert "SIGINT: saving after this step, then stopping; once more stops at once" in caplog.text
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
 @pytest.mark.parametrize("step", [3, 6])
@@ -98,28 +102,78 @@ def test_a_full_disk_ends_the_run_early_and_the_last_checkpoint_stays(tiny_confi
     assert_same_bits(read_state(undisturbed, 6), read_state(folder, 6))
 
 
-@contextlib.contextmanager
-def no_permission():
-    """Acts as a user who may not write here, where the tests run as root."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 def test_a_workdir_that_cannot_be_written_is_refused_at_once(tiny_config, tmp_path):
     (tmp_path / "folder").mkdir(mode=0o555)
-    with no_permission(), pytest.raises(StorageError, match="folder/run cannot be written: Perm") as refused:
+    with as_nobody(), pytest.raises(StorageError, match="folder/run cannot be written: Perm") as refused:
         loop.train(tiny_config, tmp_path / "folder" / "run")
     assert isinstance(refused.value.__cause__, PermissionError)
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/run cannot be written: Not a directory") as refused:
         loop.train(tiny_config, tmp_path / "file" / "run")
     assert isinstance(refused.value.__cause__, NotADirectoryError)
+
+
+def test_a_workdir_whose_checkpoints_cannot_be_written_is_refused_at_once(tiny_config, nobodys_folder):
+    folder = nobodys_folder / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    give_to_nobody(nobodys_folder)
+    folder.chmod(0o555)
+    with as_nobody(), pytest.raises(StorageError, match=f"{folder} cannot be written: Permission denied"):
+        loop.train(tiny_config, nobodys_folder / "run")
+    folder.rmdir()
+    folder.write_text("")
+    with pytest.raises(StorageError, match=f"{folder} cannot be written: File exists"):
+        loop.train(tiny_config, nobodys_folder / "run")
+
+
+def test_outputs_that_a_run_can_do_without_do_not_stop_it(tiny_config, tmp_path, caplog):
+    tiny_config.profile_steps, tiny_config.steps = "2:3", 3
+    for name in ("predictions", "profile"):
+        (tmp_path / name).write_text("")
+    loop.train(tiny_config, tmp_path)
+    assert checkpoint.complete_steps(tmp_path) == [3]
+    assert f"{tmp_path}/predictions/3.png cannot be written: " in caplog.text
+    assert f"there is no trace in {tmp_path}/profile, and the run goes on without" in caplog.text
+
+
+def test_no_run_finishes_without_its_last_step_on_the_disk(tiny_config, tmp_path, monkeypatch):
+    tiny_config.eval.sets.test.data = ""
+    save = checkpoint.save
+
+    def save_and_lose(manager, state, *args, **kwargs):
+        save(manager, state, *args, **kwargs)
+        if int(state.step) == 6:
+            manager.wait_until_finished()
+            shutil.rmtree(tmp_path / "checkpoints" / "6", ignore_errors=True)
+
+    monkeypatch.setattr(checkpoint, "save", save_and_lose)
+    with pytest.raises(StorageError, match="step 6 was saved to .*/checkpoints/6, but cannot be read from there"):
+        loop.train(tiny_config, tmp_path)
+
+
+def test_a_run_whose_newest_checkpoint_was_renamed_or_copied_goes_on(tiny_config, undisturbed, tmp_path):
+    expected, folder = read_state(undisturbed, 6), undisturbed / "checkpoints"
+    (folder / "6").rename(folder / "31")
+    shutil.copytree(folder / "3", folder / "999")
+    loop.train(tiny_config, undisturbed)
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
+    assert_same_bits(read_state(undisturbed, 6), expected)
+
+
+def test_metrics_that_cannot_be_written_end_the_run_with_its_step_saved(tiny_config, undisturbed, tmp_path, caplog):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with small_disk(folder / "full", "16k") as disk:
+        (folder / "metrics.jsonl").symlink_to(disk / "metrics.jsonl")
+        (disk / "metrics.jsonl").write_text("")
+        (disk / "rest").write_bytes(bytes(16 << 10))
+        with pytest.raises(StorageError, match=f"{folder}/metrics.jsonl cannot be written: No space left on device"):
+            loop.train(tiny_config, folder)
+    (step,) = checkpoint.complete_steps(folder)
+    assert f"step {step} is saved; the same command continues from there" in caplog.text
+    (folder / "metrics.jsonl").unlink()
+    loop.train(tiny_config, folder)
+    assert_same_bits(read_state(undisturbed, 6), read_state(folder, 6))
 
 
 def test_a_truncated_shard_ends_the_run_with_its_name_and_the_last_checkpoint_stays(tiny_config, tmp_path, monkeypatch):

@@ -1,21 +1,23 @@
 """What a run reports: metrics, throughput against given clocks, traces, and unreadable samples."""
 
 import contextlib
-import errno
 import gzip
 import json
 import logging
-import os
+import struct
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from tests.testing.faults import small_disk
 from tests.testing.runs import read_metrics
 from zslflax import checkpoint
 from zslflax.errors import StorageError, UserError
 from zslflax.training import loop, metrics, setup
+from zslflax.training.events import Events
 from zslflax.training.metrics import BadSampleCounter, Profile, Reporter
 from zslflax.training.step import TrainStep
 
@@ -36,16 +38,61 @@ def test_a_reporter_that_is_not_active_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_reported_with_the_file(tmp_path):
-    class FullDisk:
-        def write(self, line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize(
+    "line",
+    [b"[1, 2]", b'{"step": null}', b'{"step": "3"}', b'{"loss": 1}', b"", b"\xff\xfe", b"[" * 100_000, b"\0" * 9],
+)
+def test_lines_of_metrics_that_cannot_be_read_are_dropped(tmp_path, caplog, line):
+    whole = b'{"step": 2}\n', b'{"step": 4}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(line.join(whole[:1] + (b"\n",)) + whole[1])
+    metrics.remove_lines_after(tmp_path / "metrics.jsonl", 5)
+    assert read_metrics(tmp_path) == [{"step": 2}, {"step": 4}]
+    assert f"{tmp_path}/metrics.jsonl: 1 lines could not be read and are dropped" in caplog.text
 
-    reporter = Reporter(tmp_path, 0, 10)
-    reporter.file.close()
-    reporter.file = FullDisk()
-    with pytest.raises(StorageError, match=f"{tmp_path}/metrics.jsonl cannot be written: No space left on device"):
-        reporter.write(5, {"loss": 1.5})
+
+def test_a_folder_in_place_of_the_metrics_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(StorageError, match=f"{tmp_path}/metrics.jsonl cannot be written: Is a directory"):
+        Reporter(tmp_path, 0, 10)
+
+
+def test_a_full_disk_is_reported_with_the_file(tmp_path):
+    with small_disk(tmp_path, "32k") as disk:
+        with contextlib.closing(Reporter(tmp_path, 0, 10)) as reporter:
+            (disk / "rest").write_bytes(bytes(20 << 10))
+            with pytest.raises(StorageError, match=f"{tmp_path}/metrics.jsonl cannot be written: No space left on dev"):
+                for step in range(100):
+                    reporter.write(step, {"loss": 1.5, "a_name_that_takes_space_" * 10: 1.0})
+            (disk / "rest").unlink()
+
+
+def test_events_on_a_full_disk_are_given_up_with_one_warning(tmp_path, caplog):
+    with small_disk(tmp_path, "32k") as disk:
+        events = Events(tmp_path, 0)
+        (disk / "rest").write_bytes(bytes(20 << 10))
+        for step in range(1_000):
+            events.write(step, {"loss": 1.5})
+        events.close()
+        assert caplog.text.count("TensorBoard events in") == 1
+        assert f"events in {tmp_path} are given up, and the run goes on without: [Errno 28]" in caplog.text
+        Events(tmp_path / "nowhere", 0).write(1, {"loss": 1.5})
+        assert caplog.text.count("TensorBoard events in") == 2
+
+
+def test_events_have_the_curves_and_hide_those_of_later_steps(tmp_path):
+    events = Events(tmp_path, 3)
+    events.write(4, {"eval/hit@1": 0.5, "loss": 2.0})
+    events.close()
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    data, found = path.read_bytes(), []
+    while data:  # length u64, its checksum u32, a protocol buffer, its checksum u32
+        (length,) = struct.unpack_from("<Q", data)
+        found.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert found[0].file_version == "brain.Event:2" and found[2].session_log.status == SessionLog.START
+    assert found[2].step == 4
+    curves = {event.summary.value[0].tag: event.summary.value[0].simple_value for event in found[3:]}
+    assert curves == {"eval/hit_at_1": 0.5, "loss": 2.0} and {event.step for event in found[3:]} == {4}
 
 
 def test_an_average_leaves_out_steps_without_the_metric():

@@ -47,3 +47,17 @@ def test_a_signal_interrupts_what_is_interruptible_and_a_second_one_has_its_usua
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_closed_terminal_asks_to_stop_unless_the_run_was_started_to_survive_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested(1)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.requested(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -1,7 +1,11 @@
-"""The workdir knows the data that its checkpoints were trained on, and other data is refused."""
+"""The workdir is locked, knows the data that its checkpoints were trained on, and refuses other data."""
 
+import errno
+import fcntl
 import json
 import logging
+import os
+import shutil
 import tarfile
 
 import pytest
@@ -9,9 +13,9 @@ import pytest
 from tests.testing.shards import write_tar
 from zslflax.data.sources.shapes import ensure_shards
 from zslflax.data.sources.shard_patterns import expand_patterns
-from zslflax.errors import UserError
+from zslflax.errors import StorageError, UserError
 from zslflax.training.loop import train
-from zslflax.training.workdir import check_config
+from zslflax.training.workdir import check_config, check_data, lock_workdir
 
 
 @pytest.fixture
@@ -64,3 +68,62 @@ def test_messages_about_the_config_hide_passwords(tiny_config, trained_workdir):
     with pytest.raises(UserError, match="data.train: .*https://example.org/0.tar") as caught:
         check_config(tiny_config, trained_workdir)
     assert "pa55" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog, number):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock_workdir(tmp_path / "run"):
+        assert (tmp_path / "run" / "checkpoints").is_dir()
+    assert f"the file system of {tmp_path}/run has no locks ([Errno {number}]" in caplog.text
+
+
+def test_other_errors_of_a_lock_name_the_workdir(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StorageError, match=f"{tmp_path} cannot be written: Input/output error"), lock_workdir(tmp_path):
+        pass
+
+
+SHAPES = [
+    b"",
+    b'[{"source"',
+    b"\xff\xfe{}",
+    b"null",
+    b"3",
+    b"[3]",
+    b'[{"files": 3}]',
+    b'[{"files": [[]]}]',
+    b"[" * 99_999,
+]
+
+
+@pytest.mark.parametrize("content", SHAPES)
+def test_a_data_json_that_cannot_be_read_is_named(finished_workdir, tmp_path, content):
+    shutil.copytree(finished_workdir / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "data.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"{tmp_path}/data.json"):
+        check_data(["shapes"], [NoSource()], tmp_path)
+
+
+@pytest.mark.parametrize("content", [content for content in SHAPES if not content.startswith(b"[{")])
+def test_a_config_json_that_cannot_be_read_is_named(tiny_config, finished_workdir, tmp_path, content):
+    shutil.copytree(finished_workdir / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"{tmp_path}/config.json"):
+        check_config(tiny_config, tmp_path)
+
+
+class NoSource:
+    """A source without samples."""
+
+    def __len__(self):
+        return 0
+
+    def fingerprint(self):
+        return "none"

@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import read_json, write_json
+from zslflax.files import read_json, storage_errors, write_json, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -102,10 +102,15 @@ class Tokenizer:
         return ids, mask | self.attends_padding
 
     def save(self, folder: str | Path) -> None:
-        """Writes the files that `from_folder` and Hugging Face's AutoTokenizer load."""
+        """Writes the files that `from_folder` and Hugging Face's AutoTokenizer load.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / TOKENIZER_FILE))
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / TOKENIZER_FILE, self.backend.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self.pad_token}
         write_json(folder / CONFIG_FILE, config)
 

@@ -23,7 +23,7 @@ from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.errors import UserError
 from zslflax.evaluation.embedding import embed_images
-from zslflax.files import write_text
+from zslflax.files import storage_errors, write_text
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.top_k import top_k_or_all
 
@@ -70,10 +70,13 @@ def analyse_source(predictor: Predictor, spec: str, worst: float, folder: Path) 
     log_scale = predictor.variables["params"]["objective"]["log_logit_scale"]
     summary = summarise_noise(pairs, float(np.exp(log_scale)))
     order = np.argsort(pair_scores(pairs), kind="stable")
-    folder.mkdir(parents=True, exist_ok=True)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "noise.json", json.dumps(summary, indent=1, ensure_ascii=False))
     write_text(folder / "noise.csv", format_pairs(pairs, order[: max(1, round(worst * len(order)))], source))
-    draw_pairs(pairs, order[:DRAWN_PAIRS], source).save(folder / "noise.png")
+    figure = draw_pairs(pairs, order[:DRAWN_PAIRS], source)
+    with storage_errors(folder / "noise.png"):
+        figure.save(folder / "noise.png")
     log.info("noise.json, noise.csv and noise.png are in %s", folder)
     return summary
 

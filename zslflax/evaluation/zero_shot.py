@@ -21,6 +21,7 @@ from zslflax.evaluation.metrics import zero_shot_metrics
 from zslflax.evaluation.results import Metric, Results, flat_names, format_table
 from zslflax.evaluation.retrieval import retrieval_recall
 from zslflax.evaluation.test_sets import TestSet, open_test_sets
+from zslflax.files import write_atomically
 from zslflax.inference.class_embeddings import share_among_processes
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.top_k import top_k_or_all
@@ -132,9 +133,17 @@ def evaluate(
             if candidates is not None and model == shipped and distributed.is_main():
                 suffix = f"-{test_set.name}" if len(test_sets) > 1 else ""
                 path = workdir / "predictions" / f"{predictor.step}{suffix}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                draw_predictions(test_set.source, images.sample, image_emb, candidates).save(path)
+                write_figure(draw_predictions(test_set.source, images.sample, image_emb, candidates), path)
     return results
+
+
+def write_figure(figure: Image.Image, path: Path) -> None:
+    """Writes a PNG file, or warns that it cannot be written: what is measured does not depend on it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda partial: figure.save(partial, "PNG"))
+    except OSError as error:
+        log.warning("the predictions are not drawn: %s cannot be written: %s", path, error.strerror or error)
 
 
 def true_labels(test_set: TestSet, images: EmbeddedImages) -> TrueLabels:

@@ -149,7 +149,8 @@ def report_and_save(run: Run, step: int, state: TrainState, watch: Stopwatch, st
             return False
         results |= eval_metrics
         watch.start()
-    run.reporter.write(step, results)
+    with save_on_error(run, step, state):
+        run.reporter.write(step, results)
     run.recent_metrics.clear()
     if saving:
         checkpoint.save(run.checkpoints, state, results if evaluating else None)
@@ -176,9 +177,10 @@ def save_on_error(run: Run, step: int, state: TrainState) -> Iterator[None]:
 
 
 def save_and_wait(run: Run, state: TrainState) -> None:
-    """Saves the state with the metrics since the last report, and waits until it is written."""
+    """Saves the state with the metrics since the last report, and waits until it is found on the disk."""
     checkpoint.save(run.checkpoints, state, recent_metrics=run.recent_metrics)
     checkpoint.wait_until_finished(run.checkpoints)
+    distributed.on_main(lambda: checkpoint.check_saved(run.checkpoints, int(state.step)))
 
 
 def raise_if_failed(run: Run, state: TrainState) -> None:

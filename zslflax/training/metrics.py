@@ -1,7 +1,6 @@
 """Metrics of a run: progress, metrics.jsonl, TensorBoard, throughput, profiler traces, and unreadable samples."""
 
 import collections
-import contextlib
 import json
 import logging
 import math
@@ -17,15 +16,19 @@ from tqdm import tqdm
 
 from zslflax.errors import UserError
 from zslflax.files import storage_errors, write_text
+from zslflax.training.events import Events
 
 log = logging.getLogger("zslflax")
 
 COUNTERS = ("nonfinite_steps", "failed_step")  # metrics of the whole run so far, of which the last value counts
+TRACE_ERRORS = (OSError, RuntimeError, ValueError)  # of jax's profiler and the files that it reads again
 MEASURED = ("pairs_per_second", "waiting_for_data", "flops_per_second", "mfu")  # metrics of time: no two runs agree
 
 
 class Reporter:
     """Writes a run's metrics to metrics.jsonl and to TensorBoard events, and shows its progress.
+
+    A run needs metrics.jsonl, and can do without the events.
 
     Args:
         workdir: the folder of the files. metrics.jsonl has one JSON object a line, with its `step`.
@@ -34,7 +37,7 @@ class Reporter:
         active: False for processes that report nothing.
 
     Raises:
-        StorageError: a file cannot be written; also from the methods.
+        StorageError: metrics.jsonl cannot be written; also from the methods.
     """
 
     def __init__(self, workdir: Path, step: int, steps: int, active: bool = True):
@@ -44,8 +47,8 @@ class Reporter:
         self.path = workdir / "metrics.jsonl"
         remove_lines_after(self.path, step)
         with storage_errors(self.path):
-            self.file = open(self.path, "a", buffering=1)
-            self.tensorboard = tensorboard_writer(workdir, step)
+            self.file = open(self.path, "a", buffering=1, encoding="utf-8")
+        self.events = Events(workdir, step)
         self.bar = tqdm(
             initial=step, total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0.1
         )
@@ -58,9 +61,7 @@ class Reporter:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with storage_errors(self.path):
             self.file.write(json.dumps({"step": step, **finite}) + "\n")
-            for name, value in finite.items():
-                if value is not None:
-                    self.tensorboard.add_scalar(name.replace("@", "_at_"), value, step)
+        self.events.write(step, {name: value for name, value in finite.items() if value is not None})
 
     def progress(self, step: int, loss: float, pairs_per_second: float) -> None:
         """Updates the progress bar. Where standard error is not a terminal, logs a line at most every ten seconds."""
@@ -76,43 +77,45 @@ class Reporter:
         """Closes the files."""
         if self.active:
             self.bar.close()
+            self.events.close()
             with storage_errors(self.path):
-                self.tensorboard.close()
                 self.file.close()
 
 
 def remove_lines_after(path: Path, step: int) -> None:
-    """Keeps the complete lines of metrics.jsonl up to a step, so that a resumed run writes each step once."""
+    """Keeps the lines of metrics.jsonl up to a step, so that a resumed run writes each step once.
+
+    Lines that cannot be read, such as a part of one that a kill left, are dropped.
+
+    Raises:
+        StorageError: the file cannot be read or written.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        with contextlib.suppress(json.JSONDecodeError, KeyError):  # a kill may leave a part of a line
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-    write_text(path, "".join(kept))
+    with storage_errors(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+    steps = [step_of_line(line) for line in lines]
+    kept = [line for line, of_line in zip(lines, steps) if of_line is not None and of_line <= step]
+    if unreadable := steps.count(None):
+        log.warning("%s: %d lines could not be read and are dropped", path, unreadable)
+    if len(kept) < len(lines):
+        write_text(path, b"".join(kept).decode())
 
 
-def tensorboard_writer(workdir: Path, step: int) -> Any:
-    """A writer of TensorBoard events, which hides events of later steps.
-
-    tensorboardX imports PyTorch where it is installed, to recognise its tensors. That takes seconds and memory, and no
-    tensor comes here, so the import is made to fail.
-    """
-    hide_torch = "torch" not in sys.modules
-    modules: dict[str, Any] = sys.modules
-    if hide_torch:
-        modules["torch"] = None
+def step_of_line(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl, or None if it is not a whole line of UTF-8, JSON, an object with a step."""
     try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hide_torch:
-            del modules["torch"]
-    return SummaryWriter(str(workdir), purge_step=step + 1)
+        value = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    step = value.get("step") if isinstance(value, dict) else None
+    return step if type(step) is int and line.endswith(b"\n") else None
 
 
 class Profile:
     """Writes a profiler trace of some steps, on this process's devices and threads. Other steps are not slowed down.
+
+    A trace that cannot be written is given up with a warning.
 
     Args:
         steps: the first and the last step of the trace, or None for no trace. A run that resumes between them begins
@@ -131,7 +134,11 @@ class Profile:
             return
         if not self.running:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            try:
+                jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            except TRACE_ERRORS as error:
+                self._give_up(error)
+                return
             self.running = True
         self.annotation = jax.profiler.StepTraceAnnotation("train_step", step_num=step)
         self.annotation.__enter__()
@@ -151,7 +158,11 @@ class Profile:
             return
         self._end_step()
         self.running = False
-        jax.profiler.stop_trace()
+        try:
+            jax.profiler.stop_trace()
+        except TRACE_ERRORS as error:
+            self._give_up(error)
+            return
         log.info(
             "a trace of steps %d to %d is in %s. To see it: pip install xprof && xprof --logdir=%s; or open its "
             "perfetto_trace.json.gz at https://ui.perfetto.dev",
@@ -160,6 +171,11 @@ class Profile:
             self.folder,
             self.folder,
         )
+
+    def _give_up(self, error: Exception) -> None:
+        """Warns that there is no trace, and starts no other."""
+        self.first, self.last = 0, 0
+        log.warning("there is no trace in %s, and the run goes on without: %s", self.folder, error)
 
     def _end_step(self) -> None:
         """Ends the annotation of a step that has not ended."""

@@ -1,4 +1,4 @@
-"""Requests to stop a run: SIGTERM from a scheduler, or Ctrl-C."""
+"""Requests to stop a run: SIGTERM from a scheduler, Ctrl-C, or SIGHUP of a terminal that is closed."""
 
 import logging
 import os
@@ -18,12 +18,13 @@ class _Interrupted(BaseException):
 
 
 class StopRequest:
-    """A context manager that turns SIGTERM and SIGINT (Ctrl-C) into a request to stop after the current step.
+    """A context manager that turns SIGTERM, SIGINT (Ctrl-C) and SIGHUP into a request to stop after the current step.
 
-    A second signal of the same kind has its previous effect: it ends the process.
+    A second signal of the same kind has its previous effect: it ends the process. Where SIGHUP is ignored, as below
+    nohup, it stays so.
 
     In a multi-process run any process may receive SIGTERM. The coordination service of jax passes it on, and all
-    processes stop at the same step. SIGINT is forwarded as SIGTERM.
+    processes stop at the same step. SIGINT and SIGHUP are forwarded as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -33,8 +34,12 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is not threading.main_thread():
             return self  # Python delivers signals to the main thread only
-        # In a multi-process run, jax handles SIGTERM.
-        for number in (signal.SIGINT,) if distributed.is_multi_process() else (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT]
+        if not distributed.is_multi_process():  # otherwise jax handles SIGTERM
+            numbers.append(signal.SIGTERM)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 

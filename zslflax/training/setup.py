@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
-from orbax.checkpoint import CheckpointManager
 
 from zslflax import checkpoint, distributed
 from zslflax.background import BackgroundIterator
+from zslflax.checkpoint import CheckpointManager
+from zslflax.checkpoint_recovery import restore_newest
 from zslflax.config import profiled_steps
 from zslflax.data.features import TextFeatures
 from zslflax.data.sources.base import Source
@@ -174,7 +175,7 @@ def create_or_restore_state(
     if checkpoints.latest_step() is None:
         return *create_state(config, model, pretrained=True), []
     state, tx = create_state(config, model, pretrained=False)
-    state = checkpoint.restore_newest(checkpoints, state)
+    state = restore_newest(checkpoints, state)
     step = int(state.step)
     log.info("resuming from step %d in %s", step, workdir)
     if step > config.steps:

@@ -1,8 +1,10 @@
 """The workdir of a run: locks it, checks that its checkpoints have the same config and data, and describes these."""
 
 import contextlib
+import errno
 import fcntl
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ log = logging.getLogger("zslflax")
 
 DATA_FILE = "data.json"
 MAX_NAMED = 3  # shards in a message
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without `flock`
 
 # Fields, or beginnings of fields, that a resumed run may change: they change neither the state nor the sample order.
 CHANGEABLE = (
@@ -39,15 +42,15 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 
     In a multi-process run the main process holds the lock for all. The lock is `flock` on workdir/lock. Some network
     file systems do not pass it on (NFS before Linux 2.6.12, most bucket mounts): there, two machines do not see each
-    other's lock.
+    other's lock. A file system that has no locks at all is used with a warning.
 
     Raises:
         UserError: another run holds the lock; in all processes.
-        StorageError: the workdir cannot be created.
+        StorageError: the workdir or its folder of checkpoints cannot be created or written; in all processes as a
+            UserError.
     """
     with contextlib.ExitStack() as stack:
-        locked = not distributed.is_main() or acquire_lock(workdir, stack)
-        if not distributed.all_hosts(locked):
+        if not distributed.on_main(lambda: acquire_lock(workdir, stack)):
             raise UserError(
                 f"another process is training in {workdir}; wait for it, stop it, or choose another --workdir"
             )
@@ -63,6 +66,17 @@ def acquire_lock(workdir: Path, stack: contextlib.ExitStack) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            log.warning(
+                "the file system of %s has no locks (%s): a second run in it would not be noticed", workdir, error
+            )
+    folder = workdir / checkpoint.FOLDER
+    with storage_errors(folder):
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writable-", dir=folder):
+            next(folder.iterdir())  # it can be read, too
     return True
 
 
@@ -107,15 +121,7 @@ def refuse_differences(what: str, find: Callable[[], list[str]], workdir: Path, 
         workdir: the run's folder.
         changed: whether the user has allowed differences.
     """
-    differences, error = [], ""
-    if distributed.is_main():
-        try:
-            differences = find()
-        except UserError as raised:
-            error = str(raised)
-    differences, error = distributed.gather_json([differences, error])[0]
-    if error:
-        raise UserError(error)
+    differences = distributed.on_main(find)
     described = "\n  ".join(differences)
     if differences and not changed:
         raise UserError(
@@ -170,8 +176,11 @@ def data_differences(current: list[dict[str, Any]], workdir: Path) -> list[str]:
         return [f"{len(before)} sources there, {len(current)} now"]
     differences = []
     for old, new in zip(before, current):
-        if not isinstance(old, dict):
-            raise UserError(f"{path} is damaged: expected an object for each source; remove it to train on this data")
+        if not is_data_entry(old):
+            raise UserError(
+                f"{path} is damaged: expected an object for each source, with files as lists; remove it to train on "
+                "this data"
+            )
         if old.get("digest") == new["digest"]:
             continue
         differences.append(f"{new['source']}: {old.get('samples')} samples there, {new['samples']} now")
@@ -185,6 +194,14 @@ def data_differences(current: list[dict[str, Any]], workdir: Path) -> list[str]:
                 shown = ", ".join(sorted(names)[:MAX_NAMED]) + (", …" if len(names) > MAX_NAMED else "")
                 differences[-1] += f"; {reason}: {len(names)} shards ({shown})"
     return differences
+
+
+def is_data_entry(entry: Any) -> bool:
+    """Whether an entry of data.json has the form that `describe_data` gives it, as far as differences are described."""
+    if not isinstance(entry, dict):
+        return False
+    files = entry.get("files", [])
+    return isinstance(files, list) and all(isinstance(file, list) and file and type(file[0]) is str for file in files)
 
 
 def write_data(specs: Sequence[str], sources: Sequence[Source], workdir: Path) -> None:

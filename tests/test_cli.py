@@ -1,0 +1,66 @@
+"""How the commands end: with an exit status in time, whatever their threads wait for, and with closed streams."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.testing.configs import ROOT
+
+WAITING = """
+import sys, threading, time
+from zslflax import cli
+from zslflax.errors import UserError
+cli.EXIT_SECONDS = 0.5
+threading.Thread(target=time.sleep, args=(300,)).start()
+with cli.exit_on_error():
+    print("begun", flush=True)
+    {end}
+"""
+LONG = f"File name too long: '{'a' * 300}'"
+CLOSED = """
+import sys
+from zslflax import cli
+with cli.exit_on_error():
+    file = open(sys.argv[1], "w")
+    cli.start_logging()
+    cli.log.warning("a warning")
+    print("a result")
+    file.write("content")
+    raise SystemExit(0 if file.fileno() > 2 else 9)
+"""
+
+
+def start(code: str, *arguments: str, shell: str = "") -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "JAX_PLATFORMS": "cpu"}
+    environment.pop("PYTHONUNBUFFERED", None)
+    command = ["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_process_ends_after_its_main_thread_although_a_thread_waits():
+    ends = {
+        "raise UserError('wrong')": (1, "zslflax: wrong"),
+        "raise KeyError('a bug')": (1, "KeyError: 'a bug'"),
+        "open('a' * 300)": (1, f"zslflax: [Errno 36] {LONG}"),
+        "sys.exit(143)": (143, ""),
+        "raise KeyboardInterrupt": (130, "zslflax: interrupted"),
+        "pass": (0, ""),
+    }
+    processes = [start(WAITING.format(end=end)) for end in ends]
+    for process, (status, last) in zip(processes, ends.values()):
+        assert process.stdout.readline() == "begun\n"
+        began = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == status and time.monotonic() - began < 30
+        assert errors.strip().rpartition("\n")[2] == last
+
+
+@pytest.mark.parametrize("shell", [">&- 2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path, shell):
+    process = start(CLOSED, str(tmp_path / "file"), shell=shell)
+    process.communicate(timeout=60)
+    assert process.returncode == (0 if "full" not in shell else 120)  # Python's, where its own last flush fails
+    assert (tmp_path / "file").read_text() == "content"
