@@ -11,7 +11,7 @@ from zslflax.errors import UserError
 from zslflax.files import expand_user
 
 
-def open_source(spec: str, data_config: ConfigDict, split: str) -> Source:
+def open_source(spec: str, data_config: ConfigDict, split: str, captions: bool = True) -> Source:
     """Opens a data source.
 
     Args:
@@ -21,6 +21,7 @@ def open_source(spec: str, data_config: ConfigDict, split: str) -> Source:
         data_config: the config's field `data`, for `tfds_dir` and `shapes`.
         split: "train" or "test". For "shapes" it selects the data; other specs name their data, and must have
             captions for "train".
+        captions: whether "train" needs captions.
 
     Raises:
         UserError: there is no such source, or it cannot serve the split.
@@ -29,10 +30,10 @@ def open_source(spec: str, data_config: ConfigDict, split: str) -> Source:
         raise UserError(f"split is {split!r}, expected 'train' or 'test'")
     openers = {"shapes": open_shapes, "tfds": open_tfds} | dict.fromkeys(labelled.READERS, open_labelled)
     prefix = spec.partition(":")[0]
-    return openers.get(prefix, open_shards)(spec, data_config, split)
+    return openers.get(prefix, open_shards)(spec, data_config, split, captions and split == "train")
 
 
-def open_shapes(spec: str, data_config: ConfigDict, split: str) -> Source:
+def open_shapes(spec: str, data_config: ConfigDict, split: str, captions: bool) -> Source:
     """The built-in source; its shards are written where they are missing."""
     c = data_config.shapes
     shards = shapes.ensure_shards(
@@ -41,27 +42,27 @@ def open_shapes(spec: str, data_config: ConfigDict, split: str) -> Source:
     return WebDataset({"train": shards.train, "test": shards.test}[split])
 
 
-def open_tfds(spec: str, data_config: ConfigDict, split: str) -> Source:
+def open_tfds(spec: str, data_config: ConfigDict, split: str, captions: bool) -> Source:
     """A dataset of tensorflow_datasets: "tfds:coco_captions/train", "tfds:NAME/CONFIG:VERSION/SPLIT"."""
     name, _, tfds_split = spec.removeprefix("tfds:").rpartition("/")
     if not (spec.startswith("tfds:") and name and tfds_split):
         raise UserError(f"the source {spec!r} is not of the form tfds:NAME/SPLIT, such as tfds:coco_captions/train")
-    return TfdsSource(name, tfds_split, data_dir=data_config.tfds_dir or None, require_captions=split == "train")
+    return TfdsSource(name, tfds_split, data_dir=data_config.tfds_dir or None, require_captions=captions)
 
 
-def open_labelled(spec: str, data_config: ConfigDict, split: str) -> Source:
+def open_labelled(spec: str, data_config: ConfigDict, split: str, captions: bool) -> Source:
     """Labelled images in the format that the prefix of the specification names."""
     reader, _, location = spec.partition(":")
-    if split == "train":
+    if captions:
         raise UserError(f"the source {spec!r} has labels and no captions, which training needs")
     return labelled.READERS[reader](location)
 
 
-def open_shards(spec: str, data_config: ConfigDict, split: str) -> Source:
+def open_shards(spec: str, data_config: ConfigDict, split: str, captions: bool) -> Source:
     """Tar shards in img2dataset's layout."""
     return WebDataset(
         spec,
-        require_captions=split == "train",
+        require_captions=captions,
         captions_per_line=data_config.captions_per_line,
         limits=ReadLimits(data_config.request_timeout, data_config.read_timeout),
     )
