@@ -9,8 +9,8 @@
 The folder has a subfolder for each class, and base.txt and novel.txt list some of them, one a line: the splits of
 miniImageNet, tieredImageNet, CIFAR-FS and FC100. Generation 0 learns the label of every image in its four rotations,
 and the rotation; generation 1 starts as its copy and learns its logits, the same for all rotations. The values are
-those of the authors' code for miniImageNet (64 classes of 600 images; arXiv 2006.09785). It differs from the code in the random crops, the
-colours, which are not changed here, and DropBlock, whose probability does not grow during the run.
+those of the authors' code for miniImageNet (64 classes of 600 images; arXiv 2006.09785). It differs from the code in
+the random crops, the colours, which are not changed here, and DropBlock, whose probability does not grow.
 """
 
 from zslflax.config import default_config, eval_set
