@@ -18,6 +18,7 @@ from tests.testing.configs import (
     make_tiny_config,
 )
 from tests.testing.faults import give_to_nobody
+from tests.testing.images import write_colours
 from zslflax.models import vit
 from zslflax.training import loop
 
@@ -83,6 +84,12 @@ def learned_workdir(shapes_root):
     """The workdir of a run that learned to tell colours. Tests must not change it."""
     loop.train(make_learned_config(shapes_root), shapes_root / "learned")
     return shapes_root / "learned"
+
+
+@pytest.fixture(scope="session")
+def colour_folder(tmp_path_factory):
+    """Labelled images in subfolders by colour. Tests must not change them."""
+    return write_colours(tmp_path_factory.mktemp("colours"))
 
 
 @pytest.fixture

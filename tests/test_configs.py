@@ -3,18 +3,22 @@
 import pytest
 
 from tests.testing.configs import CONFIG_FILES, MINILM, ROOT, load_config
+from tests.testing.images import COLOURS
 from tests.testing.runs import read_metrics
-from zslflax.config import eval_set
+from zslflax.config import eval_set, is_classifier
 from zslflax.config_checks import validate
 from zslflax.inference.prompts import resolve_templates
-from zslflax.models import resnet, vit
+from zslflax.models import resnet, resnet12, vit
 from zslflax.training import loop
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
-def test_a_shipped_config_trains_two_steps_when_it_is_shrunk(path, tiny_config, tmp_path, monkeypatch):
+def test_a_shipped_config_trains_two_steps_when_it_is_shrunk(
+    path, tiny_config, finished_workdir, colour_folder, tmp_path, monkeypatch
+):
     """With its own optimiser, objective, precision and freezing; smaller towers, fewer and smaller images."""
     monkeypatch.setitem(resnet.RESNETS, "resnet50", ((1, 1), True))
+    monkeypatch.setitem(resnet12.RESNET12S, "resnet12", (4, 6, 8, 10))
     monkeypatch.setitem(vit.VITS, "vit_b16", (16, 32, 1, 2))
     monkeypatch.setitem(vit.DINOV2, "dinov2_b14", (16, 32, 1, 2))
     c = load_config(path)
@@ -25,9 +29,13 @@ def test_a_shipped_config_trains_two_steps_when_it_is_shrunk(path, tiny_config, 
     c.model.text.tokenizer, c.model.text.scratch = MINILM, tiny_config.model.text.scratch
     c.model.image.size = 32
     c.features.folder = c.features.folder and str(tmp_path / "features")
-    c.data.train, c.data.shapes, c.compilation_cache = ("shapes",), tiny_config.data.shapes, ""
+    data = "shapes"
+    if is_classifier(c):
+        data, c.model.class_names = f"folder:{colour_folder}", tuple(sorted(COLOURS))
+        c.teacher.workdir = str(finished_workdir) if c.teacher.kind == "checkpoint" else ""
+    c.data.train, c.data.shapes, c.compilation_cache = (data,), tiny_config.data.shapes, ""
     with c.unlocked():
-        c.eval.sets = {"test": eval_set(data="shapes")}
+        c.eval.sets = {"test": eval_set(data=data)}
     loop.train(c, tmp_path)
     last = read_metrics(tmp_path)[-1]
     assert last["step"] == 2 and 0 < last["train/loss"] < 100 and "eval/test/hit@1" in last

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from zslflax.errors import UserError
+from zslflax.losses import classification
 
 
 def default_config() -> ConfigDict:
@@ -33,6 +34,8 @@ def default_config() -> ConfigDict:
     # regular expressions that are matched from the start of a parameter's path, such as "image/tower" or
     # "text/tower/layer_[0-5]". A tower that is frozen for the whole run is computed once per step, without gradient.
     c.freeze = ()
+    # Workdir of a run, or exported folder, whose towers and heads the run starts with; "": as model.*.pretrained say.
+    c.init_from = ""
     c.model = model_fields()
     c.objective = objective_fields()
     c.teacher = teacher_fields()
@@ -49,8 +52,11 @@ def model_fields() -> ConfigDict:
     """`config.model`: the two towers and their joint space."""
     c = ConfigDict()
     c.embed_dim = 768  # d, width of the joint space (OTTER's release)
+    # Classes of a classifier, which has an image tower and a linear head: names, or a file with one a line, in the
+    # order of the labels. Images of other classes are left out where the data has class names. (): those of the data.
+    c.class_names = ()
     c.image = ConfigDict()
-    # Tower: resnet18|34|50|101|_nano, resnet18d|34d|50d|101d, convnext_tiny|_small|_base|_large, mobilenet_v2,
+    # Tower: resnet18|34|50|101|12|_nano, resnet18d|34d|50d|101d, convnext_tiny|_small|_base|_large, mobilenet_v2,
     # efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4,
     # dinov2_s14|_b14|_l14, dinov2_s14_reg|…; "": the one that config.json of image.pretrained describes, CLIP's or
     # SigLIP's.
@@ -95,14 +101,17 @@ def model_fields() -> ConfigDict:
 
 
 def objective_fields() -> ConfigDict:
-    """`config.objective`: what the loss compares, see `zslflax.losses.contrastive`."""
+    """`config.objective`: what the loss compares, see `zslflax.losses.contrastive` and `.classification`."""
     c = ConfigDict()
-    c.name = "self_distillation"  # loss: info_nce | label_smoothing | self_distillation | otter | sigmoid
+    # Loss of two towers: info_nce | label_smoothing | self_distillation | otter | sigmoid; of a classifier:
+    # cross_entropy | logit_distillation | prompt_distillation.
+    c.name = "self_distillation"
     c.log_logit_scale = 3.9  # initial log of each learnt logit scale; kept in [log 1, log 100] (OTTER's release)
     c.smoothing = 0.1  # ε of label_smoothing, the probability of all other pairs together
     # What another pair with the same image or the same caption is to a pair: negative | positive | ignored.
     c.duplicates = "negative"
-    c.alpha = 0.5  # α, weight of the hard term; the soft term has 1 − α (OTTER's release)
+    # α, weight of the hard term, or of prompt_distillation's labels; soft term or reasons have 1 − α (OTTER's release)
+    c.alpha = 0.5
     c.soft_ramp_steps = 0  # steps in which the weight of the soft term grows linearly from 0 to 1 − α
     # τ of self_distillation's soft labels. OTTER's release has 0.01, for pretrained towers. A run from random weights
     # collapses there, and learns at 0.05 to 0.1 (docs/study.md).
@@ -116,6 +125,17 @@ def objective_fields() -> ConfigDict:
     c.sinkhorn_regulariser = 0.15  # λ of otter, in units of similarity (OTTER's release)
     c.sinkhorn_iterations = 5  # Sinkhorn iterations of otter (OTTER's release)
     c.logit_bias = -10.0  # initial bias of sigmoid (SigLIP, arXiv 2303.15343)
+    # γ of cross_entropy and logit_distillation (SKD, arXiv 2006.09785: 2 and 1); 0: images are not rotated.
+    c.rotation_weight = 0.0
+    c.temperature = 2.0  # T of logit_distillation (SKD's release)
+    c.teacher_scale = 100.0  # s of prompt_distillation, of the teacher's cosine similarities (CLIP's largest)
+    c.hard_labels = False  # whether prompt_distillation takes the teacher's best class for its probabilities
+    c.min_confidence = 0.0  # smallest highest probability with which prompt_distillation uses a label of the teacher
+    # JSON file of sentences that describe each class, {"cat": ["A cat has …"]}: the reasons of prompt_distillation.
+    c.sentences = ""
+    c.reasons_share = 1.0  # share of the images that have reasons
+    # λ of prompt_distillation, against the collapse of classes (MUST, arXiv 2206.02967, adds a term like this).
+    c.fairness_weight = 0.0
     # Similarities that a device holds at a time. A larger matrix is computed in chunks of rows; 0: never in chunks.
     c.max_similarities = 2**22
     return c
@@ -155,6 +175,9 @@ def optimizer_fields() -> ConfigDict:
     c.name = "sgd"  # update rule: sgd (OTTER's release) | adamw | lamb
     c.learning_rate = 3e-3  # peak, after a linear warm-up from 0; a cosine leads from it to 0 (OTTER's release)
     c.warmup_steps = 0  # steps in the warm-up
+    # ((share, factor), ...): after the warm-up the rate is constant, and multiplied by each factor from that share of
+    # the run's steps on, such as ((0.9, 0.1),); (): the cosine.
+    c.drops = ()
     c.momentum = 0.9  # momentum of sgd (OTTER's release)
     c.b1, c.b2, c.eps = 0.9, 0.98, 1e-6  # moments of adamw and lamb (CLIP's ViTs, arXiv 2103.00020)
     c.weight_decay = 0.0  # weight decay: decoupled for adamw and lamb, added to the gradient for sgd
@@ -169,7 +192,8 @@ def data_fields() -> ConfigDict:
     """`config.data`: training data, and how it is read and augmented."""
     c = ConfigDict()
     # Sources: "shapes" (built in), a folder of images with captions or of tar shards, tar shards
-    # "path/{00000..00331}.tar" (or a glob), "tfds:NAME/SPLIT".
+    # "path/{00000..00331}.tar" (or a glob), "tfds:NAME/SPLIT". For classifiers also labelled images, such as
+    # "folder:FOLDER", see `eval_set`.
     c.train = ("shapes",)
     c.exclude = ""  # CSV file whose column `name` lists training samples to leave out, as zslflax.noise writes it
     c.weights = ()  # relative weight of each source in the mixture; (): the number of its samples
@@ -248,6 +272,11 @@ def eval_set(
             "wordnet": wordnet,
         }
     )
+
+
+def is_classifier(c: ConfigDict) -> bool:
+    """Whether the model is a classifier: an image tower with a linear head, and no text tower."""
+    return c.objective.name in classification.OBJECTIVES
 
 
 def set_objective(c: ConfigDict, name: str) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from zslflax.config import field_names, profiled_steps
+from zslflax.config import field_names, is_classifier, profiled_steps
 from zslflax.config_json import current_name
 from zslflax.errors import UserError, nearest_names
 from zslflax.files import check_local
-from zslflax.losses.contrastive import OBJECTIVES
+from zslflax.losses import classification, contrastive
 
 INTERPOLATIONS = ("area", "bilinear", "bicubic")  # see `zslflax.data.images.resample`
 POSITIVE = (
@@ -31,6 +31,10 @@ def validate(config: ConfigDict) -> None:
     check_choices(config)
     check_ranges(config)
     check_objective(config)
+    if is_classifier(config):
+        check_classifier(config)
+    else:
+        check_text(config)
     check_data(config)
     check_eval(config)
     check_patterns(config)
@@ -53,7 +57,8 @@ def check_choices(config: ConfigDict) -> None:
             f"{field} is {value!r}, expected one of {', '.join(choices)}; nearest: {nearest_names(value, choices)}",
         )
 
-    one_of("objective.name", config.objective.name, OBJECTIVES)
+    objectives = contrastive.OBJECTIVES | classification.OBJECTIVES
+    one_of("objective.name", config.objective.name, objectives)
     one_of("objective.duplicates", config.objective.duplicates, ("negative", "positive", "ignored"))
     one_of("teacher.kind", config.teacher.kind, ("ema", "checkpoint", "none"))
     one_of("teacher.batch_norm", config.teacher.batch_norm, ("batch", "ema", "student"))
@@ -98,15 +103,16 @@ def check_objective(config: ConfigDict) -> None:
     objective, teacher = config.objective, config.teacher
     expect(0.0 <= objective.alpha <= 1.0, f"objective.alpha is {objective.alpha}, expected 0 (soft labels) to 1 (hard)")
     expect(0.0 <= objective.smoothing < 1.0, f"objective.smoothing is {objective.smoothing}, expected 0 ≤ ε < 1")
-    for field in ("teacher_temperature", "sinkhorn_regulariser"):
+    for field in ("teacher_temperature", "sinkhorn_regulariser", "temperature", "teacher_scale"):
         expect(objective[field] > 0, f"objective.{field} is {objective[field]}, expected a number above 0")
     expect(
         objective.max_similarities >= 0,
         f"objective.max_similarities is {objective.max_similarities}, expected 0 (no chunks) or a positive number",
     )
     expect(0.0 <= teacher.ema_decay < 1.0, f"teacher.ema_decay is {teacher.ema_decay}, expected 0 ≤ decay < 1")
+    needs_teacher = (contrastive.OBJECTIVES | classification.OBJECTIVES)[objective.name].needs_teacher
     expect(
-        not (OBJECTIVES[objective.name].needs_teacher and teacher.kind == "none"),
+        not (needs_teacher and teacher.kind == "none"),
         f"objective.name {objective.name} learns from a teacher, but teacher.kind is none; set it to ema or checkpoint",
     )
     expect(
@@ -116,9 +122,32 @@ def check_objective(config: ConfigDict) -> None:
     )
 
 
-def check_data(config: ConfigDict) -> None:
-    """Captions and training data."""
-    text, data = config.model.text, config.data
+def check_classifier(config: ConfigDict) -> None:
+    """What a classifier learns from."""
+    objective, teacher = config.objective, config.teacher
+    kind = classification.OBJECTIVES[objective.name].needs_teacher
+    expect(
+        not kind or teacher.kind == "checkpoint",
+        f"objective.name {objective.name} learns from a fixed teacher; set teacher.kind to checkpoint and "
+        "teacher.workdir to its run",
+    )
+    expect(
+        bool(kind) or teacher.kind != "checkpoint",
+        f"teacher.kind is checkpoint, but objective.name {objective.name} learns from labels; set it to none or ema",
+    )
+    for field in ("rotation_weight", "fairness_weight"):
+        expect(objective[field] >= 0, f"objective.{field} is {objective[field]}, expected 0 or a positive weight")
+    for field in ("min_confidence", "reasons_share"):
+        expect(0 <= objective[field] <= 1, f"objective.{field} is {objective[field]}, expected a share, from 0 to 1")
+    expect(
+        kind != "prompts" or bool(config.features.folder),
+        "features.folder is empty; prompt_distillation keeps the teacher's features of the training images there",
+    )
+
+
+def check_text(config: ConfigDict) -> None:
+    """The text tower, and its captions."""
+    text = config.model.text
     expect(
         bool(text.pretrained or text.tokenizer),
         "model.text.pretrained and model.text.tokenizer are both empty; a text tower with random weights needs a "
@@ -129,6 +158,11 @@ def check_data(config: ConfigDict) -> None:
         f"model.text.pack_length is {text.pack_length}, expected 0 (a row for each caption) or at least "
         f"model.text.max_tokens, {text.max_tokens}",
     )
+
+
+def check_data(config: ConfigDict) -> None:
+    """Training data."""
+    data = config.data
     expect(len(data.train) > 0, "data.train is empty, expected at least one source")
     expect(all(data.train), f"data.train is {tuple(data.train)}, expected no empty names of sources")
     expect(
@@ -185,11 +219,11 @@ def check_patterns(config: ConfigDict) -> None:
         all(until >= -1 for _, until in config.freeze),
         f"freeze is {config.freeze!r}, expected steps, or -1 for the whole run",
     )
-    for modality in ("image", "text"):
+    for modality in ("image",) if is_classifier(config) else ("image", "text"):
         for pattern, until in config.freeze:
             frozen = until < 0 and compile_pattern("freeze", pattern).match(f"{modality}/tower/")
             expect(
-                not frozen or bool(config.model[modality].pretrained),
+                not frozen or bool(config.model[modality].pretrained or config.init_from),
                 f"freeze has {pattern!r} for the whole run, but model.{modality}.pretrained is empty: the tower would "
                 f"keep its random weights; nearest that works: give model.{modality}.pretrained, or remove the "
                 "pattern from freeze",
@@ -200,14 +234,8 @@ def check_paths(config: ConfigDict) -> None:
     """Fields that name local files or folders, none of which may be an address such as gs://bucket/folder."""
     fields = [
         *("model.image.pretrained", "model.text.pretrained", "model.text.tokenizer", "teacher.workdir"),
-        *(
-            "compilation_cache",
-            "features.folder",
-            "data.exclude",
-            "data.tfds_dir",
-            "data.shapes.root",
-            "eval.class_cache",
-        ),
+        *("compilation_cache", "features.folder", "data.exclude", "data.tfds_dir", "data.shapes.root"),
+        *("eval.class_cache", "init_from", "objective.sentences"),
     ]
     for name in config.eval.sets:
         fields += [f"eval.sets.{name}.{field}" for field in ("class_names", "unseen", "synonyms", "wordnet")]

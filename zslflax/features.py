@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from zslflax import distributed
 from zslflax.cli import Progress, exit_on_error, start_logging
+from zslflax.config import is_classifier
 from zslflax.config_checks import check_devices, validate
 from zslflax.data import pipeline
 from zslflax.data.features import TextFeatures
@@ -42,7 +43,10 @@ def compute_features(config: ConfigDict) -> None:
     """
     if not config.features.folder:
         raise UserError("features.folder is empty; give the folder in which features are kept")
+    if is_classifier(config):
+        raise UserError("a classifier has no frozen towers whose features are kept; its run computes its teacher's")
     model, tokenizer = build_model(config)
+    assert tokenizer is not None
     sources = open_train_sources(config)
     test_sources = [test_set.source for test_set in open_test_sets(config)]
     state, _ = create_state(config, model, pretrained=True)
@@ -50,7 +54,7 @@ def compute_features(config: ConfigDict) -> None:
     images = list(features.train_images)
     if features.of_images is not None:
         images += map(features.of_images, test_sources)
-    if features.text_frozen:
+    if features.text is not None and features.text_frozen:
         compute_text_features(features.text, tokenizer, [*sources, *test_sources], config)
     for of_source in images:
         of_source.fill()

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 from zslflax.evaluation import few_shot
 from zslflax.inference.class_embeddings import l2_normalize
@@ -67,9 +68,34 @@ def test_few_shot_equals_scikit_learn_episode_by_episode(require, shots):
     for name, values in scores.items():
         # One query of 720 may be so near a decision border that rounding in fp32 changes its class.
         assert found[name] == pytest.approx(np.mean(values), abs=1.5 / 720)
-        half = 1.96 * np.std(values, ddof=1) / np.sqrt(num_episodes)
+        interval = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+        half = (interval[1] - interval[0]) / 2
         assert found[f"{name}/high"] - found[name] == pytest.approx(half, rel=0.02)
         assert found[name] - found[f"{name}/low"] == pytest.approx(half, rel=0.02)
+
+
+def test_augmented_views_of_the_shots_are_what_the_classifiers_learn_from(require):
+    linear_model, neighbors = require("sklearn.linear_model"), require("sklearn.neighbors")
+    x, y = clusters(120)
+    views = x[:, None] + 0.5 * np.random.default_rng(3).standard_normal((120, 5, x.shape[1])).astype(np.float32)
+    found = few_shot.few_shot(x, y, support_views=views, ways=3, shots=2, queries=5, num_episodes=20, seed=1)
+    support, query = few_shot.draw_episodes(y, 3, 2, 5, 20, seed=1)
+    x, views, scores = l2_normalize(x), l2_normalize(views), {"centroid": [], "logistic": []}
+    for shot_images, query_images in zip(support, query):
+        fitted, target = views[shot_images.ravel()].reshape(-1, x.shape[1]), np.repeat(np.arange(3), 2 * 5)
+        for name, model in (
+            ("centroid", neighbors.NearestCentroid()),
+            ("logistic", linear_model.LogisticRegression(tol=1e-8, max_iter=10_000)),
+        ):
+            answers = model.fit(fitted, target).predict(x[query_images.ravel()])
+            scores[name].append(np.mean(answers == np.repeat(np.arange(3), 5)))
+    for name, values in scores.items():
+        assert found[name] == pytest.approx(np.mean(values), abs=1.5 / 300)
+    # One view that is the image itself changes nothing.
+    arguments = dict(ways=3, shots=2, queries=5, num_episodes=20)
+    assert few_shot.few_shot(x, y, support_views=x[:, None], **arguments) == few_shot.few_shot(x, y, **arguments)
+    with pytest.raises(ValueError, match="expected views of"):
+        few_shot.few_shot(x, y, support_views=views[:10])
 
 
 @pytest.mark.parametrize("k", [1, 7, 60])

@@ -31,8 +31,8 @@ from zslflax.models.bert import BertConfig
 from zslflax.training import flops
 from zslflax.training.forward import tower_features
 from zslflax.training.gradients import compute_gradients
-from zslflax.training.setup import without_shared_towers
 from zslflax.training.step import TrainStep, train_step
+from zslflax.training.teacher import without_shared_towers
 from zslflax.training.train_state import student_variables
 
 # For tests that need no other values, so that their step is compiled once.

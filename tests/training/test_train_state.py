@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from zslflax.models.partition import combine, partition
-from zslflax.training.setup import without_shared_towers
+from zslflax.training.teacher import without_shared_towers
 from zslflax.training.train_state import create_train_state, student_variables, teacher_variables, update_ema
 
 

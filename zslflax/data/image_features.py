@@ -243,14 +243,17 @@ def load_ahead(pool: ThreadPoolExecutor, load: Any, chunks: Iterable[np.ndarray]
         yield first, [future.result() for future in futures]
 
 
-def with_image_features(batches: Iterator[Batch], features: Sequence[ImageFeatures]) -> Iterator[Batch]:
+def with_image_features(
+    batches: Iterator[Batch], features: Sequence[ImageFeatures], key: str = "image_features"
+) -> Iterator[Batch]:
     """Adds the features of images to batches that have their `index`, and `source` and `view` unless these are all 0.
 
     A sample whose image cannot be read becomes invalid, with an error. Batches with `text_id` get `image_id` as well.
 
     Args:
-        batches: from `pipeline.train_batches` or `eval_batches`, without images.
+        batches: from `pipeline.train_batches` or `eval_batches`.
         features: of each source.
+        key: under which the features are added.
     """
     for batch in batches:
         valid, index, errors = batch["valid"].copy(), batch["index"], list(batch["errors"])
@@ -265,7 +268,7 @@ def with_image_features(batches: Iterator[Batch], features: Sequence[ImageFeatur
             for i in index[rows[~valid[rows]]].tolist():
                 errors.append((of_source.source.read_annotations(i)["name"], UNREADABLE_MESSAGE))
         rest = {key: value for key, value in batch.items() if key not in ("source", "view")}
-        added = {"image_features": image_features, "valid": valid, "errors": tuple(errors)}
+        added = {key: image_features, "valid": valid, "errors": tuple(errors)}
         if "text_id" in batch:
             added["image_id"] = image_id
         yield Batch(**(rest | added))  # type: ignore[typeddict-item]

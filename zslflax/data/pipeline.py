@@ -34,7 +34,7 @@ GIVE_UP_AFTER = 1_000  # unreadable samples, if no sample was readable
 def train_batches(
     sources: Sequence[Source],
     weights: Sequence[float],
-    tokenizer: CaptionTokenizer,
+    tokenizer: CaptionTokenizer | None,
     *,
     batch_size: int,
     image_size: int,
@@ -49,6 +49,7 @@ def train_batches(
     views: int = 0,
     with_ids: bool = False,
     local_processes: int = 1,
+    classes: int = 0,
 ) -> Generator[Batch]:
     """This host's share of an infinite sequence of training batches, from a step on.
 
@@ -60,7 +61,7 @@ def train_batches(
     Args:
         sources: of records; they must be picklable if there are workers.
         weights: one for each source, which grain rounds to a percent of the smallest; (): the sizes of the sources.
-        tokenizer: of captions.
+        tokenizer: of captions; None where captions are not needed.
         batch_size: n, over all hosts.
         image_size: s, pixels.
         seed: of everything random.
@@ -71,6 +72,7 @@ def train_batches(
         threads: that read and decode, in each worker; 0: automatic.
         workers: processes; 0: automatic (`workers.choose_workers`), -1: threads of this process.
         local_processes: processes of the run among which the cores of this process are shared.
+        classes: number of classes, of which each image must have one; 0 where labels are not needed.
         views: of each image, whose features are kept; images are then not read. 0: images are read.
         with_ids: whether the batches have the ids by which equal images and captions are found.
 
@@ -79,7 +81,8 @@ def train_batches(
         tuple of (name, message). A sample that cannot be read or has no caption is not valid and has an error. Its
         image is zeros and its text is padding; the first token is in `text_mask`, which keeps a mean over tokens
         finite. With `views`, there are `source`, `index` and `view` int64 [b] instead of `image`. With ids, there are
-        `text_id` and, beside images, `image_id`, uint32 [b, 2].
+        `text_id` and, beside images, `image_id`, uint32 [b, 2]. Without a tokenizer, there are `label` int32 [b],
+        `source` and `index` int64 [b] instead of the text.
 
     Raises:
         UserError: there are fewer samples than a batch has; the hosts cannot share a batch evenly; or, while
@@ -94,10 +97,11 @@ def train_batches(
     if batch_size % process_count:
         raise UserError(f"batch_size is {batch_size}, which {process_count} hosts cannot share evenly")
     per_host = batch_size // process_count
-    transform: Transform = CaptionTransform(tuple(sources), tokenizer, seed, views, with_ids)
-    if not views:
+    if views and tokenizer is not None:
+        transform: Transform = CaptionTransform(tuple(sources), tokenizer, seed, views, with_ids)
+    else:
         scale = crop_scale[0], crop_scale[1]
-        transform = TrainTransform(tuple(sources), tokenizer, image_size, seed, scale, flip, with_ids)
+        transform = TrainTransform(tuple(sources), tokenizer, image_size, seed, scale, flip, with_ids, classes)
     order = TrainOrder(global_order(sizes, weights, seed), batch_size, per_host * process_index)
     steps = range(start_step, sys.maxsize // batch_size)
     cores = available_cores() / local_processes

@@ -32,7 +32,9 @@ class Batch(TypedDict, total=False):
         source: int64 [b], which of the training sources a sample is from.
         index: int64 [b], positions in the source, -1 at padding.
         view: int64 [b], which of the views of an image.
-        label: b tuples of true classes.
+        label: int32 [b], true classes, -1 where there is none. In evaluation: b tuples of true classes.
+        teacher_features: fp32 [b, f], outputs of a teacher's image tower.
+        has_reasons: bool [b], whether an image has reasons (`losses.classification`).
         errors: (name, message) of each unreadable sample.
     """
 
@@ -50,7 +52,9 @@ class Batch(TypedDict, total=False):
     source: np.ndarray
     index: np.ndarray
     view: np.ndarray
-    label: list[tuple[int, ...]]
+    label: Any
+    teacher_features: np.ndarray
+    has_reasons: np.ndarray
     errors: tuple[tuple[str, str], ...]
 
 
@@ -75,30 +79,33 @@ class TrainTransform:
 
     Attributes:
         sources: what samples are read from.
-        tokenizer: of their captions.
+        tokenizer: of their captions; None where captions are not needed.
         image_size: side of the square images, pixels.
         seed: of the random crops, flips and choices of captions.
         crop_scale: bounds of a crop's share of the image's area.
         flip: whether to mirror half of the images.
         with_ids: whether batches have the ids of images and captions.
+        classes: number of classes, of which each image must have one; 0 where labels are not needed.
     """
 
     sources: tuple[Source, ...]
-    tokenizer: CaptionTokenizer
+    tokenizer: CaptionTokenizer | None
     image_size: int
     seed: int
     crop_scale: tuple[float, float]
     flip: bool
     with_ids: bool = False
+    classes: int = 0
 
     def __call__(self, samples: Sequence[tuple[int, int, int]]) -> Batch:
         """Loads samples, each given as (position in the global order, source, index in the source).
 
         Returns:
-            `image`, `text`, `text_mask`, `valid` and `errors`; `image_id` and `text_id` if there are ids.
+            `image`, `text`, `text_mask`, `valid` and `errors`; `image_id` and `text_id` if there are ids; without a
+            tokenizer `label`, `source` and `index` instead of the text and the ids.
         """
         image, valid = allocate_images(len(samples), self.image_size)
-        image_id = np.zeros((len(samples), 2), np.uint32)
+        image_id, labels = np.zeros((len(samples), 2), np.uint32), np.full(len(samples), -1, np.int32)
         captions, errors = [""] * len(samples), []
         for i, (position, source, index) in enumerate(samples):
             rng = np.random.default_rng([AUGMENTATION_STREAM, self.seed, position])
@@ -106,7 +113,10 @@ class TrainTransform:
             try:
                 record = self.sources[source][index]
                 name = record["name"]
-                captions[i] = choose_caption(record, rng)
+                if self.tokenizer is not None:
+                    captions[i] = choose_caption(record, rng)
+                elif self.classes:
+                    labels[i] = only_label(record, self.classes)
                 image[i] = self.augment(record_image(record), rng)
                 valid[i] = True
                 if self.with_ids:
@@ -114,6 +124,9 @@ class TrainTransform:
             except BadSample as error:
                 errors.append((error.name or name, str(error)))
         image[~valid] = 0
+        if self.tokenizer is None:
+            _, source_of, index_of = np.array(samples, np.int64).T
+            return Batch(image=image, label=labels, valid=valid, source=source_of, index=index_of, errors=tuple(errors))
         text, text_mask = self.tokenizer(captions)
         text = np.where(valid[:, None], text, self.tokenizer.identity["pad_id"]).astype(np.int32)
         text_mask = text_mask & valid[:, None]
@@ -297,6 +310,19 @@ def content_id(content: bytes | np.ndarray) -> np.ndarray:
 def text_ids(text: np.ndarray) -> np.ndarray:
     """The ids of captions, uint32 [b, 2]: equal where the text tower sees the same tokens int32 [b, t]."""
     return np.stack([content_id(row) for row in text])
+
+
+def only_label(record: Annotations, classes: int) -> int:
+    """The class of a record, which has exactly one.
+
+    Raises:
+        BadSample: it has none or several, or one that is not below `classes`.
+    """
+    if len(record["label"]) != 1:
+        raise BadSample("it has several labels" if record["label"] else "it has no label")
+    if not 0 <= record["label"][0] < classes:
+        raise BadSample(f"its label is {record['label'][0]}, expected 0 to {classes - 1}")
+    return record["label"][0]
 
 
 def choose_caption(record: Annotations, rng: np.random.Generator) -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from numpy.typing import ArrayLike
+from scipy.stats import t as student_t
 
 from zslflax.errors import UserError
 from zslflax.evaluation.bootstrap import bootstrap, intervals
@@ -73,6 +74,7 @@ def few_shot(
     embeddings: ArrayLike,
     labels: ArrayLike,
     *,
+    support_views: ArrayLike | None = None,
     ways: int = 5,
     shots: int = 1,
     queries: int = 15,
@@ -83,23 +85,29 @@ def few_shot(
     """Measures the accuracy of two classifiers on the queries of N-way K-shot episodes, as a mean over episodes.
 
     "centroid" assigns a query to the class whose mean over the shots is nearest (Snell et al. 2017), and "logistic" to
-    the most probable class of the `logistic_regression` of the shots. The 95% interval "…/low", "…/high" is, as usual,
-    mean ± 1.96 · standard deviation / √num_episodes. It says how well the mean over all episodes of this dataset is
+    the most probable class of the `logistic_regression` of the shots. The 95% interval "…/low", "…/high" is that of
+    Student's t distribution over episodes, as usual. It says how well the mean over all episodes of this dataset is
     known, not how the mean on another dataset would differ.
 
     Args:
         embeddings: [n, d].
         labels: int [n].
+        support_views: [n, v, d], embeddings of v augmented views of each image. The classifiers learn from all views
+            of the shots, and not from the shots' own embeddings; None: from these.
         ways, shots, queries, num_episodes, seed: as in `draw_episodes`.
         C: as in `logistic_regression`.
     """
     embeddings, labels = check_images(embeddings, labels)
+    views = embeddings[:, None] if support_views is None else l2_normalize(np.asarray(support_views, np.float32))
+    if views.shape != (len(embeddings), views.shape[1], embeddings.shape[1]):
+        raise ValueError(f"expected views of {embeddings.shape} embeddings, found {views.shape}")
     support, query = draw_episodes(labels, ways, shots, queries, num_episodes, seed)
     true = np.repeat(np.arange(ways), queries)
-    targets = jnp.asarray(np.repeat(np.arange(ways), shots), jnp.int32)
+    targets = jnp.asarray(np.repeat(np.arange(ways), shots * views.shape[1]), jnp.int32)
 
-    def episode_accuracies(embeddings: jax.Array, episode: tuple[jax.Array, jax.Array]) -> jax.Array:
-        shot_emb, query_emb = embeddings[episode[0]], embeddings[episode[1]]  # [ways, shots, d], [ways · queries, d]
+    def episode_accuracies(views: jax.Array, embeddings: jax.Array, episode: tuple[jax.Array, jax.Array]) -> jax.Array:
+        query_emb = embeddings[episode[1]]  # [ways · queries, d]
+        shot_emb = views[episode[0]].reshape(ways, -1, query_emb.shape[1])  # [ways, shots · v, d]
         centroids = shot_emb.mean(axis=1)
         # |q − c|² without |q|², which is the same for all classes.
         distance = jnp.sum(centroids**2, axis=1) - 2 * matmul(query_emb, centroids.T)
@@ -108,17 +116,29 @@ def few_shot(
         return jnp.stack([jnp.mean((answer == true).astype(jnp.float32)) for answer in answers])
 
     @jax.jit
-    def all_accuracies(embeddings: jax.Array, *episodes: jax.Array) -> jax.Array:
+    def all_accuracies(views: jax.Array, embeddings: jax.Array, *episodes: jax.Array) -> jax.Array:
         batch_size = min(EPISODES_PER_BATCH, num_episodes)
-        return jax.lax.map(functools.partial(episode_accuracies, embeddings), episodes, batch_size=batch_size)
+        return jax.lax.map(functools.partial(episode_accuracies, views, embeddings), episodes, batch_size=batch_size)
 
-    query = query.reshape(num_episodes, -1)
-    accuracies = all_accuracies(jnp.asarray(embeddings), jnp.asarray(support), jnp.asarray(query))
+    inputs = views, embeddings, support, query.reshape(num_episodes, -1)
+    accuracies = np.asarray(all_accuracies(*map(jnp.asarray, inputs)), np.float64)
     metrics: dict[str, float] = {}
-    for name, values in zip(("centroid", "logistic"), np.asarray(accuracies, np.float64).T):
-        mean, half = values.mean(), 1.96 * values.std(ddof=1) / np.sqrt(num_episodes) if num_episodes > 1 else np.nan
-        metrics |= {name: float(mean), f"{name}/low": float(mean - half), f"{name}/high": float(mean + half)}
+    for name, values in zip(("centroid", "logistic"), accuracies.T):
+        half = t_interval(values)
+        metrics |= {name: float(values.mean())}
+        metrics |= {f"{name}/low": metrics[name] - half, f"{name}/high": metrics[name] + half}
     return metrics
+
+
+def t_interval(values: np.ndarray) -> float:
+    """Half the width of the 95% interval of a mean by Student's t distribution; NaN for one value.
+
+    >>> round(t_interval(np.array([0.4, 0.6])), 3)  # 12.706 · 0.1414 / √2
+    1.271
+    """
+    if len(values) < 2:
+        return float("nan")
+    return float(student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def logistic_regression(x: jax.Array, y: jax.Array, classes: int, C: float) -> tuple[jax.Array, jax.Array]:

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from zslflax.config import default_config
+from zslflax.config import default_config, is_classifier
 from zslflax.config_json import read_config
 from zslflax.data.text import Tokenizer
 from zslflax.errors import MissingFileError, UserError
@@ -57,6 +57,28 @@ Prompts: {templates}. `{weights}` has the weights, `config.json` the sizes and p
 """
 
 
+CLASSIFIER_CARD = """\
+---
+library_name: zslflax
+pipeline_tag: image-classification
+---
+
+# {name}
+
+An image classifier of {classes} classes. The {image} image tower (images of {size} × {size} pixels) and its linear head
+were trained with zslflax (objective {objective}, step {step}).
+
+```python
+from zslflax import Predictor
+
+classifier = Predictor.restore("this folder, or its id on the Hugging Face Hub")
+classifier.classify("image.jpg")
+```
+
+`{weights}` has the weights, `config.json` the sizes and the names of the classes.
+"""
+
+
 class SavedModel(NamedTuple):
     """A model on disk: the config, {"params", "batch_stats"} as NumPy arrays, and the step of the checkpoint."""
 
@@ -80,6 +102,8 @@ def save_model(folder: Path, config: ConfigDict, variables: dict[str, Any], step
     """
     write_json(folder / "config.json", prediction_fields(config))
     write_text(folder / "README.md", model_card(config, step))
+    if is_classifier(config):  # the heads of the objective are for training alone
+        variables = {**variables, "params": {k: x for k, x in variables["params"].items() if k != "objective"}}
     tensors = {name: np.asarray(x, order="C") for name, x in flatten_dict(variables, sep="/").items()}
     mode = (folder / "README.md").stat().st_mode
 
@@ -95,26 +119,27 @@ def prediction_fields(config: ConfigDict) -> dict[str, Any]:
     model = resolve_model(config.model, check=False).to_dict()
     # Its weights are among the tensors; only a tower without a name needs its config.json.
     model["image"]["pretrained"] = "" if config.model.image.name else IMAGE_FOLDER
-    model["text"]["tokenizer"] = TEXT_FOLDER
-    model["text"]["pretrained"] = TEXT_FOLDER if config.model.text.pretrained else ""
+    model["text"]["tokenizer"] = "" if is_classifier(config) else TEXT_FOLDER
+    model["text"]["pretrained"] = TEXT_FOLDER if config.model.text.pretrained and not is_classifier(config) else ""
     return {
         "name": config.name,
         "compute_dtype": config.compute_dtype,
         "model": model,
-        "objective": config.objective.to_dict(),
+        "objective": config.objective.to_dict() | {"sentences": ""},
         "eval": {name: config.eval[name] for name in EVAL_FIELDS},
     }
 
 
 def model_card(config: ConfigDict, step: int) -> str:
     """Returns the text of README.md."""
-    return CARD.format(
+    return (CLASSIFIER_CARD if is_classifier(config) else CARD).format(
         name=config.name,
         image=config.model.image.name or "ViT",
         size=config.model.image.size,
         objective=config.objective.name,
         step=step,
         width=config.model.embed_dim,
+        classes=len(config.model.class_names),
         templates=", ".join(f'"{template}"' for template in config.eval.templates),
         weights=WEIGHTS,
     )

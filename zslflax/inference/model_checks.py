@@ -15,11 +15,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from zslflax.config import default_config, field_names
+from zslflax.config import default_config, field_names, is_classifier
 from zslflax.config_checks import INTERPOLATIONS, get_field
 from zslflax.data.sources.shapes import shards_exist
 from zslflax.errors import UserError
-from zslflax.models.build import described_tower, text_config
+from zslflax.models.build import described_tower, example_inputs, text_config
 from zslflax.models.two_tower import TwoTower
 
 # The smallest and largest value of fields that decide how much memory and time a prediction takes. The bounds are far
@@ -36,6 +36,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "eval.batch_size": (1, 1 << 20),
     "eval.resize_factor": (1.0, 16.0),
 }
+MAX_CLASSES, MAX_CHARACTERS = 1 << 20, 1_000  # of a classifier, and of a class name
 MAX_TEMPLATES, MAX_TEMPLATE_CHARACTERS = 10_000, 1_000  # published prompt sets have up to 80 templates for a class
 MAX_ENCODER_SIZE, MAX_ENCODER_LAYERS = 1 << 24, 128  # of any number in a text encoder's config.json
 COMPUTE_DTYPES = ("bfloat16", "float32")
@@ -43,7 +44,7 @@ SHOWN = 5  # arrays in a message
 
 
 def check_saved_config(config: ConfigDict, path: Path) -> None:
-    """Refuses a config that describes no model, or one of absurd size.
+    """Refuses a config that describes no model, or one of absurd size, or a classifier without classes.
 
     Args:
         config: as `read_config` read it.
@@ -70,8 +71,24 @@ def check_saved_config(config: ConfigDict, path: Path) -> None:
         raise UserError(
             f"{path} has eval.interpolation {shorten(config.eval.interpolation)}, expected {', '.join(INTERPOLATIONS)}"
         )
+    check_class_names(config, path)
     check_image_fields(config, path)
     check_templates(config.eval.templates, path)
+
+
+def check_class_names(config: ConfigDict, path: Path) -> None:
+    """Refuses a classifier without names of its classes, two towers with such names, and absurd names."""
+    names = config.model.class_names
+    if is_classifier(config) != bool(names):
+        raise UserError(
+            f"{path} has objective.name {shorten(config.objective.name)} and {len(names)} model.class_names; "
+            "a classifier has names of its classes, and two towers have none"
+        )
+    if len(names) > MAX_CLASSES or not all(isinstance(name, str) and len(name) <= MAX_CHARACTERS for name in names):
+        raise UserError(
+            f"{path} has {len(names):,} model.class_names, expected at most {MAX_CLASSES:,} texts of at most "
+            f"{MAX_CHARACTERS:,} characters"
+        )
 
 
 def check_value(value: Any, kind: type, found: str) -> None:
@@ -176,11 +193,8 @@ def variable_shapes(model: TwoTower, config: ConfigDict, path: Path) -> dict[str
     Raises:
         UserError: the model cannot be built; the message names its config file.
     """
-    size, tokens = config.model.image.size, config.model.text.max_tokens
-    image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
-    text, mask = (jax.ShapeDtypeStruct((1, tokens), kind) for kind in (np.int32, np.bool_))
     try:
-        variables = jax.eval_shape(model.init, jax.random.key(0), image, text, mask)
+        variables = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model, config.model))
     except Exception as error:  # flax and jax raise many types
         raise UserError(f"{path} describes a model that cannot be built: {error}") from error
     return {name: tuple(x.shape) for name, x in flatten_dict(variables, sep="/").items()}

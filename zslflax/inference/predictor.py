@@ -47,9 +47,9 @@ class Predictor:
         config: of the run that trained the model.
         model: the `TwoTower`.
         variables: {"params", "batch_stats"} on the devices.
-        tokenizer: the `Tokenizer` with which the model was trained.
+        tokenizer: the `Tokenizer` with which the model was trained; None for a `Classifier`.
         step: of the checkpoint.
-        text_features: the features of recent texts.
+        text_features: the features of recent texts; None for a `Classifier`.
         class_cache: the class embeddings on disk. Only `restore` enables it: class embeddings of a model in training
             would never be used again.
     """
@@ -59,24 +59,27 @@ class Predictor:
         config: ConfigDict,
         model: TwoTower,
         variables: Any,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         step: int = 0,
         text_features: TextFeatures | None = None,
     ):
         self.config, self.model, self.tokenizer, self.step = config, model, tokenizer, step
         self.variables, self.class_cache = distributed.replicate(variables), ClassCache()
-        self.text_features = text_features or TextFeatures(model, self.variables, DEFAULT_CAPACITY)
+        if text_features is None and tokenizer is not None:
+            text_features = TextFeatures(model, self.variables, DEFAULT_CAPACITY)
+        self.text_features = text_features
         map_method = lambda method: distributed.map_over_devices(
             lambda variables, x: model.apply(variables, x, method=method)
         )
         self._encode_image, self._project_text = map_method("encode_image"), map_method("project_text")
-        self._project_image = map_method("project_image")
+        self._project_image, self._image_features = map_method("project_image"), map_method("image_features")
 
     def with_variables(self, variables: Any, step: int) -> "Predictor":
         """Returns a predictor with other variables of the same model; nothing is compiled again."""
         other = copy.copy(self)
         other.variables, other.step, other.class_cache = variables, step, ClassCache()
-        other.text_features = self.text_features.with_variables(variables)
+        if self.text_features is not None:
+            other.text_features = self.text_features.with_variables(variables)
         return other
 
     @classmethod
@@ -101,8 +104,10 @@ class Predictor:
                 what cannot be (`zslflax.inference.model_checks`), or the tokenizer is not the one with which the model
                 was trained.
         """
+        from zslflax.inference.classifier import Classifier  # a subclass of this class
+
         restored = restore_model(source, step, use)
-        predictor = cls(*restored)
+        predictor = (Classifier if restored.tokenizer is None else cls)(*restored)
         cache = restored.config.eval.class_cache if cache is None else cache
         predictor.class_cache = ClassCache(cache, predictor.text_encoder_identity)
         return predictor
@@ -122,7 +127,8 @@ class Predictor:
             folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise FolderExistsError(f"{folder} is not empty; export the model into a new folder")
-        save_text_encoder(self.config, self.tokenizer, folder / TEXT_FOLDER)
+        if self.tokenizer is not None:
+            save_text_encoder(self.config, self.tokenizer, folder / TEXT_FOLDER)
         save_image_encoder(self.config, folder / IMAGE_FOLDER)
         save_model(folder, self.config, jax.device_get(self.variables), self.step)
 
@@ -141,12 +147,22 @@ class Predictor:
         """
         return self._apply_in_batches(self._encode_image, self._preprocess_all(images))
 
+    def image_outputs(self, images: ImageInput | Iterable[ImageInput]) -> dict[str, np.ndarray]:
+        """Returns the outputs of the image side for images, as `encode_image` takes them.
+
+        Returns:
+            "features", of the image tower, fp32 [b, f], and "embedding", unit vectors in the joint space, fp32 [b, d].
+        """
+        features = self._apply_in_batches(self._image_features, self._preprocess_all(images))
+        return {"features": features, "embedding": self.project_image(features)}
+
     def project_image(self, features: np.ndarray) -> np.ndarray:
         """Projects outputs of the image tower, fp32 [b, f], to unit vectors fp32 [b, d]."""
         return self._apply_in_batches(self._project_image, features)
 
     def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """Embeds texts, as unit vectors fp32 [b, d]. Texts are truncated to `model.text.max_tokens`."""
+        assert self.text_features is not None and self.tokenizer is not None
         texts = [texts] if isinstance(texts, str) else list(texts)
         features = self.text_features(*self.tokenizer(texts)) if texts else np.empty((0, 1), np.float32)
         return self._apply_in_batches(self._project_text, features)
@@ -227,6 +243,7 @@ class Predictor:
 
     def text_encoder_identity(self) -> dict[str, Any]:
         """Returns what the embedding of a text depends on besides the text, as a JSON value, for `ClassCache`."""
+        assert self.tokenizer is not None
         params = flatten_dict(jax.device_get(self.variables["params"]["text"]), sep="/")
         return {
             "weights": hash_arrays(params),

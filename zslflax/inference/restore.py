@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from zslflax import distributed
-from zslflax.config import compute_dtype
+from zslflax.config import compute_dtype, is_classifier
 from zslflax.config_json import read_config
 from zslflax.data.text import Tokenizer
 from zslflax.errors import MissingFileError, UserError
@@ -34,7 +34,7 @@ from zslflax.inference.model_checks import (
     wrong_types,
 )
 from zslflax.inference.published import is_published, load_published, published_config
-from zslflax.models.build import build_two_tower, text_config
+from zslflax.models.build import build_classifier, build_two_tower, text_config
 from zslflax.models.import_weights.locate import locate
 from zslflax.models.partition import combine
 from zslflax.models.two_tower import TwoTower
@@ -47,14 +47,14 @@ class RestoredModel(NamedTuple):
         config: of the run that trained it.
         model: the `TwoTower`.
         variables: {"params", "batch_stats"}, NumPy arrays.
-        tokenizer: with which it was trained.
+        tokenizer: with which it was trained; None for a classifier.
         step: of the checkpoint; 0 of a published model.
     """
 
     config: ConfigDict
     model: TwoTower
     variables: dict[str, Any]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     step: int
 
 
@@ -75,13 +75,15 @@ def restore_model(source: str | Path, step: int | None = None, use: str = "teach
         raise UserError(f"{folder} is an exported model, which has no steps and no student beside it")
     config = read_saved_config(folder) if exported else read_run_config(folder)
     use_encoders(config, folder)
-    check_text_encoder(config, folder / TEXT_FOLDER / "config.json")
     check_image_encoder(config, folder / IMAGE_FOLDER / "config.json")
+    if not is_classifier(config):
+        check_text_encoder(config, folder / TEXT_FOLDER / "config.json")
     try:
         model, tokenizer = build_model(config)
     except UserError as error:
         raise type(error)(f"the model of {folder / 'config.json'} cannot be built: {error}") from error
-    check_tokenizer(tokenizer, folder / TEXT_FOLDER)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, folder / TEXT_FOLDER)
     expected = variable_shapes(model, config, folder / "config.json")
     saved = load_model(folder, config, expected) if exported else read_run(folder, config, expected, step, use)
     return RestoredModel(config, model, saved.variables, tokenizer, saved.step)
@@ -149,12 +151,14 @@ def read_run(
     return SavedModel(config, variables, step)
 
 
-def build_model(config: ConfigDict) -> tuple[TwoTower, Tokenizer]:
-    """Builds the model that a config describes, without its parameters, and its tokenizer.
+def build_model(config: ConfigDict) -> tuple[TwoTower, Tokenizer | None]:
+    """Builds the model that a config describes, without its parameters, and its tokenizer, which a classifier lacks.
 
     Raises:
         UserError: the tokenizer has ids for which the text tower has no embedding.
     """
+    if is_classifier(config):
+        return build_classifier(config.model, dtype=compute_dtype(config), axis_name=distributed.AXIS), None
     text = config.model.text
     sizes = text_config(text)
     folder = locate(text.tokenizer or text.pretrained)

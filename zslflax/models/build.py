@@ -1,4 +1,4 @@
-"""Builds the two-tower model that a config describes."""
+"""Builds the model that a config describes: two towers, or a classifier."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from zslflax.models.import_weights.description import read_pixel_statistics, rea
 from zslflax.models.import_weights.locate import locate
 from zslflax.models.mobilenet import MOBILENETS, MobileNet
 from zslflax.models.resnet import RESNET_DS, RESNETS, ResNet
+from zslflax.models.resnet12 import RESNET12S, ResNet12
 from zslflax.models.two_tower import MlpProjection, ProjectedTower, TwoTower
 from zslflax.models.vit import DINOV2, POOLS, REGISTERS, VITS, ViT
 
@@ -58,6 +59,35 @@ def build_two_tower(config: ConfigDict, *, dtype: Any = jnp.float32, axis_name: 
     )
 
 
+def build_classifier(config: ConfigDict, *, dtype: Any = jnp.float32, axis_name: str | None = None) -> TwoTower:
+    """Builds the classifier that the `model` section of a config describes: an image tower and a linear head.
+
+    Args:
+        config: the section; `class_names` is not empty.
+        dtype, axis_name: as in `build_two_tower`.
+
+    Raises:
+        UserError: there is no such image tower.
+    """
+    config = resolve_model(config, check=False)
+    tower = image_tower(config.image.name, dtype, axis_name, config.image.remat, config.image.pool)
+    head = ProjectedTower(tower, nn.Dense(len(config.class_names)), unit=False)
+    return TwoTower(image=head, text=None, mean=tuple(config.image.mean), std=tuple(config.image.std))
+
+
+def example_inputs(model: TwoTower, config: ConfigDict) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes of one row of a model's inputs, as `model.init` takes them.
+
+    Args:
+        model: built from the config.
+        config: the `model` section.
+    """
+    size, tokens = config.image.size, config.text.max_tokens
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+    text, mask = (jax.ShapeDtypeStruct((1, tokens), kind) for kind in (jnp.int32, jnp.bool_))
+    return (image,) if model.text is None else (image, text, mask)
+
+
 def resolve_model(config: ConfigDict, check: bool = True) -> ConfigDict:
     """Returns the `model` section of a config with values for `image.mean`, `image.std` and `text.pool`.
 
@@ -86,7 +116,8 @@ def resolve_model(config: ConfigDict, check: bool = True) -> ConfigDict:
                 f'model.image.{field} to "()" for that, or model.image.allow_other_statistics=True'
             )
         image[field] = written or value
-    text.pool = text_pool(text)
+    if not config.class_names:  # a classifier has no text tower
+        text.pool = text_pool(text)
     return config
 
 
@@ -148,6 +179,7 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
         "resnet34": resnet(*RESNETS["resnet34"]),
         "resnet50": resnet(*RESNETS["resnet50"]),
         "resnet101": resnet(*RESNETS["resnet101"]),
+        "resnet12": ResNet12(RESNET12S["resnet12"], dtype, axis_name, remat),
         "resnet_nano": resnet((1, 1, 1), False, stem_width=32, small=True),  # 8 layers, 0.3 million parameters
         "resnet18d": resnet_d(*RESNET_DS["resnet18d"]),
         "resnet34d": resnet_d(*RESNET_DS["resnet34d"]),

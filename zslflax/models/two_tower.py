@@ -1,4 +1,7 @@
-"""The two-tower model: an image tower, a text tower, and their projections into one joint space."""
+"""The two-tower model: an image tower, a text tower, and their projections into one joint space.
+
+A classifier is the same model without text tower: the projection of its image tower gives logits of classes.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,13 +44,15 @@ class ProjectedTower(nn.Module):
     Attributes:
         tower: maps inputs to features [b, f]; a text tower also has the method `packed`.
         projection: maps features [b, f] to [b, d]; None where f = d and the features are used as they are.
+        unit: whether the projected vectors are divided by their norms; those of a classifier, its logits, are not.
     """
 
     tower: Any
     projection: nn.Module | None
+    unit: bool = True
 
     def __call__(self, *inputs: Any, train: bool) -> jax.Array:
-        """Maps the tower's inputs → unit vectors fp32 [b, d]."""
+        """Maps the tower's inputs → unit vectors, or logits, fp32 [b, d]."""
         return self.project(self.features(*inputs, train=train))
 
     def features(self, *inputs: Any, train: bool) -> jax.Array:
@@ -59,10 +64,12 @@ class ProjectedTower(nn.Module):
         return self.tower.packed(*inputs, train=train)
 
     def project(self, features: jax.Array) -> jax.Array:
-        """Maps features [b, f] → unit vectors fp32 [b, d]."""
+        """Maps features [b, f] → unit vectors, or logits, fp32 [b, d]."""
         x = features.astype(jnp.float32)
         if self.projection is not None:
             x = self.projection(x)
+        if not self.unit:
+            return x
         # The gradient of x / norm(x) at 0 is NaN, even for a row that a mask removes from the loss.
         return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-12))
 
@@ -74,18 +81,20 @@ class TwoTower(nn.Module):
     `model.apply(variables, …, method="encode_image")`.
 
     Attributes:
-        image, text: the tower and the projection of each modality.
+        image, text: the tower and the projection of each modality; `text` is None for a classifier, and `image` then
+            gives logits instead of unit vectors.
         mean, std: per channel, of pixels in [0, 1]; the statistics with which the image tower was pretrained.
     """
 
     image: ProjectedTower
-    text: ProjectedTower
+    text: ProjectedTower | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __call__(self, image: jax.Array, text: jax.Array, text_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps b images and b texts → unit vectors fp32 [b, d] of each."""
-        return self.encode_image(image), self.encode_text(text, text_mask)
+    def __call__(self, image: jax.Array, *text_and_mask: jax.Array) -> tuple[jax.Array, ...]:
+        """Maps b images and, unless it is a classifier, b texts → unit vectors fp32 [b, d] of each."""
+        image_emb = self.encode_image(image)
+        return (image_emb,) if self.text is None else (image_emb, self.encode_text(*text_and_mask))
 
     def image_features(self, image: jax.Array, train: bool = False) -> jax.Array:
         """Maps uint8 [b, s, s, 3] → the output of the image tower, fp32 [b, f].
@@ -105,12 +114,14 @@ class TwoTower(nn.Module):
 
     def text_features(self, text: jax.Array, text_mask: jax.Array, train: bool = False) -> jax.Array:
         """Maps int32 [b, t], bool [b, t] → the output of the text tower, fp32 [b, f]."""
+        assert self.text is not None
         return self.text.features(text, text_mask, train=train)
 
     def packed_text_features(
         self, text: jax.Array, segment: jax.Array, position: jax.Array, texts: int, train: bool = False
     ) -> jax.Array:
         """Maps texts that share rows, three int32 [rows, t] → fp32 [texts, f]; see `Bert.packed`."""
+        assert self.text is not None
         return self.text.packed_features(text, segment, position, texts, train=train)
 
     def project_image(self, features: jax.Array) -> jax.Array:
@@ -119,6 +130,7 @@ class TwoTower(nn.Module):
 
     def project_text(self, features: jax.Array) -> jax.Array:
         """Maps the output of the text tower [b, f] → unit vectors fp32 [b, d]."""
+        assert self.text is not None
         return self.text.project(features)
 
     def encode_image(self, image: jax.Array, train: bool = False) -> jax.Array:

@@ -37,14 +37,14 @@ class FrozenFeatures:
     """The features of a run's frozen towers.
 
     Attributes:
-        text: of any texts.
+        text: of any texts; None for a classifier.
         text_frozen: whether the text tower is frozen for the whole run.
         train_images: of each training source's images; [] where steps read images from the first one on.
         images_from: the step from which steps read images, or `FOREVER`.
         of_images: opens the features of a test set's images; None where the image tower is trained at some time.
     """
 
-    text: TextFeatures
+    text: TextFeatures | None
     text_frozen: bool
     train_images: list[ImageFeatures]
     images_from: int
@@ -54,7 +54,7 @@ class FrozenFeatures:
 def open_features(
     config: ConfigDict,
     model: TwoTower,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     state: TrainState,
     sources: Sequence[Source],
     test_sources: Sequence[Source],
@@ -64,7 +64,7 @@ def open_features(
     Args:
         config: the whole config.
         model: the two-tower model.
-        tokenizer: of the texts.
+        tokenizer: of the texts; None for a classifier, whose steps always read images.
         state: the state that the run starts from.
         sources: of the training images.
         test_sources: of the test sets.
@@ -73,6 +73,8 @@ def open_features(
         UserError: `features.folder` is given and no tower is frozen.
         StorageError: the folder cannot be written, or the disk has too little space.
     """
+    if tokenizer is None:
+        return FrozenFeatures(None, False, [], 0, None)
     params, folder = combine(state.params, state.frozen_params), config.features.folder
     until = frozen_until(params, config.freeze)
     if folder and until["text"] != FOREVER and not until["image"]:

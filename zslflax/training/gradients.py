@@ -1,4 +1,4 @@
-"""The gradient of a loss that couples all pairs of a batch, with activations for one micro-batch at a time."""
+"""The gradient of a loss that couples all rows of a batch, with activations for one micro-batch at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from zslflax.losses.chunks import join, split
-from zslflax.losses.pairs import Embeddings
 from zslflax.models.partition import Tree
 
 
 def compute_gradients(
-    embed: Callable[[Tree, Any, jax.Array], tuple[Embeddings, Tree]],
-    loss_fn: Callable[[Tree, Embeddings], tuple[jax.Array, Tree]],
+    embed: Callable[[Tree, Any, jax.Array], tuple[Any, Tree]],
+    loss_fn: Callable[[Tree, Any], tuple[jax.Array, Tree]],
     params: Tree,
     inputs: Tree,
     key: jax.Array,
@@ -30,8 +29,8 @@ def compute_gradients(
     with its part of that gradient. Both passes draw the same dropout. The sum is fp32.
 
     Args:
-        embed: (params, inputs, key) → (`Embeddings` [b, d], batch statistics).
-        loss_fn: (params["objective"], `Embeddings` of all of this device's pairs) → (scalar, metrics).
+        embed: (params, inputs, key) → (embeddings, or other outputs: a tree of arrays [b, …]; batch statistics).
+        loss_fn: (params["objective"], the outputs for all of this device's rows) → (scalar, metrics).
         params: the trained parameters.
         inputs: a tree of arrays, whose lengths `num_micro_batches` divides.
         key: the key of the dropout.
@@ -55,7 +54,7 @@ def compute_gradients(
     loss_grads = jax.grad(loss_fn, (0, 1), has_aux=True)
     (objective_grads, emb_grads), metrics = loss_grads(params["objective"], join(student_emb))
 
-    def add_micro_batch(total: Tree, micro_batch: tuple[Any, Embeddings]) -> tuple[Tree, None]:
+    def add_micro_batch(total: Tree, micro_batch: tuple[Any, Any]) -> tuple[Tree, None]:
         inputs_and_key, emb_grad = micro_batch
         _, vjp_fn, _ = jax.vjp(lambda params: embed(params, *inputs_and_key), params, has_aux=True)
         return jax.tree.map(jnp.add, total, *vjp_fn(emb_grad)), None

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from zslflax import distributed
 from zslflax.background import BackgroundIterator
+from zslflax.config import is_classifier
 from zslflax.data import packing, pipeline
 from zslflax.data.caption_lengths import count_lengths
 from zslflax.data.features import TextFeatures
@@ -19,19 +20,22 @@ from zslflax.data.image_features import ImageFeatures, with_image_features
 from zslflax.data.preprocess import Batch
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
+from zslflax.losses.classification import needs_labels
 from zslflax.training.optimizer import FOREVER
 
 log = logging.getLogger("zslflax")
+REASONS_STREAM = 3  # first entry of the random seeds, beside those in `preprocess` and `image_features`
 
 
 def device_batches(
     config: ConfigDict,
     sources: Sequence[Source],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     start_step: int,
     text_features: TextFeatures | None,
     image_features: Sequence[ImageFeatures] = (),
     images_from: int = FOREVER,
+    teacher_features: Sequence[ImageFeatures] = (),
 ) -> BackgroundIterator[tuple[dict[str, jax.Array], Any]]:
     """Yields (batch on the devices, errors of unreadable samples) from a step on.
 
@@ -40,21 +44,24 @@ def device_batches(
     Args:
         config: the whole config.
         sources: the training sources.
-        tokenizer: the text tower's tokenizer.
+        tokenizer: the text tower's tokenizer; None for a classifier.
         start_step: the number of batches to leave out.
         text_features: features of a frozen text tower; None where the text tower is trained.
         image_features: of each source's images, by a frozen image tower; (): batches have images.
         images_from: the step from which batches have images nevertheless, because the tower is trained.
+        teacher_features: of each source's images, by the image tower of a classifier's zero-shot teacher.
     """
     # All processes exchange values here, and not later in a thread of their own.
     load = functools.partial(host_batches, config, sources, tokenizer, distributed.local_processes())
-    if image_features:
+    if is_classifier(config):
+        batches = classifier_batches(config, sources, load(start_step), teacher_features)
+    elif image_features:
         batches = feature_batches(load, start_step, image_features, images_from, config.features.views)
     else:
         batches = load(start_step)
     if text_features is not None and (config.features.folder or config.model.text.cached_captions):
         batches = with_text_features(batches, text_features)
-    elif config.model.text.pack_length:
+    elif config.model.text.pack_length and tokenizer is not None:
         batches = with_packed_text(config, sources, tokenizer, batches)
     return distributed.prefetch_to_devices(batches)
 
@@ -62,7 +69,7 @@ def device_batches(
 def host_batches(
     config: ConfigDict,
     sources: Sequence[Source],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     local_processes: int,
     start_step: int,
     views: int = 0,
@@ -85,7 +92,33 @@ def host_batches(
         local_processes=local_processes,
         views=views,
         with_ids=config.objective.duplicates != "negative",
+        classes=len(config.model.class_names) if needs_labels(config.objective) else 0,
     )
+
+
+def classifier_batches(
+    config: ConfigDict, sources: Sequence[Source], batches: Iterator[Batch], teacher_features: Sequence[ImageFeatures]
+) -> Iterator[Batch]:
+    """Batches as a classifier's step takes them: with the teacher's features of the images, where it has a teacher."""
+    if teacher_features:
+        batches = with_reasons(config, sources, batches)
+        batches = with_image_features(batches, teacher_features, "teacher_features")
+    for batch in batches:
+        yield without_positions(batch)
+
+
+def with_reasons(config: ConfigDict, sources: Sequence[Source], batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Adds whether an image has reasons: a fixed part of each source, drawn by `config.seed`."""
+    rank = [np.random.default_rng([REASONS_STREAM, config.seed, k]).permutation(len(s)) for k, s in enumerate(sources)]
+    share = config.objective.reasons_share
+    for batch in batches:
+        places = zip(batch["source"].tolist(), batch["index"].tolist())
+        yield batch | {"has_reasons": np.array([rank[k][i] < share * len(rank[k]) for k, i in places], bool)}
+
+
+def without_positions(batch: Batch) -> Batch:
+    """The batch without where its samples are from, which is of no use on the devices."""
+    return Batch(**{k: x for k, x in batch.items() if k not in ("source", "index")})  # type: ignore[typeddict-item]
 
 
 def feature_batches(
@@ -105,7 +138,7 @@ def feature_batches(
     steps = None if images_from == FOREVER else max(0, images_from - start_step)
     batches = load(start_step, views)
     for batch in itertools.islice(with_image_features(batches, image_features), steps):
-        yield Batch(**{key: value for key, value in batch.items() if key != "index"})  # type: ignore[typeddict-item]
+        yield without_positions(batch)
     yield from load(max(start_step, images_from))
 
 

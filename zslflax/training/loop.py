@@ -16,6 +16,7 @@ from zslflax.data.sources.base import Source
 from zslflax.errors import NonFiniteError
 from zslflax.inference.predictor import Predictor
 from zslflax.models.build import resolve_model
+from zslflax.training.classes import resolve_class_names
 from zslflax.training.metrics import BadSampleCounter, average
 from zslflax.training.preemption import StopRequest
 from zslflax.training.setup import Run, set_up
@@ -60,6 +61,7 @@ def train(
     """
     startup = StartupTimes(process_age())
     config = config.copy_and_resolve_references()
+    config.model.class_names = resolve_class_names(config)
     config.model = resolve_model(config.model)
     with lock_workdir(workdir):
         check_config(config, workdir, changed)

@@ -78,22 +78,29 @@ def frozen_until(params: Tree, freeze: tuple[tuple[str, int], ...]) -> dict[str,
     {'image': 1000, 'text': -1}
     """
     until = match_patterns(params, freeze, 0, "freeze")
-    steps = {modality: set(jax.tree.leaves(until[modality]["tower"])) - {FOREVER} for modality in MODALITIES}
-    return {modality: min(steps[modality], default=FOREVER) for modality in MODALITIES}
+    towers = {modality: set(jax.tree.leaves(until[modality]["tower"])) for modality in MODALITIES if modality in until}
+    return {modality: min(steps - {FOREVER}, default=FOREVER) for modality, steps in towers.items()}
 
 
 def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """The learning rate at each step: linear warm-up from 0, then a cosine to 0 at the last step.
+    """The learning rate at each step: linear warm-up from 0, then a cosine to 0 at the last step, or drops.
 
     Args:
         config: the `optimizer` section of the config.
         steps: length of the run.
 
-    >>> rate = schedule(ConfigDict({"learning_rate": 2.0, "warmup_steps": 10}), steps=110)
+    >>> rate = schedule(ConfigDict({"learning_rate": 2.0, "warmup_steps": 10, "drops": ()}), steps=110)
     >>> [round(float(rate(step)), 6) for step in (0, 5, 10, 60, 110)]
     [0.0, 1.0, 2.0, 1.0, 0.0]
+    >>> rate = schedule(ConfigDict({"learning_rate": 2.0, "warmup_steps": 10, "drops": ((0.5, 0.1),)}), steps=110)
+    >>> [round(float(rate(step)), 6) for step in (5, 10, 54, 55, 110)]
+    [1.0, 2.0, 2.0, 0.2, 0.2]
     """
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    if config.drops:
+        factors = {round(share * steps) - config.warmup_steps: factor for share, factor in config.drops}
+        constant = optax.piecewise_constant_schedule(config.learning_rate, factors)
+        return optax.join_schedules([warmup, constant], [config.warmup_steps])
     cosine = optax.cosine_decay_schedule(config.learning_rate, max(1, steps - config.warmup_steps))
     return optax.join_schedules([warmup, cosine], [config.warmup_steps])
 

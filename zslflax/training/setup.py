@@ -9,30 +9,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from zslflax import checkpoint, distributed
 from zslflax.background import BackgroundIterator
 from zslflax.checkpoint import CheckpointManager
 from zslflax.checkpoint_recovery import restore_newest
-from zslflax.config import profiled_steps
+from zslflax.config import is_classifier, profiled_steps
 from zslflax.data.features import TextFeatures
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
-from zslflax.data.text import Tokenizer
 from zslflax.errors import UserError
 from zslflax.evaluation.test_sets import open_test_sets
+from zslflax.inference.classifier import Classifier
 from zslflax.inference.export import IMAGE_FOLDER, TEXT_FOLDER, save_image_encoder, save_text_encoder
+from zslflax.inference.model_checks import check_shapes
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
+from zslflax.losses import classification
+from zslflax.losses.classification import needs_labels
 from zslflax.losses.contrastive import init_params
+from zslflax.models.build import example_inputs
 from zslflax.models.import_weights.load import load_image_tower, load_text_tower
 from zslflax.models.import_weights.locate import locate
-from zslflax.models.partition import Tree, partition
+from zslflax.models.partition import Tree
 from zslflax.models.two_tower import TwoTower
+from zslflax.training.classes import read_sentences, with_classes
 from zslflax.training.evaluate import evaluate_state
 from zslflax.training.frozen_features import FrozenFeatures, open_features
 from zslflax.training.input import device_batches
@@ -40,6 +45,7 @@ from zslflax.training.metrics import Profile, Reporter
 from zslflax.training.optimizer import build_optimizer, frozen_towers
 from zslflax.training.startup import StartupTimes
 from zslflax.training.step import TrainStep
+from zslflax.training.teacher import check_same_classes, load_fixed_teacher, without_shared_towers
 from zslflax.training.train_state import TrainState, create_train_state, towers
 from zslflax.training.workdir import check_data, write_config, write_data
 
@@ -99,10 +105,10 @@ def set_up(
         check_data(config.data.train, sources, workdir, changed)
         test_sets = open_test_sets(config)
     with startup.phase("building the state"):
-        teacher_model, fixed_teacher = load_fixed_teacher(config, model, tokenizer)
+        teacher_model, fixed_teacher, teacher_features = load_fixed_teacher(config, model, tokenizer, sources)
         state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints)
     first_step = int(state.step)
-    if distributed.is_main() and (changed or first_step == 0):
+    if tokenizer is not None and distributed.is_main() and (changed or first_step == 0):
         save_text_encoder(config, tokenizer, workdir / TEXT_FOLDER)
         save_image_encoder(config, workdir / IMAGE_FOLDER)
     write_config(config, workdir)
@@ -113,7 +119,8 @@ def set_up(
     features = open_features(config, model, tokenizer, state, sources, [test_set.source for test_set in test_sets])
     check_teacher_needs_no_images(config, features, fixed_teacher)
     text_features = text_features or features.text
-    predictor = Predictor(config, model, None, tokenizer, text_features=text_features)
+    predictor_class = Classifier if tokenizer is None else Predictor
+    predictor = predictor_class(config, model, None, tokenizer, text_features=text_features)
     main = distributed.is_main()
     return Run(
         config=config,
@@ -129,6 +136,7 @@ def set_up(
             text_features if features.text_frozen else None,
             features.train_images,
             features.images_from,
+            teacher_features,
         ),
         evaluate=functools.partial(evaluate_state, predictor, test_sets, workdir, extra_metrics, features.of_images),
         checkpoints=checkpoints,
@@ -150,10 +158,13 @@ def check_teacher_needs_no_images(config: ConfigDict, features: FrozenFeatures, 
 def open_train_sources(config: ConfigDict, sources: Sequence[Source] | None = None) -> list[Source]:
     """Opens the training sources, or takes those that are given, without the samples that the config excludes."""
     if sources is None:
-        sources = [open_source(spec, config.data, "train") for spec in config.data.train]
+        captions = not is_classifier(config)
+        sources = [open_source(spec, config.data, "train", captions) for spec in config.data.train]
     if len(sources) != len(config.data.train):
         raise UserError(f"there are {len(sources)} sources, but config.data.train names {len(config.data.train)}")
     sources = exclude_samples(sources, config.data.exclude)
+    if needs_labels(config.objective):
+        sources = [with_classes(source, config.model.class_names) for source in sources]
     distributed.check_same_on_hosts("the number of training samples", list(map(len, sources)))
     return sources
 
@@ -164,7 +175,8 @@ def create_or_restore_state(
     """The state to start from. Its parameters come, in this order, from:
 
         1. the newest checkpoint of `workdir` that is complete;
-        2. the pretrained towers that the config names, and for the rest at random from `config.seed`.
+        2. the model in `config.init_from`;
+        3. the pretrained towers that the config names, and for the rest at random from `config.seed`.
 
     Returns:
         The state, the optimiser, and the metrics of the steps since the last report.
@@ -191,18 +203,18 @@ def create_state(
     Args:
         config: the whole config.
         model: the student's.
-        pretrained: whether to import the pretrained towers that the config names.
+        pretrained: whether to import the model or the pretrained towers that the config names.
     """
-    size, tokens = config.model.image.size, config.model.text.max_tokens
-    example = (jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, tokens), jnp.int32), jnp.ones((1, tokens), bool))
-    key, objective_params = jax.random.key(config.seed), init_params(config.objective)
-    init = jitted_init(model)  # is traced once, for the shapes and for the arrays
-    shapes = {**jax.eval_shape(init, key, *example)["params"], "objective": objective_params}
+    example = [jnp.ones(x.shape, x.dtype) for x in example_inputs(model, config.model)]
+    key, init = jax.random.key(config.seed), jitted_init(model)  # is traced once, for the shapes and for the arrays
+    shapes: Tree = jax.eval_shape(init, key, *example)["params"]
+    objective_params = init_objective(config, jax.random.fold_in(key, 1), shapes)
+    shapes = {**shapes, "objective": objective_params}
     tx = build_optimizer(config, shapes, config.steps)  # checks the patterns before any parameter is made
     variables: Any = init(key, *example)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     if pretrained:
-        variables = import_towers(config, variables)
+        variables = copy_model(config, variables) if config.init_from else import_towers(config, variables)
     variables["params"] = {**variables["params"], "objective": objective_params}
     frozen = frozen_towers(shapes, config.freeze)
     state = create_train_state(variables, tx, ema=config.teacher.kind == "ema", frozen=frozen)
@@ -213,6 +225,38 @@ def create_state(
 def jitted_init(model: TwoTower) -> Any:
     """`model.init` under jit. The next run of the same model in this process does not trace it again."""
     return jax.jit(model.init)
+
+
+def init_objective(config: ConfigDict, key: jax.Array, shapes: Tree) -> Tree:
+    """The initial parameters of the objective.
+
+    Args:
+        config: the whole config.
+        key: of random weights.
+        shapes: of the model's parameters.
+    """
+    if not is_classifier(config):
+        return init_params(config.objective)
+    features, classes = shapes["image"]["projection"]["kernel"].shape
+    sentences = config.objective.sentences and read_sentences(config.objective.sentences, config.model.class_names)
+    return classification.init_params(config.objective, key, features, classes, len(sentences))
+
+
+def copy_model(config: ConfigDict, variables: Tree) -> Tree:
+    """The variables of the model in `config.init_from`.
+
+    Raises:
+        UserError: they have other names or shapes than `variables`.
+    """
+    start = Predictor.restore(config.init_from, cache="")
+    copied = jax.device_get(start.variables)
+    copied["params"] = towers(copied["params"])
+    if is_classifier(config):
+        check_same_classes(config, start, config.init_from)
+    shapes = [{name: x.shape for name, x in flatten_dict(tree, sep="/").items()} for tree in (variables, copied)]
+    check_shapes(*shapes, Path(config.init_from))
+    log.info("starting from step %d of %s", start.step, config.init_from)
+    return copied
 
 
 def import_towers(config: ConfigDict, variables: Tree) -> Tree:
@@ -231,65 +275,25 @@ def import_towers(config: ConfigDict, variables: Tree) -> Tree:
     return {"params": params, "batch_stats": batch_stats}
 
 
-def load_fixed_teacher(config: ConfigDict, model: TwoTower, tokenizer: Tokenizer) -> tuple[TwoTower, Tree]:
-    """The teacher's model and, for teacher.kind "checkpoint", its variables on the host.
-
-    For other kinds these are the student's model and {}.
-
-    Raises:
-        UserError: the teacher takes other tokens or images than the student.
-    """
-    if config.teacher.kind != "checkpoint":
-        return model, {}
-    teacher = Predictor.restore(config.teacher.workdir)
-    if teacher.tokenizer.identity != tokenizer.identity:
-        raise UserError(
-            f"the teacher in {config.teacher.workdir} uses the tokenizer {teacher.tokenizer.identity}, the student "
-            f"{tokenizer.identity}; both see the same tokens, so give the student the teacher's tokenizer "
-            "(model.text.tokenizer, model.text.max_tokens)"
-        )
-    if teacher.config.model.image.size != config.model.image.size:
-        raise UserError(
-            f"the teacher in {config.teacher.workdir} takes images of {teacher.config.model.image.size} pixels, the "
-            f"student of {config.model.image.size}; set model.image.size to the teacher's"
-        )
-    log.info("teacher: step %d of %s, fixed", teacher.step, config.teacher.workdir)
-    variables = jax.device_get(teacher.variables)
-    return teacher.model, {**variables, "params": towers(variables["params"])}
-
-
-def without_shared_towers(fixed_teacher: Tree, frozen_params: Tree) -> Tree:
-    """A teacher's variables without the towers that equal the student's frozen ones bit for bit."""
-    if not fixed_teacher:
-        return {}
-    params = fixed_teacher["params"]
-    shared = tuple(m for m, frozen in frozen_params.items() if trees_equal(params[m]["tower"], frozen["tower"]))
-    return {**fixed_teacher, "params": partition(params, shared)[0]}
-
-
-def trees_equal(a: Tree, b: Tree) -> bool:
-    """Whether two trees have the same structure and equal arrays."""
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
-    return structures[0] == structures[1] and all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
-
-
 def log_setup(config: ConfigDict, state: TrainState, sources: Sequence[Source]) -> None:
     """Logs what is trained, and on what."""
     frozen = state.frozen_params
     tower = lambda m: (frozen.get(m) or state.params[m])["tower"]
     millions = lambda m: sum(x.size for x in jax.tree.leaves(tower(m))) / 1e6
+    text = f"{len(config.model.class_names)} classes"
+    if "text" in state.params:
+        text = f"text tower {millions('text'):.1f}M{' (frozen)' if 'text' in frozen else ''}"
     log.info(
-        "%s: image tower %s %.1fM parameters%s, text tower %.1fM%s; %s",
+        "%s: image tower %s %.1fM parameters%s, %s; %s",
         config.name,
         config.model.image.name or config.model.image.pretrained,
         millions("image"),
         " (frozen)" if "image" in frozen else "",
-        millions("text"),
-        " (frozen)" if "text" in frozen else "",
+        text,
         config.objective.name,
     )
     log.info(
-        "%s pairs, batches of %d on %d %s device(s), %d steps",
+        "%s samples, batches of %d on %d %s device(s), %d steps",
         f"{sum(map(len, sources)):,}",
         config.batch_size,
         jax.device_count(),

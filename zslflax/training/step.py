@@ -1,4 +1,4 @@
-"""One training step: forward, loss, gradient, update, teacher. Read it beside losses/contrastive.py."""
+"""One training step: forward, loss, gradient, update, teacher. Read it beside losses/."""
 
 import functools
 from typing import Any
@@ -10,13 +10,13 @@ from ml_collections import ConfigDict
 
 from zslflax.distributed import AXIS
 from zslflax.losses.chunks import map_chunks
-from zslflax.losses.contrastive import LOG_LOGIT_SCALE_RANGE, pair_losses
-from zslflax.losses.pairs import Embeddings, PairIds
-from zslflax.models.partition import MODALITIES, Tree, combine
+from zslflax.losses.contrastive import LOG_LOGIT_SCALE_RANGE
+from zslflax.models.partition import Tree, combine
 from zslflax.models.two_tower import TwoTower
 from zslflax.training import flops
-from zslflax.training.forward import DeviceBatch, embed, no_grad_outputs
+from zslflax.training.forward import DeviceBatch
 from zslflax.training.gradients import compute_gradients
+from zslflax.training.methods import method_of
 from zslflax.training.train_state import TrainState, student_variables, towers, update_ema
 
 Metrics = dict[str, jax.Array]
@@ -47,8 +47,9 @@ def train_step(
         fixed_teacher: variables of the teacher from a checkpoint, as `teacher_variables` takes them; {} for the EMA.
         batch: `image` uint8 [b, s, s, 3], `text` int32 [b, t], `text_mask` bool [b, t], `valid` bool [b]. Text may be
             packed instead (`data.packing`), each micro-batch by itself. A frozen tower's output `image_features` or
-            `text_features` fp32 [b, f] may stand in for its input. `image_id` and `text_id` uint32 [b, 2] unless
-            duplicates are negatives.
+            `text_features` fp32 [b, f] may stand in for its input. `image_id` and `text_id` uint32 [b, 2] are there
+            unless duplicates are negatives. A classifier takes `label` int32 [b] instead of the text, or
+            `teacher_features` fp32 [b, f] and `has_reasons` bool [b].
         model: the student's `TwoTower`.
         teacher_model: the teacher's; for the EMA the same.
         tx: the optimiser, from `build_optimizer`.
@@ -61,26 +62,22 @@ def train_step(
     valid = batch["valid"].astype(jnp.float32)  # (b,)
     num_pairs = jnp.maximum(jax.lax.psum(jnp.sum(valid), AXIS), 1.0)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), jax.lax.axis_index(AXIS))
-    num_micro_batches = len(valid) // (config.micro_batch or len(valid))
-    ids = PairIds(batch["image_id"], batch["text_id"]) if config.objective.duplicates != "negative" else None
+    num_micro_batches, method = len(valid) // (config.micro_batch or len(valid)), method_of(config)
 
-    run_without_grad = functools.partial(no_grad_outputs, state, fixed_teacher, model, teacher_model, config)
-    frozen_features, teacher_emb = map_chunks(run_without_grad, batch, num_micro_batches)
+    run_without_grad = functools.partial(method.no_grad_outputs, state, fixed_teacher, model, teacher_model, config)
+    frozen_features, targets = map_chunks(run_without_grad, batch, num_micro_batches)
 
-    def embed_student(
-        params: Tree, inputs: tuple[DeviceBatch, dict[str, jax.Array]], key: jax.Array
-    ) -> tuple[Embeddings, Tree]:
+    def run_student(params: Tree, inputs: tuple[DeviceBatch, dict[str, jax.Array]], key: jax.Array) -> tuple[Any, Tree]:
         variables = {**student_variables(state), "params": combine(params, state.frozen_params)}
-        return embed(model, variables, *inputs, train=MODALITIES, rngs={"dropout": key})
+        return method.student_outputs(model, variables, *inputs, {"dropout": key}, config)
 
-    def loss_fn(objective_params: dict[str, jax.Array], student_emb: Embeddings) -> tuple[jax.Array, Metrics]:
-        losses = pair_losses(
+    def loss_fn(objective_params: Tree, outputs: Any) -> tuple[jax.Array, Metrics]:
+        losses = method.losses(
             config.objective,
             objective_params,
-            student_emb,
-            teacher_emb,
-            batch["valid"],
-            ids,
+            outputs,
+            targets,
+            batch,
             step=state.step,
             axis_name=AXIS,
         )
@@ -88,7 +85,7 @@ def train_step(
         return means["loss"], means
 
     grads, metrics, batch_stats = compute_gradients(
-        embed_student, loss_fn, state.params, (batch, frozen_features), key, num_micro_batches
+        run_student, loss_fn, state.params, (batch, frozen_features), key, num_micro_batches
     )
     grads, metrics = jax.lax.psum((grads, metrics), AXIS)
     state, metrics["grad_norm"] = apply_gradients(state, grads, batch_stats, metrics["loss"], tx, config)

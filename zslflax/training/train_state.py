@@ -14,7 +14,8 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
         step: int32 scalar, the number of steps taken.
         params: the student's trained parameters, fp32:
-            {"image": {"tower", "projection"}, "text": {"tower", "projection"}, "objective": {…}}.
+            {"image": {"tower", "projection"}, "text": {"tower", "projection"}, "objective": {…}}. A classifier has no
+            "text", and its head is the "projection".
         frozen_params: the towers that are never trained, {modality: {"tower"}}; student and EMA teacher share them.
         batch_stats: running statistics of the student's batch normalisation ({} without).
         opt_state: the optimiser's state, of `params`.
@@ -65,7 +66,7 @@ def create_train_state(
 
 def towers(params: Tree) -> Tree:
     """The parameters of towers and projections, without the objective's."""
-    return {modality: params[modality] for modality in MODALITIES}
+    return {modality: params[modality] for modality in MODALITIES if modality in params}
 
 
 def student_variables(state: TrainState) -> Tree:

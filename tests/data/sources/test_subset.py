@@ -1,10 +1,10 @@
-"""Samples that are left out by name."""
+"""Samples that are left out by name, and classes that are kept."""
 
 import numpy as np
 import pytest
 
 from zslflax.data.sources.labelled import LabelledImages
-from zslflax.data.sources.subset import Subset, exclude_samples
+from zslflax.data.sources.subset import Subset, exclude_samples, keep_classes
 
 
 class Named(list):
@@ -46,3 +46,33 @@ def test_a_subset_has_the_classes_and_negatives_of_its_records():
     subset = Subset(source, np.array([0, 2]))
     assert (subset.classes, subset.negatives, subset.excluded) == (["x", "y"], [(1,), (1,)], {"missing_images": 4})
     assert list(subset.names()) == ["a", "c"]
+
+
+def test_kept_classes_are_numbered_in_their_order():
+    labels = [(0,), (1, 2), (3,), (2,), ()]
+    source = LabelledImages(list("abcde"), labels, ["ant", "bee", "cat", "dog"], [(3,), (), (0,), (1,), ()])
+    kept = keep_classes(source, ["dog", "bee"])
+    assert kept.classes == ["dog", "bee"] and list(kept.names()) == ["b", "c"]
+    assert [kept.read_annotations(i)["label"] for i in range(2)] == [(1,), (0,)]
+    assert kept.negatives == [(), ()] and keep_classes(source, ["cat", "ant"]).negatives == [(), (), ()]
+    assert keep_classes(source, ["cat"], ["not", "asked"]).classes == ["cat"]
+
+
+def test_labels_without_names_are_kept_by_names_that_others_give(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"image")
+    source = LabelledImages([tmp_path / "a", tmp_path / "b"], [(0,), (1,)])
+    kept = keep_classes(source, ["bee"], ["ant", "bee"])
+    assert len(kept) == 1 and kept[0] == {"image": b"image", "label": (0,), "name": str(tmp_path / "b"), "text": ()}
+    with pytest.raises(ValueError, match="the labels are numbers; give the class names too"):
+        keep_classes(source, ["bee"])
+
+
+def test_classes_that_cannot_be_kept_are_refused():
+    source = LabelledImages(["a", "b"], [(0,), (0,)], ["ant", "bee"])
+    with pytest.raises(ValueError, match="novel.txt has 1 classes that the images lack, such as 'bea'; nearest: bee"):
+        keep_classes(source, ["ant", "bea"], name="novel.txt")
+    with pytest.raises(ValueError, match="has 'ant' twice"):
+        keep_classes(source, ["ant", "ant"])
+    with pytest.raises(ValueError, match="none of the 2 images is of the classes"):
+        keep_classes(source, ["bee"])

@@ -1,4 +1,4 @@
-"""Training samples that are left out by name (`data.exclude`)."""
+"""Some of a source's samples: those that no file excludes by name (`data.exclude`), or those of some classes."""
 
 import itertools
 import logging
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from zslflax.data.sources.base import Annotations, Record, Source, hash_values
-from zslflax.errors import UserError
+from zslflax.errors import UserError, nearest_names
 from zslflax.files import read_columns
 
 log = logging.getLogger("zslflax")
@@ -56,6 +56,79 @@ class Subset:
         kept = np.zeros(len(self.source), bool)
         kept[self.indices] = True
         return itertools.compress(self.source.names(), kept)
+
+
+class ClassSubset(Subset):
+    """The records of some of a source's classes, itself a `Source`; labels are the positions of the kept classes.
+
+    Args:
+        source: of all records.
+        class_ids: the ids of the classes that the source's labels index.
+        kept: the ids of the classes to keep. A record that has none of them is left out.
+    """
+
+    def __init__(self, source: Source, class_ids: Sequence[str], kept: Sequence[str]):
+        label_of_id = {class_id: label for label, class_id in enumerate(kept)}
+        self.relabelled = {old: label_of_id[i] for old, i in enumerate(class_ids) if i in label_of_id}
+        self.kept = list(kept)
+        labels = (source.read_annotations(index)["label"] for index in range(len(source)))
+        indices = [index for index, of_record in enumerate(labels) if any(c in self.relabelled for c in of_record)]
+        super().__init__(source, np.array(indices, np.int64))
+
+    @property
+    def classes(self) -> list[str] | None:
+        return self.kept
+
+    @property
+    def negatives(self) -> Sequence[tuple[int, ...]] | None:
+        negatives = super().negatives
+        return None if negatives is None else [self.relabel(of_record) for of_record in negatives]
+
+    def __getitem__(self, index: int) -> Record:
+        record = super().__getitem__(index)
+        record["label"] = self.relabel(record["label"])
+        return record
+
+    def read_annotations(self, index: int) -> Annotations:
+        """Reads a record without its image."""
+        annotations = super().read_annotations(index)
+        annotations["label"] = self.relabel(annotations["label"])
+        return annotations
+
+    def relabel(self, labels: Sequence[int]) -> tuple[int, ...]:
+        """The labels that are kept, as positions of the kept classes."""
+        return tuple(self.relabelled[label] for label in labels if label in self.relabelled)
+
+
+def keep_classes(
+    source: Source, kept: Sequence[str], class_ids: Sequence[str] | None = None, name: str = "the list of classes"
+) -> Source:
+    """The records of some classes of a source, such as the novel classes of a few-shot dataset.
+
+    Args:
+        source: of all records.
+        kept: ids of classes; the new labels are their positions.
+        class_ids: the ids that the labels of a source index that has no `classes` of its own.
+        name: of `kept`, for messages.
+
+    Raises:
+        UserError: a class is unknown, comes twice, or has no record.
+    """
+    class_ids = source.classes or class_ids
+    if class_ids is None:
+        raise UserError(f"{name} selects classes by name, but the labels are numbers; give the class names too")
+    known = set(class_ids)
+    if unknown := [class_id for class_id in kept if class_id not in known]:
+        near = nearest_names(unknown[0], class_ids)
+        raise UserError(
+            f"{name} has {len(unknown)} classes that the images lack, such as {unknown[0]!r}; nearest: {near}"
+        )
+    if len(set(kept)) < len(kept):
+        raise UserError(f"{name} has {next(i for i in kept if list(kept).count(i) > 1)!r} twice")
+    subset = ClassSubset(source, class_ids, kept)
+    if not len(subset):
+        raise UserError(f"none of the {len(source)} images is of the classes of {name}")
+    return subset
 
 
 def exclude_samples(sources: Sequence[Source], path: str) -> list[Source]:

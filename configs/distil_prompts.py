@@ -1,0 +1,50 @@
+"""A small classifier without labels: a zero-shot model names the images, and gives its reasons.
+
+    python -m zslflax.main --config=configs/distil_prompts.py --config.data.train='images/{00000..00099}.tar' \
+        --config.model.class_names=classes.txt --config.teacher.workdir=runs/photos
+    python -m zslflax.predict --workdir=runs/distil_prompts --export=classifier
+
+The teacher is any trained model, as `Predictor.restore` takes it. Its soft labels are the softmax of its similarities
+to the class names in the templates of `eval.templates`. With `--config.objective.sentences=sentences.json`, which has
+sentences about each class, the student also learns the teacher's similarities to all sentences (Vöge, Gurgul and
+Lessmann 2024, arXiv 2403.15886, in text). `FILE:labels` trains the same student on true labels, for comparison.
+"""
+
+from zslflax.config import default_config, eval_set
+
+
+def get_config(source: str = ""):
+    c = default_config()
+    c.name = "distil_prompts" + (f"_{source}" if source else "")
+    c.batch_size = 128  # images
+    c.steps = 5_000
+    c.compute_dtype = "float32"  # CPUs have no fast bfloat16
+    c.log_every = 50  # steps
+
+    c.model.image.name = "mobilenet_v2"
+    c.model.image.size = 112  # pixels
+    c.features.folder = "~/.cache/zslflax/features"  # of the teacher
+
+    if source == "labels":
+        c.objective.name = "cross_entropy"
+        c.teacher.kind = "none"
+    else:
+        c.objective.name = "prompt_distillation"
+        c.objective.alpha = 0.5  # weight of the labels beside the reasons
+        c.objective.fairness_weight = 0.1
+        c.teacher.kind = "checkpoint"
+        c.teacher.workdir = "runs/photos"
+
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.warmup_steps = 200
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.no_decay = (r".*/(bias|scale)$",)
+    c.optimizer.clip_norm = 1.0
+
+    c.data.train = ("images/{00000..00099}.tar",)
+    c.data.crop_scale = (0.5, 1.0)  # share of the area
+    c.eval.every = 1_000  # steps
+    c.eval.sets = {"test": eval_set()}
+    c.checkpoint.every = 1_000  # steps
+    return c

@@ -1,0 +1,133 @@
+"""The fixed teacher of a run: another run's model, and what the step needs of it."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from zslflax.data.image_features import ImageFeatures, log_size
+from zslflax.data.sources.base import Source
+from zslflax.data.text import Tokenizer
+from zslflax.errors import UserError
+from zslflax.inference.predictor import Predictor
+from zslflax.losses import classification
+from zslflax.models.partition import Tree, partition
+from zslflax.models.two_tower import TwoTower
+from zslflax.training.classes import read_sentences
+from zslflax.training.frozen_features import evaluation_view, open_image_tower
+from zslflax.training.train_state import towers
+
+log = logging.getLogger("zslflax")
+
+
+def load_fixed_teacher(
+    config: ConfigDict, model: TwoTower, tokenizer: Tokenizer | None, sources: Sequence[Source]
+) -> tuple[TwoTower, Tree, list[ImageFeatures]]:
+    """The teacher's model and, for teacher.kind "checkpoint", its variables on the host.
+
+    For other kinds these are the student's model and {}. A classifier's zero-shot teacher also has the features of the
+    training images.
+
+    Raises:
+        UserError: the teacher takes other tokens or images than the student.
+    """
+    if config.teacher.kind != "checkpoint":
+        return model, {}, []
+    teacher = Predictor.restore(config.teacher.workdir)
+    check_kind(config, teacher)
+    if tokenizer is not None:
+        check_same_tokens(config, teacher, tokenizer)
+    needs_centre_crop = tokenizer is None and teacher.model.text is not None
+    if not needs_centre_crop and teacher.config.model.image.size != config.model.image.size:
+        raise UserError(
+            f"the teacher in {config.teacher.workdir} takes images of {teacher.config.model.image.size} pixels, the "
+            f"student of {config.model.image.size}; set model.image.size to the teacher's"
+        )
+    log.info("teacher: step %d of %s, fixed", teacher.step, config.teacher.workdir)
+    if needs_centre_crop:
+        return teacher.model, *prompt_teacher(config, teacher, sources)
+    variables = jax.device_get(teacher.variables)
+    return teacher.model, {**variables, "params": towers(variables["params"])}, []
+
+
+def check_kind(config: ConfigDict, teacher: Predictor) -> None:
+    """Raises a UserError where a teacher is a classifier and should have a text tower, or the other way round."""
+    name, workdir = config.objective.name, config.teacher.workdir
+    needs_classes = name in classification.OBJECTIVES and classification.OBJECTIVES[name].needs_teacher == "logits"
+    kinds = {True: "a classifier", False: "a model with a text tower"}
+    if (teacher.model.text is None) != needs_classes:
+        raise UserError(
+            f"the teacher in {workdir} is {kinds[not needs_classes]}, but objective.name {name} needs "
+            f"{kinds[needs_classes]}"
+        )
+    if needs_classes:
+        check_same_classes(config, teacher, workdir)
+
+
+def check_same_tokens(config: ConfigDict, teacher: Predictor, tokenizer: Tokenizer) -> None:
+    """Raises a UserError where the teacher of two towers takes other tokens than the student."""
+    assert teacher.tokenizer is not None
+    if teacher.tokenizer.identity != tokenizer.identity:
+        raise UserError(
+            f"the teacher in {config.teacher.workdir} uses the tokenizer {teacher.tokenizer.identity}, the student "
+            f"{tokenizer.identity}; both see the same tokens, so give the student the teacher's tokenizer "
+            "(model.text.tokenizer, model.text.max_tokens)"
+        )
+
+
+def check_same_classes(config: ConfigDict, other: Predictor, workdir: str) -> None:
+    """Raises a UserError where the logits of the model in a workdir are of other classes than the config's."""
+    own, others = config.model.class_names, other.config.model.class_names
+    if tuple(own) != tuple(others):
+        differing = sorted(set(own) ^ set(others))[:3] or ["the same names in another order"]
+        raise UserError(
+            f"the model in {workdir} has {len(others)} classes and the student {len(own)}, which differ in "
+            f"{', '.join(differing)}; give model.class_names as that model has them"
+        )
+
+
+def prompt_teacher(
+    config: ConfigDict, teacher: Predictor, sources: Sequence[Source]
+) -> tuple[Tree, list[ImageFeatures]]:
+    """What the step needs of a classifier's zero-shot teacher, on the host, and the training images' features by it.
+
+    The step needs its projection and its embeddings of the class names and sentences. Its image tower sees the centre
+    crop of each image once.
+
+    Raises:
+        UserError: a class has no sentence.
+    """
+    variables = jax.device_get(teacher.variables)
+    params = variables["params"]["image"]
+    class_names = config.model.class_names
+    fixed = {
+        "params": {"image": {name: x for name, x in params.items() if name != "tower"}},
+        "class_emb": teacher.class_embeddings(class_names, config.eval.templates),
+    }
+    if config.objective.sentences:
+        fixed["sentence_emb"] = teacher.encode_text(read_sentences(config.objective.sentences, class_names))
+    teacher_config = teacher.config.copy_and_resolve_references()
+    teacher_config.features, teacher_config.data.threads = config.features, config.data.threads
+    tower = open_image_tower(teacher_config, teacher.model, params["tower"], variables["batch_stats"])
+    features = [tower.features_of(source, evaluation_view(teacher_config)) for source in sources]
+    log_size(features)
+    return fixed, features
+
+
+def without_shared_towers(fixed_teacher: Tree, frozen_params: Tree) -> Tree:
+    """A teacher's variables without the towers that equal the student's frozen ones bit for bit."""
+    if not fixed_teacher:
+        return {}
+    params = fixed_teacher["params"]
+    equal = lambda m, frozen: "tower" in params[m] and trees_equal(params[m]["tower"], frozen["tower"])
+    shared = tuple(m for m, frozen in frozen_params.items() if equal(m, frozen))
+    return {**fixed_teacher, "params": partition(params, shared)[0]}
+
+
+def trees_equal(a: Tree, b: Tree) -> bool:
+    """Whether two trees have the same structure and equal arrays."""
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
+    return structures[0] == structures[1] and all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
