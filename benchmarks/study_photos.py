@@ -38,7 +38,7 @@ from study import append_line, read_lines
 
 from zslflax import distributed
 from zslflax.cli import start_logging
-from zslflax.config import eval_set, set_objective
+from zslflax.config import eval_set
 from zslflax.config_checks import validate
 from zslflax.evaluation.caption_noise import EmbeddedPairs, pair_scores
 from zslflax.inference.predictor import Predictor
@@ -58,8 +58,7 @@ BELIEFS = 4_096  # training pairs whose soft labels are measured, 512 at a time
 def make_config(run: Run, pairs: int, arguments: argparse.Namespace, photos: Photos):
     """The config of photographs with the settings of a run."""
     method = METHODS[run.method]
-    c = runpy.run_path(str(CONFIG))["get_config"]()
-    set_objective(c, method.objective)
+    c = runpy.run_path(str(CONFIG))["get_config"](method.objective)
     c.name, c.seed = run.name, run.seed
     c.objective.update(method.fixed | {method.parameter: run.value})
     c.steps = round(run.passes * pairs / c.batch_size)
