@@ -92,7 +92,7 @@ def test_columns_by_name(tmp_path):
 def test_a_quote_in_a_csv_file_that_would_take_other_rows_is_refused(tmp_path, text):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(UserError, match="a.csv, line . is not valid CSV"):
-        list(read_columns(tmp_path / "a.csv", ["b"]))
+        list(files.read_columns(tmp_path / "a.csv", ["b"]))
 
 
 @pytest.mark.parametrize("path", ["gs://b/m", "s3://b/m", "https://h/m", Path("gs://b/m"), "file:///m"])
