@@ -251,8 +251,8 @@ def iter_rows(
                 yield reader.line_num, fields
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num} is not valid CSV: {error}. A field with quotation marks is quoted, and its own "
-            "are doubled"
+            f"{path}, line {reader.line_num} is not valid CSV: {error}. A field with quotation marks is quoted, and "
+            "its own are doubled"
         ) from error
 
 
