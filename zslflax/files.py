@@ -250,7 +250,10 @@ def iter_rows(
             if any(fields):
                 yield reader.line_num, fields
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is not valid CSV: {error}") from error
+        raise UserError(
+            f"{path}, line {reader.line_num} is not valid CSV: {error}. A field with quotation marks is quoted, and "
+            "its own are doubled"
+        ) from error
 
 
 def read_rows(

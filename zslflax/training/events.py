@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import socket
 import sys
 import time
 import types
@@ -25,12 +26,14 @@ class Events:
     def __init__(self, folder: Path, step: int):
         self.folder, self.library = folder, import_tensorboard()
         self.writer: Any = None
-        event, session_log = self.library.Event, self.library.SessionLog
+        session_log = self.library.SessionLog
         with self._given_up_on_error():
-            self.writer = self.library.EventsWriter(str(folder / "events"))
+            name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}"
+            self.writer = self.library.RecordWriter(str(folder / name))
+            self._write_event(wall_time=time.time(), file_version="brain.Event:2")
             # As tensorboardX's own writer does for its `purge_step`.
-            self.writer.write_event(event(step=step + 1, file_version="brain.Event:2"))
-            self.writer.write_event(event(step=step + 1, session_log=session_log(status=session_log.START)))
+            self._write_event(step=step + 1, file_version="brain.Event:2")
+            self._write_event(step=step + 1, session_log=session_log(status=session_log.START))
             self.writer.flush()
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -40,7 +43,7 @@ class Events:
         with self._given_up_on_error():
             for name, value in values.items():
                 summary = self.library.scalar(name.replace("@", "_at_"), value)
-                self.writer.write_event(self.library.Event(step=step, wall_time=time.time(), summary=summary))
+                self._write_event(step=step, wall_time=time.time(), summary=summary)
             self.writer.flush()
 
     def close(self) -> None:
@@ -49,6 +52,10 @@ class Events:
             with self._given_up_on_error():
                 self.writer.close()
             self.writer = None
+
+    def _write_event(self, **fields: Any) -> None:
+        """Writes an event with these fields."""
+        self.writer.write(self.library.Event(**fields).SerializeToString())
 
     @contextlib.contextmanager
     def _given_up_on_error(self) -> Iterator[None]:
@@ -74,10 +81,10 @@ def import_tensorboard() -> types.SimpleNamespace:
     if hide_torch:
         modules["torch"] = None
     try:
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
         from tensorboardX.summary import scalar
     finally:
         if hide_torch:
             del modules["torch"]
-    return types.SimpleNamespace(EventsWriter=EventsWriter, Event=Event, SessionLog=SessionLog, scalar=scalar)
+    return types.SimpleNamespace(RecordWriter=RecordWriter, Event=Event, SessionLog=SessionLog, scalar=scalar)
