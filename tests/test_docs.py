@@ -48,7 +48,7 @@ def test_every_config_field_exists(page):
 def test_every_command_and_flag_exists(page, monkeypatch, capsys):
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for command, arguments in re.findall(r"python -m zslflax\.(\w+)(.*)", text):
-        module = importlib.import_module(f"zslflax.{command}")
+        module = importlib.import_module("zslflax.data.__main__" if command == "data" else f"zslflax.{command}")
         flags = set(re.findall(r"--([a-z][\w-]*)", arguments.partition("#")[0]))
         if command in ("main", "features"):  # both have the flags of main
             known = {"config", *importlib.import_module("zslflax.main").flags.FLAGS}

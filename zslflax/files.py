@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -241,14 +240,25 @@ def iter_rows(
         MissingFileError, StorageError: as `read_text`.
         UserError: the file is not valid CSV.
     """
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, quoting=quoting)
+    path = local_path(path, "the file")
     try:
-        for row in reader:
-            fields = [field.strip() for field in row]
-            if any(fields):
-                yield reader.line_num, fields
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is not valid CSV: {error}") from error
+        # Read in parts: files of pairs have gigabytes.
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            start = file.read(MAX_PROBED)
+            if "\0" in start or start.startswith(LFS_START.decode()):
+                read_text(path)  # raises the error
+            file.seek(0)
+            reader = csv.reader(file, delimiter=delimiter, quoting=quoting)
+            try:
+                for row in reader:
+                    fields = [field.strip() for field in row]
+                    if any(fields):
+                        yield reader.line_num, fields
+            except csv.Error as error:
+                raise UserError(f"{path}, line {reader.line_num} is not valid CSV: {error}") from error
+    except (UnicodeDecodeError, OSError):
+        read_text(path)  # raises the error with its place and its remedy
+        raise
 
 
 def read_rows(
