@@ -213,8 +213,9 @@ def eval_set(
 
     Args:
         data: a source as in `data.train`, or labelled images: "FOLDER" with a subfolder for each class, "FILE.csv",
-            "open_images:FOLDER,LABELS.csv", "ml_images:FOLDER,LIST.txt" (`zslflax.data.sources.labelled`). Labels are
-            class ids where the source has ids, and otherwise indices into the class names.
+            "open_images:FOLDER,LABELS.csv", "ml_images:FOLDER,LIST.txt" (`zslflax.data.sources.labelled`), or a
+            published test set, such as "food101:FOLDER" (`zslflax.data.sources.ready_sets`). Labels are class ids
+            where the source has ids, and otherwise indices into the class names.
         class_names: a file with one class name a line, or "cat,dog,…"; "" where the source, `classes` or `wordnet`
             gives the names.
         unseen: classes that are also reported separately, as names or ids in the form of `class_names`.
