@@ -192,8 +192,8 @@ def data_fields() -> ConfigDict:
     """`config.data`: training data, and how it is read and augmented."""
     c = ConfigDict()
     # Sources: "shapes" (built in), a folder of images with captions or of tar shards, tar shards
-    # "path/{00000..00331}.tar" (or a glob), "tfds:NAME/SPLIT". For classifiers also labelled images, such as
-    # "folder:FOLDER", see `eval_set`.
+    # "path/{00000..00331}.tar" (or a glob), "pairs.csv", "pairs.tsv", "*.parquet", "hf_dataset:NAME:SPLIT",
+    # "tfds:NAME/SPLIT". For classifiers also labelled images, such as a folder with a subfolder for each class.
     c.train = ("shapes",)
     c.exclude = ""  # CSV file whose column `name` lists training samples to leave out, as zslflax.noise writes it
     c.weights = ()  # relative weight of each source in the mixture; (): the number of its samples
@@ -250,9 +250,10 @@ def eval_set(
     Images with labels are classified among the classes. Images with captions are also retrieved by them.
 
     Args:
-        data: a source as in `data.train`, or labelled images: "FOLDER" with a subfolder for each class, "csv:FILE",
-            "open_images:FOLDER,LABELS.csv", "ml_images:FOLDER,LIST.txt" (`zslflax.data.sources.labelled`). Labels are
-            class ids where the source has ids, and otherwise indices into the class names.
+        data: a source as in `data.train`, or labelled images: "FOLDER" with a subfolder for each class, "FILE.csv",
+            "open_images:FOLDER,LABELS.csv", "ml_images:FOLDER,LIST.txt" (`zslflax.data.sources.labelled`), or a
+            published test set, such as "food101:FOLDER" (`zslflax.data.sources.ready_sets`). Labels are class ids
+            where the source has ids, and otherwise indices into the class names.
         class_names: a file with one class name a line, or "cat,dog,…"; "" where the source, `classes` or `wordnet`
             gives the names.
         unseen: classes that are also reported separately, as names or ids in the form of `class_names`.

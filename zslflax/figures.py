@@ -72,6 +72,33 @@ def prediction_grid(
     return grid
 
 
+def caption_grid(images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 2) -> Image.Image:
+    """Draws images with their captions beside them.
+
+    >>> caption_grid([np.zeros((32, 32, 3), np.uint8)], ["a black square"]).size
+    (450, 228)
+
+    Args:
+        images: uint8 [h, w, 3] arrays of any sizes, at least one.
+        captions: of each image; what does not fit is cut off.
+        columns: images side by side.
+    """
+    font = ImageFont.load_default(FONT_SIZE)
+    columns, rows = min(columns, len(images)), -(-len(images) // min(columns, len(images)))
+    cell_width, cell_height = SIDE + GAP + BAR_WIDTH + 2 * GAP, SIDE + 2 * GAP
+    size = 2 * MARGIN + columns * cell_width - 2 * GAP, 2 * MARGIN + rows * cell_height
+    grid = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(grid)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = MARGIN + i % columns * cell_width, MARGIN + i // columns * cell_height
+        draw.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline=FRAME)
+        fitted = fit_image(image, SIDE)
+        grid.paste(fitted, (x + (SIDE - fitted.width) // 2, y + (SIDE - fitted.height) // 2))
+        for line, text in enumerate(wrap_text(caption, font, BAR_WIDTH, lines=SIDE // LINE_HEIGHT)):
+            draw.text((x + SIDE + GAP, y + line * LINE_HEIGHT), text, fill=TEXT, font=font)
+    return grid
+
+
 def text_bars(predictions: Sequence[tuple[str, float]], width: int = 30) -> list[str]:
     """Returns one line of text per prediction: its name, a bar of its score's length, and the score.
 

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -241,19 +240,29 @@ def iter_rows(
         MissingFileError, StorageError: as `read_text`.
         UserError: the file is not valid CSV.
     """
-    # Without `strict`, a quote that is never closed takes all rows after it into its field.
-    text = io.StringIO(read_text(path), newline="")
-    reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
+    path = local_path(path, "the file")
     try:
-        for row in reader:
-            fields = [field.strip() for field in row]
-            if any(fields):
-                yield reader.line_num, fields
-    except csv.Error as error:
-        raise UserError(
-            f"{path}, line {reader.line_num} is not valid CSV: {error}. A field with quotation marks is quoted, and "
-            "its own are doubled"
-        ) from error
+        # Read in parts: files of pairs have gigabytes.
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            start = file.read(MAX_PROBED)
+            if "\0" in start or start.startswith(LFS_START.decode()):
+                read_text(path)  # raises the error
+            file.seek(0)
+            # Without `strict`, a quote that is never closed takes all rows after it into its field.
+            reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+            try:
+                for row in reader:
+                    fields = [field.strip() for field in row]
+                    if any(fields):
+                        yield reader.line_num, fields
+            except csv.Error as error:
+                raise UserError(
+                    f"{path}, line {reader.line_num} is not valid CSV: {error}. A field with quotation marks is "
+                    "quoted, and its own are doubled"
+                ) from error
+    except (UnicodeDecodeError, OSError):
+        read_text(path)  # raises the error with its place and its remedy
+        raise
 
 
 def read_rows(

@@ -141,6 +141,13 @@ def test_empty_batches_and_half_surrogate_pairs(folders):
     np.testing.assert_array_equal(tokenizer([broken])[0], tokenizer(["a ? circle"])[0])
 
 
+def test_entities_of_html_are_decoded(folders):
+    tokenizer = Tokenizer.from_folder(folders["minilm"], 16)
+    for encoded, text in (("salt &amp; vinegar", "salt & vinegar"), ("&amp;quot;a&amp;quot; caf&eacute;", '"a" café')):
+        np.testing.assert_array_equal(tokenizer([encoded])[0], tokenizer([text])[0])
+    np.testing.assert_array_equal(tokenizer(["AT&T &"])[1].sum(), tokenizer(["AT & T &"])[1].sum())
+
+
 def test_too_few_and_too_many_tokens_are_refused(folders):
     with pytest.raises(ValueError, match="max_tokens is 2, expected more than the 2 special tokens"):
         Tokenizer.from_folder(folders["minilm"], 2)

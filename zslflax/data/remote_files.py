@@ -207,6 +207,48 @@ class HttpFile(RemoteFile):
             raise ConnectionError(f"asked for bytes {start}-{stop - 1}, got {found[0]} with {length} bytes")
 
 
+def read_whole(path: str, max_size: int, limits: ReadLimits) -> bytes:
+    """The contents of a remote file, by one request over HTTP.
+
+    Raises:
+        UserError: it has more than `max_size` bytes.
+    """
+    system, name = open_file_system(path)
+    if is_http(path):
+        data = read_response(system, name, max_size, limits)
+    else:
+        file = RemoteFile(path, limits)
+        data = file.fetch(0, min(file.fingerprint[1], max_size + 1))
+    if len(data) > max_size:
+        raise UserError(f"{without_credentials(path)} is larger than the {max_size:,} bytes allowed")
+    return data
+
+
+def read_response(system: Any, url: str, max_size: int, limits: ReadLimits) -> bytes:
+    """The body of the answer to a GET request; of a longer one, a little more than `max_size` bytes."""
+    from fsspec.asyn import sync
+
+    async def read() -> bytes:
+        try:
+            async with asyncio.timeout(limits.request):
+                session = await system.set_session()
+                options = dict(system.kwargs)
+                options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity"}
+                async with await session.get(system.encode_url(url), **options) as response:
+                    response.raise_for_status()
+                    data = bytearray()
+                    async for part in response.content.iter_chunked(1 << 16):
+                        data += part
+                        if len(data) > max_size:
+                            break
+                    return bytes(data)
+        except TimeoutError as error:  # fsspec would replace it by one without a message
+            message = str(error) or f"the answer was not complete after {limits.request:g} s (data.request_timeout)"
+            raise ConnectionError(message) from error
+
+    return sync(system.loop, read)
+
+
 def http_version(response: Any) -> dict[str, str]:
     """The headers that identify the version of a file."""
     found = {key: response.headers[key].removeprefix("W/") for key in HTTP_VERSION_KEYS if key in response.headers}

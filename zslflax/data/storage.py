@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from zslflax.data.addresses import is_http, is_remote, without_credentials
-from zslflax.data.remote_files import FINGERPRINT_VERSION, Fingerprint, HttpFile, RemoteFile, changed_message
+from zslflax.data.remote_files import (
+    FINGERPRINT_VERSION,
+    Fingerprint,
+    HttpFile,
+    RemoteFile,
+    changed_message,
+    read_whole,
+)
 from zslflax.data.retries import DEFAULT_LIMITS, ReadLimits, with_retries
 from zslflax.errors import UserError
 
@@ -118,6 +125,17 @@ def read_spans(
     # A stale handle of a local file does not recover.
     recover = None if is_remote(path) else open_file.cache_clear
     return with_retries(path, lambda: open_file(path, fingerprint, limits).read_spans(spans), limits, recover)
+
+
+def read_file(path: str, max_size: int, limits: ReadLimits = DEFAULT_LIMITS) -> bytes:
+    """The contents of a whole remote file; transient errors are retried.
+
+    Raises:
+        MissingFileError: there is no such file.
+        StorageError: of the last attempt, or an error that is not transient.
+        UserError: the file has more than `max_size` bytes.
+    """
+    return with_retries(path, lambda: read_whole(path, max_size, limits), limits)
 
 
 @functools.lru_cache(maxsize=max_open_files())

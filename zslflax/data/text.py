@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import html
 import json
 import os
 import string
@@ -28,7 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pipeline has thr
 
 
 class Tokenizer:
-    """Turns texts into token ids of a fixed length.
+    """Turns texts into token ids of a fixed length. HTML's entities in them are decoded.
 
     Threads may share a tokenizer, and it can be pickled.
 
@@ -96,7 +97,8 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ids, int32 [b, t], and the mask, bool [b, t], False at padding that is no part of the text."""
         # JSON can hold half a surrogate pair, which the backend refuses: it becomes "?".
-        encoded = self.backend.encode_batch_fast([text.encode(errors="replace").decode() for text in texts])
+        clean = [decode_entities(text).encode(errors="replace").decode() for text in texts]
+        encoded = self.backend.encode_batch_fast(clean)
         ids = np.array([e.ids for e in encoded], np.int32).reshape(-1, self.max_tokens)
         mask = np.array([e.attention_mask for e in encoded], bool).reshape(-1, self.max_tokens)
         return ids, mask | self.attends_padding
@@ -113,6 +115,17 @@ class Tokenizer:
         write_text(folder / TOKENIZER_FILE, self.backend.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self.pad_token}
         write_json(folder / CONFIG_FILE, config)
+
+
+def decode_entities(text: str) -> str:
+    """A text with the characters that HTML's entities in it mean.
+
+    It is decoded twice, as CLIP does, because captions of web pages are often encoded twice.
+
+    >>> decode_entities("Tom &amp;amp; J&eacute;r&ocirc;me &lt;3")
+    'Tom & Jérôme <3'
+    """
+    return html.unescape(html.unescape(text)) if "&" in text else text
 
 
 @contextlib.contextmanager

@@ -89,6 +89,7 @@ def read_label_space(
     *,
     classes: str = "",
     source_classes: Sequence[str] | None = None,
+    source_names: Sequence[str] | None = None,
     wordnet: WordNet | None = None,
 ) -> LabelSpace:
     """Makes a label space from the fields of a test set in the config and the classes that its source knows.
@@ -100,6 +101,7 @@ def read_label_space(
         synonyms: in the form and order of `class_names`; "" for none.
         classes: the ids, as `read_classes` takes them; "": `source_classes`.
         source_classes: the ids of the classes that a source knows; None where its labels are indices into the names.
+        source_names: the names of these classes, where the source has them besides the ids.
         wordnet: names WordNet's ids.
 
     Raises:
@@ -111,6 +113,8 @@ def read_label_space(
         ids, file_names = read_classes(classes)
     if class_names:
         names = read_class_names(class_names)
+    elif source_names is not None and not classes:
+        names = list(source_names)
     elif ids is None:
         raise UserError("expected names or classes, because the source's labels are only numbers")
     else:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 from typing import ClassVar
 
 from ml_collections import ConfigDict
 
 from zslflax.data.sources import shapes
 from zslflax.data.sources.base import Source
+from zslflax.data.sources.labelled import LabelledImages
 from zslflax.data.sources.opening import open_source
 from zslflax.errors import UserError
 from zslflax.evaluation.hierarchy import Hierarchy
@@ -56,7 +56,7 @@ def open_test_set(name: str, fields: ConfigDict, data_config: ConfigDict) -> Tes
     """
     source = open_source(fields.data, data_config, "test")
     wordnet = read_wordnet(fields.wordnet) if fields.wordnet else None
-    label_space = open_label_space(fields, source.classes, wordnet)
+    label_space = open_label_space(fields, source, wordnet)
     if label_space is not None and (repeated := repeated_names(label_space.class_names)):
         log.info(
             "%s: %d names, such as %r, belong to several classes; the right name of a wrong class counts as a miss",
@@ -71,17 +71,16 @@ def open_test_set(name: str, fields: ConfigDict, data_config: ConfigDict) -> Tes
     return TestSet(name, source, label_space, Hierarchy(label_space.ids, wordnet.hypernyms))
 
 
-def open_label_space(
-    fields: ConfigDict, source_classes: Sequence[str] | None, wordnet: WordNet | None
-) -> LabelSpace | None:
+def open_label_space(fields: ConfigDict, source: Source, wordnet: WordNet | None) -> LabelSpace | None:
     """The classes of a test set; None where neither the config nor the source names any."""
-    if fields.class_names or fields.classes or source_classes is not None:
+    if fields.class_names or fields.classes or source.classes is not None:
         return read_label_space(
             fields.class_names,
             fields.unseen,
             fields.synonyms,
             classes=fields.classes,
-            source_classes=source_classes,
+            source_classes=source.classes,
+            source_names=source.class_names if isinstance(source, LabelledImages) else None,
             wordnet=wordnet,
         )
     if fields.data == "shapes":

@@ -75,19 +75,6 @@ def test_a_pipe_that_is_named_like_an_image_is_a_bad_sample(tmp_path):
         assert error.value.name == str(tmp_path / "cat" / file)
 
 
-def test_labels_of_several_words_are_one_class_unless_separated(tmp_path, caplog):
-    for name in "abc":
-        write(tmp_path / f"{name}.jpg", jpeg(0))
-    text = "path,labels\na.jpg,golden retriever\nb.jpg,cat\nc.jpg,golden retriever\n"
-    with caplog.at_level(logging.WARNING):
-        source = READERS["csv"](str(write(tmp_path / "x.csv", text)))
-    assert source.classes == ["cat", "golden retriever"] and source.labels == [(1,), (0,), (1,)]
-    assert "'golden retriever' is one class" in caplog.text and "separate several by ;" in caplog.text
-    codes = "path,labels\na.jpg,/m/01 /m/02\nb.jpg,7 12\nc.jpg,n01440764\n"
-    source = READERS["csv"](str(write(tmp_path / "y.csv", codes)))
-    assert source.classes == ["/m/01", "/m/02", "12", "7", "n01440764"]
-
-
 def test_numeric_class_ids_are_in_numerical_order(tmp_path):
     for name in ("0", "10", "2"):
         write(tmp_path / name / "a.jpg", jpeg(0))
@@ -134,51 +121,6 @@ def test_an_unreadable_tar_does_not_change_the_labels_of_other_classes(tmp_path)
     source = open_source(f"folder:{tmp_path}", DATA, "test")
     assert len(source.classes) == 20
     assert [record["label"] for record in source] == [(i,) for i in range(20) if i != 5]
-
-
-def test_csv_of_paths_and_labels(tmp_path):
-    for name, value in (("a.jpg", 0), ("in/b.jpg", 50), ("c.jpg", 100), ("d.jpg", 150)):
-        write(tmp_path / name, jpeg(value))
-    text = "split,path,labels\ntest,a.jpg,n2 n1\ntest,in/b.jpg,\ntest,c.jpg, n1 n1\ntest,c.jpg,n3\n"
-    source = open_source(f"csv:{write(tmp_path / 'x.csv', text)}", DATA, "test")
-    assert source.classes == ["n1", "n2", "n3"] and source.excluded == {"missing_images": 0}
-    assert read_labels(source) == {
-        ("a.jpg", 0): {"n1", "n2"},
-        ("b.jpg", 50): set(),
-        ("c.jpg", 100): {"n1", "n3"},
-    }
-    # With any ";" in the column, ids may contain blanks.
-    text = "path,labels\r\na.jpg,hot dog; owl\r\nd.jpg,hot dog\r\n"
-    source = READERS["csv"](str(write(tmp_path / "y.csv", text)))
-    assert read_labels(source) == {("a.jpg", 0): {"hot dog", "owl"}, ("d.jpg", 150): {"hot dog"}}
-    source = READERS["csv"](str(write(tmp_path / "z.csv", "path,labels\na.jpg,10\nd.jpg,9\n")))
-    assert source.classes == ["9", "10"]
-
-
-def test_faulty_csv(tmp_path, caplog):
-    write(tmp_path / "a.jpg", jpeg(0))
-
-    def read(text):
-        return READERS["csv"](str(write(tmp_path / "x.csv", text)))
-
-    with pytest.raises(ValueError, match="x.csv has no column labels; found: path, class"):
-        read("path,class\na.jpg,n1\n")
-    with pytest.raises(ValueError, match="x.csv has no column path, labels; found: nothing"):
-        read("")
-    with pytest.raises(ValueError, match="x.csv, line 3 has 1 fields, the header 2"):
-        read("path,labels\na.jpg,n1\nb.jpg\n")
-    with pytest.raises(ValueError, match="x.csv, line 2: the path is empty"):
-        read("path,labels\n,n1\n")
-    with pytest.raises(FileNotFoundError, match=r"none of the 2 annotated images is in .* \(b.jpg, c.jpg\)"):
-        read("path,labels\nb.jpg,n1\nc.jpg,n1\n")
-    with pytest.raises(FileNotFoundError, match="there are no annotations"):
-        read("path,labels\n")
-    with pytest.raises(FileNotFoundError, match="there is no file .*none.csv"):
-        READERS["csv"](str(tmp_path / "none.csv"))
-    with caplog.at_level(logging.WARNING):
-        source = read("path,labels\na.jpg,n1\nb.jpg,n2\n")
-    assert len(source) == 1 and source.classes == ["n1", "n2"] and source.excluded == {"missing_images": 1}
-    assert "1 of 2 annotated images are not in" in caplog.text and "(b.jpg)" in caplog.text
 
 
 OPEN_IMAGES = [
@@ -269,7 +211,7 @@ def test_ml_images(tmp_path):
 
 def test_labelled_images_are_refused_for_training(tmp_path):
     for reader in READERS:
-        with pytest.raises(ValueError, match="has labels and no captions, which training needs"):
+        with pytest.raises(ValueError, match="is a test set, and training needs pairs"):
             open_source(f"{reader}:{tmp_path}", DATA, "train")
     write(tmp_path / "cat" / "a.jpg", jpeg(0))
     with pytest.raises(ValueError, match="holds no captions: expected tar shards, or images with .*; found: 1 × jpg"):

@@ -5,7 +5,7 @@ import types
 import pytest
 
 from zslflax.data.retries import ReadLimits
-from zslflax.data.sources import opening
+from zslflax.data.sources import folders, opening
 from zslflax.data.sources.opening import open_source
 
 
@@ -15,7 +15,8 @@ def test_sources_are_opened_by_their_prefix(monkeypatch):
             self.call = (*arguments, options)
 
     written = types.SimpleNamespace(train="s/train-{0..1}.tar", test="s/test.tar")
-    monkeypatch.setattr(opening, "WebDataset", type("Tar", (Recorder,), {}))
+    for module in (opening, folders):
+        monkeypatch.setattr(module, "WebDataset", type("Tar", (Recorder,), {}))
     monkeypatch.setattr(opening, "TfdsSource", type("Tfds", (Recorder,), {}))
     monkeypatch.setattr(opening.shapes, "ensure_shards", lambda root, **options: written)
     c = types.SimpleNamespace(root="~/x", train=1, test=2, size=3, noise=0.0, seed=4)
@@ -29,6 +30,7 @@ def test_sources_are_opened_by_their_prefix(monkeypatch):
         open_source("tfds:coco_captions/2014:1.1.0/train", config, "train"),
         open_source("/data/{0..3}.tar", config, "train"),
         open_source("/data/{0..3}.tar", config, "test"),
+        open_source("hf://datasets/a#b/{0..3}.tar", config, "test"),
     ]
     assert [(type(source).__name__, source.call) for source in opened] == [
         ("Tar", (written.train, {})),
@@ -36,6 +38,7 @@ def test_sources_are_opened_by_their_prefix(monkeypatch):
         ("Tfds", ("coco_captions/2014:1.1.0", "train", {"data_dir": None, "require_captions": True})),
         ("Tar", ("/data/{0..3}.tar", {"require_captions": True} | options)),
         ("Tar", ("/data/{0..3}.tar", {"require_captions": False} | options)),
+        ("Tar", ("hf://datasets/a#b/{0..3}.tar", {"require_captions": False} | options)),
     ]
     with pytest.raises(ValueError, match="tfds:NAME/SPLIT"):
         open_source("tfds:coco_captions", config, "train")

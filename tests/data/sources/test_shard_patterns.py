@@ -1,6 +1,7 @@
 """Patterns of shards: braces against a shell's expansion, globs, the home folder, and what is missing."""
 
 import os
+import subprocess
 
 import pytest
 
@@ -14,6 +15,14 @@ from zslflax.data.sources.shard_patterns import expand_braces, expand_patterns
 )
 def test_braces_expand_as_in_a_shell(pattern, require):
     assert expand_braces(pattern) == list(require("braceexpand").braceexpand(pattern))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{a,{0..2}}", "{a-{0..1},b}.tar", "x{0..1}{a,b{c,d}}y", "a{b/{0..1}", "{a,{b,{c,d}}}z", "}{"]
+)
+def test_braces_in_braces_expand_as_in_bash(pattern):
+    expanded = subprocess.run(["bash", "-c", f"printf '%s\\n' {pattern}"], capture_output=True, text=True, check=True)
+    assert expand_braces(pattern) == expanded.stdout.splitlines()
 
 
 def test_globs_braces_and_lists(tmp_path):

@@ -109,6 +109,15 @@ def test_members_of_a_sample_may_be_apart_and_keys_may_repeat(tmp_path):
     assert source[3]["image"] == b"other" and source[1]["image"] == dict(sample(1))["00001.jpg"]
 
 
+def test_images_without_a_caption_are_counted_in_the_log(tmp_path, caplog):
+    members = [("0.jpg", b"x"), ("0.txt", b"a cat"), ("1.jpg", b"x"), ("2.jpg", b"x"), ("2.cls", b"3")]
+    path = write_tar(tmp_path / "a.tar", members)
+    WebDataset(path)
+    assert not caplog.text
+    assert len(WebDataset(path, require_captions=True)) == 3
+    assert f"2 of 3 images have no caption and are skipped; the first is {path}:1" in caplog.text
+
+
 def test_captions_and_labels_come_from_text_json_and_label_files(tmp_path):
     to_json = lambda **fields: json.dumps(fields).encode()
     cases = [
@@ -464,8 +473,10 @@ def test_files_that_are_not_tar_files_compressed_files_and_damaged_files_are_nam
         info = tarfile.TarInfo("0.jpg")
         info.size = 5000
         tar.addfile(info, io.BytesIO(os.urandom(5000)))
-    with pytest.raises(ValueError, match=r"is compressed \(gzip\).*unpack"):
+    with pytest.raises(ValueError, match=r"compressed \(gzip\).* gzip -dc .*b.tar > .*/b-unpacked.tar"):
         WebDataset(str(packed))
+    with pytest.raises(ValueError, match="gzip -dc .*b.tar.gz > .*/b.tar$"):
+        WebDataset(str(packed.rename(tmp_path / "b.tar.gz")))
     write_tar(damaged, samples(range(4)))
     data = bytearray(damaged.read_bytes())
     with tarfile.open(damaged) as tar:

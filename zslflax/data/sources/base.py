@@ -1,12 +1,34 @@
 """What every data source provides: random access to records of images, captions and labels."""
 
+import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
+
+from zslflax.data.retries import DEFAULT_LIMITS, ReadLimits
+
+MAX_DIGESTED = 1 << 26  # bytes of a file that are read for its digest; a tenth of a second
+DIGESTED_PART = 1 << 20  # bytes of each part of a larger file
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceOptions:
+    """How a source is opened, apart from its specification.
+
+    Attributes:
+        require_captions: whether it is for training: captions are needed.
+        captions_per_line: whether each line of a text file is a caption of its own.
+        limits: of the time that reads from servers take.
+    """
+
+    require_captions: bool = False
+    captions_per_line: bool = False
+    limits: ReadLimits = DEFAULT_LIMITS
 
 
 class Annotations(TypedDict):
@@ -95,3 +117,22 @@ def file_version(path: str) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return status.st_size, status.st_mtime_ns
+
+
+def content_digest(path: str | Path) -> str:
+    """The SHA-256 of a file's size and contents; of a file beyond `MAX_DIGESTED`, of three parts of it.
+
+    Unlike `file_version`, it is the same for a copy.
+    """
+    size = os.stat(path).st_size
+    spans = (
+        [(0, size)]
+        if size <= MAX_DIGESTED
+        else [(start, DIGESTED_PART) for start in (0, size // 2, size - DIGESTED_PART)]
+    )
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for start, length in spans:
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.hexdigest()

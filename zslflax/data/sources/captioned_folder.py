@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from zslflax.data.images import IMAGE_EXTENSIONS, BadSample, is_clutter
-from zslflax.data.sources.base import Annotations, Record
+from zslflax.data.sources.base import Annotations, Record, SourceOptions
 from zslflax.data.sources.image_files import PackedNames, fingerprint_of_files, format_examples, read_image_file
 from zslflax.data.sources.sample_files import captions_in_json, parse_captions_and_labels, parse_json
 from zslflax.errors import UserError
@@ -56,8 +56,7 @@ class CaptionedFolder:
     Args:
         folder: of the images; they may be in folders below it.
         index: of the folder.
-        require_captions: whether a folder without any caption is an error.
-        captions_per_line: whether each line of KEY.txt is a caption of its own.
+        options: whether captions are required, and whether each line of KEY.txt is one.
 
     Attributes:
         excluded: `no_caption`, images with no such file beside them; `no_image`, captions without an image;
@@ -70,18 +69,16 @@ class CaptionedFolder:
     classes: list[str] | None = None
     negatives: list[tuple[int, ...]] | None = None
 
-    def __init__(
-        self, folder: Path, index: FolderIndex, *, require_captions: bool = False, captions_per_line: bool = False
-    ):
+    def __init__(self, folder: Path, index: FolderIndex, options: SourceOptions):
         annotated = (index.files[:, TEXT:] >= 0).any(axis=1)
-        self.folder, self.captions_per_line, self.extensions = str(folder), captions_per_line, index.extensions
-        self.keys, self.files = PackedNames(itertools.compress(index.keys, annotated)), index.files[annotated]
-        if not len(self) or (require_captions and not self.has_captions()):
+        self.folder, self.captions_per_line, self.extensions = str(folder), options.captions_per_line, index.extensions
+        self.keys, self.files = PackedNames(itertools.compress(index.keys, annotated.tolist())), index.files[annotated]
+        if not len(self) or (options.require_captions and not self.has_captions()):
             raise UserError(
                 f"none of the {len(index.keys)} images in {folder} has a caption: expected a file of the same name "
                 f"beside it, KEY.txt, or KEY.json with a field caption or captions; found: {describe_files(index)}"
             )
-        bare = list(itertools.compress(index.keys, ~annotated))
+        bare = list(itertools.compress(index.keys, (~annotated).tolist()))
         counts = {"no_caption": len(bare), "no_image": len(index.without_image), "same_key": index.same_key}
         self.excluded = {reason: count for reason, count in counts.items() if count}
         for count, problem, examples in (

@@ -24,14 +24,16 @@ log = logging.getLogger("zslflax")
 
 
 class LabelledImages:
-    """Image files with labels and no captions, a `Source`.
+    """Image files with labels or captions, a `Source`.
 
     Args:
         paths: of n images.
         labels: n tuples of the indices of the true classes.
+        captions: n tuples of captions, or None: there are none.
         classes: ids of the classes, or None: labels are indices into a list that others have.
         negatives: n tuples of the classes that are known not to be on the image, or None.
         excluded: how many images or annotations were left out, by reason.
+        class_names: of the classes, where their ids are codes; or None.
     """
 
     def __init__(
@@ -41,7 +43,11 @@ class LabelledImages:
         classes: list[str] | None = None,
         negatives: Sequence[tuple[int, ...]] | None = None,
         excluded: Mapping[str, int] | None = None,
+        *,
+        captions: Sequence[tuple[str, ...]] | None = None,
+        class_names: list[str] | None = None,
     ):
+        self.captions, self.class_names = captions, class_names
         self.paths, self.labels, self.classes = list(map(str, paths)), list(labels), classes
         self.negatives, self.excluded = negatives, dict(excluded or {})
 
@@ -52,8 +58,9 @@ class LabelledImages:
         return Record(image=read_image_file(self.paths[index]), **self.read_annotations(index))
 
     def read_annotations(self, index: int) -> Annotations:
-        """The labels of an image; reads no file."""
-        return Annotations(text=(), label=self.labels[index], name=self.paths[index])
+        """The labels and captions of an image; reads no file."""
+        text = self.captions[index] if self.captions is not None else ()
+        return Annotations(text=text, label=self.labels[index], name=self.paths[index])
 
     def fingerprint(self) -> str:
         """Of the paths, sizes and modification times of all images."""
@@ -124,45 +131,6 @@ def read_class_folders(folder: Path) -> LabelledImages:
     return LabelledImages(images, labels, [subfolder.name for subfolder in subfolders])
 
 
-def read_csv(spec: str) -> LabelledImages:
-    """Reads "FILE.csv": columns `path`, relative to the file's folder, and `labels`, none or more class ids.
-
-    Ids are separated by ";" if the column has any ";". Otherwise blanks separate them if each of them has a digit, as
-    codes have; words with blanks between them are one id. Rows with the same path are merged. The classes are all ids
-    that occur, in their order.
-    """
-    file = local_path(spec, "csv:")
-    rows = list(read_columns(file, ("path", "labels")))
-    separator = labels_separator(file, [labels for _, (_, labels) in rows])
-    ids_of_path: dict[str, dict[str, None]] = collections.defaultdict(dict)  # dicts as ordered sets
-    for line, (path, labels) in rows:
-        if not path:
-            raise UserError(f"{file}, line {line}: the path is empty")
-        ids_of_path[path] |= dict.fromkeys(i.strip() for i in labels.split(separator) if i.strip())
-    paths = {path: file.parent / path for path in ids_of_path}
-    present = existing_keys(paths, f"the folder of {file}")
-    classes = sorted_by_id({i: i for ids in ids_of_path.values() for i in ids})
-    label_of_id = {i: label for label, i in enumerate(classes)}
-    return LabelledImages(
-        [paths[path] for path in present],
-        [tuple(label_of_id[i] for i in ids_of_path[path]) for path in present],
-        classes,
-        excluded={"missing_images": len(paths) - len(present)},
-    )
-
-
-def labels_separator(file: Path, columns: Sequence[str]) -> str | None:
-    """What separates the ids in the fields of a column of labels; None for blanks."""
-    if any(";" in labels for labels in columns):
-        return ";"
-    several = [labels for labels in columns if len(labels.split()) > 1]
-    words = [labels for labels in several if not all(any(map(str.isdigit, i)) for i in labels.split())]
-    if not words:
-        return None
-    log.warning("%s: %r is one class, because it has words without digits; separate several by ;", file, words[0])
-    return ";"
-
-
 def read_open_images(spec: str) -> LabelledImages:
     """Reads "FOLDER,LABELS.csv": Open Images' human-verified labels of images FOLDER/…/IMAGEID.jpg.
 
@@ -230,11 +198,7 @@ def read_ml_images(spec: str) -> LabelledImages:
     return LabelledImages([paths[i] for i in present], [labels[i] for i in present], excluded=missing)
 
 
-READERS: dict[str, Callable[[str], Source]] = {
-    "csv": read_csv,
-    "open_images": read_open_images,
-    "ml_images": read_ml_images,
-}
+READERS: dict[str, Callable[[str], Source]] = {"open_images": read_open_images, "ml_images": read_ml_images}
 
 
 def parse_class(field: str, file: Path, line: int) -> int:

@@ -2,7 +2,6 @@
 
 import glob
 import itertools
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,6 @@ from zslflax.data.sources.tar_index import SUFFIX, raise_missing
 from zslflax.errors import MissingFileError, UserError
 from zslflax.files import expand_user
 
-BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 MAX_SHARDS = 1_000_000  # of one pattern
 SEPARATOR = "::"  # between patterns, webdataset's
@@ -149,11 +147,13 @@ def expand_braces(pattern: str) -> list[str]:
 
     >>> expand_braces("{a,b}-{08..10}.tar")
     ['a-08.tar', 'a-09.tar', 'a-10.tar', 'b-08.tar', 'b-09.tar', 'b-10.tar']
+    >>> expand_braces("{a-{0..1},b}.tar")
+    ['a-0.tar', 'a-1.tar', 'b.tar']
 
     Raises:
         UserError: there are more than `MAX_SHARDS` combinations.
     """
-    total = math.prod(count_values(content) for content in BRACES.findall(pattern))
+    total = count_combinations(pattern)
     if total > MAX_SHARDS:
         raise UserError(
             f"{hide_credentials(pattern)} stands for {total:,} shards, more than the {MAX_SHARDS:,} allowed; give "
@@ -163,20 +163,53 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def combine_braces(pattern: str) -> list[str]:
-    match = BRACES.search(pattern)
-    if not match:
+    """All combinations of the values of a pattern's braces."""
+    before, content, after = split_at_braces(pattern)
+    if content is None:
         return [pattern]
-    values = match[1].split(",")
-    if bounds := RANGE.fullmatch(match[1]):
+    if bounds := RANGE.fullmatch(content):
         first, last = int(bounds[1]), int(bounds[2])
         width = max(map(len, bounds.groups())) if any(re.match("0.", b) for b in bounds.groups()) else 0
         step = 1 if first <= last else -1
         values = [f"{number:0{width}}" for number in range(first, last + step, step)]
-    rest = combine_braces(pattern[match.end() :])
-    return [pattern[: match.start()] + value + tail for value in values for tail in rest]
+    else:
+        values = [value for part in split_at_commas(content) for value in combine_braces(part)]
+    tails = combine_braces(after)
+    return [before + value + tail for value in values for tail in tails]
 
 
-def count_values(content: str) -> int:
-    """How many values braces with this content have."""
-    bounds = RANGE.fullmatch(content)
-    return abs(int(bounds[2]) - int(bounds[1])) + 1 if bounds else content.count(",") + 1
+def count_combinations(pattern: str) -> int:
+    """How many values `combine_braces` returns."""
+    _, content, after = split_at_braces(pattern)
+    if content is None:
+        return 1
+    if bounds := RANGE.fullmatch(content):
+        return (abs(int(bounds[2]) - int(bounds[1])) + 1) * count_combinations(after)
+    return sum(map(count_combinations, split_at_commas(content))) * count_combinations(after)
+
+
+def split_at_braces(pattern: str) -> tuple[str, str | None, str]:
+    """What is before, in and after the first pair of braces, in which there may be others; None if there is none."""
+    for start in (match.start() for match in re.finditer("{", pattern)):
+        depth = 0
+        for end in (match.start() for match in re.finditer("[{}]", pattern[start:])):
+            depth += 1 if pattern[start + end] == "{" else -1
+            if depth == 0:
+                return pattern[:start], pattern[start + 1 : start + end], pattern[start + end + 1 :]
+    return pattern, None, ""
+
+
+def split_at_commas(content: str) -> list[str]:
+    """The parts between those commas that are not in braces.
+
+    >>> split_at_commas("a,b{c,d}")
+    ['a', 'b{c,d}']
+    """
+    parts, depth = [""], 0
+    for character in content:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts

@@ -5,6 +5,7 @@ start on a dataset: both hold Python's lock, so that threads do not help, and mi
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -19,7 +20,7 @@ RECORD = 20 * BLOCK  # an empty tar file
 MAX_PADDING = 1 << 20  # bytes of zeros after the end marker
 MAX_MEMBER = 1 << 40  # bytes; file systems refuse positions far beyond any file
 SPARSE = -1  # in place of the offset of a sparse member: its bytes are not those of its file
-COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # their commands
 
 
 class BadHeader(Exception):
@@ -207,5 +208,10 @@ def damage_message(path: str, header: bytes, position: int, reason: Exception) -
         return f"the shard {path} is damaged at byte {position}: {expected}; fetch it again"
     for start, compression in COMPRESSIONS.items():
         if header.startswith(start):
-            return f"the shard {path} is compressed ({compression}), but shards are read in place: unpack it"
+            plain = re.sub(r"\.tar\.\w+$|\.t[bgx]z2?$", ".tar", path)
+            plain = plain if plain != path else path.removesuffix(".tar") + "-unpacked.tar"
+            return (
+                f"the shard {path} is compressed ({compression}), but shards are read in place; unpack it: "
+                f"{compression} -dc {path} > {plain}"
+            )
     return f"{path} is not a tar file: it starts with {header[:16]!r}"

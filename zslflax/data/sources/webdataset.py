@@ -94,6 +94,15 @@ class WebDataset:
                 f"found: {count_extensions(indexes)}{self.describe_json_fields()}"
             )
         self.excluded = self.report_left_out(indexes)
+        if require_captions:
+            self.report_uncaptioned()
+
+    def report_uncaptioned(self) -> None:
+        """Logs how many samples have no file with a caption. They stay samples, which cannot be read."""
+        bare = np.flatnonzero((self.sizes[:, [TEXT, JSON, TEXTS]] < 0).all(axis=1)).tolist()
+        if bare:
+            first = self.sample_name(self.shard_of(bare[0]), bare[0])
+            log.warning("%d of %d images have no caption and are skipped; the first is %s", len(bare), len(self), first)
 
     def report_left_out(self, indexes: Sequence[TarIndex]) -> dict[str, int]:
         """Counts the keys without an image by reason, and logs them."""
