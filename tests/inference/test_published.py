@@ -107,6 +107,21 @@ def test_what_is_not_computed_is_refused_by_field(require, published, tmp_path):
             Predictor.restore(copy, cache="")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_cfg": {"timm_model_name": "vit_base_patch16_siglip_224"}}, "vision_cfg.timm_model_name"),
+        ({"vision_cfg": {"layers": [3, 4, 6, 3], "width": 64, "image_size": 224}}, "the layers of a ResNet"),
+        ({"text_cfg": {"hf_model_name": "roberta-base"}}, "text_cfg.hf_model_name"),
+    ],
+)
+def test_other_towers_of_open_clip_are_refused_by_field(tmp_path, change, message):
+    model = {"embed_dim": 512, "vision_cfg": {"layers": 12, "patch_size": 32}, "text_cfg": {}} | change
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    with pytest.raises(ValueError, match=f"open_clip_config.json has .*{message}"):
+        Predictor.restore(tmp_path)
+
+
 def test_a_single_encoder_is_no_model(require, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="model_type 'bert'; expected a model with an image and a text tower, clip or"):

@@ -92,7 +92,7 @@ def random_tokens(vocabulary, lengths, width, pad=0):
         ("roberta", {"type_vocab_size": 1, "pad_token_id": 3}),
         ("xlm-roberta", {"type_vocab_size": 1, "pad_token_id": 1}),
         ("camembert", {"type_vocab_size": 1, "pad_token_id": 1}),
-        ("mpnet", {"pad_token_id": 1, "relative_attention_num_buckets": 8}),
+        ("mpnet", {"pad_token_id": 1}),
         ("distilbert", {"sinusoidal_pos_embds": True}),
         ("modernbert", MODERNBERT | {"local_attention": 4, "num_hidden_layers": 5}),
         ("modernbert", MODERNBERT | {"attention_bias": True, "mlp_bias": True, "norm_bias": True}),

@@ -11,7 +11,12 @@ from zslflax.config import default_config
 from zslflax.errors import UserError
 from zslflax.models.bert import Bert
 from zslflax.models.build import IMAGENET_MEAN, IMAGENET_STD, build_two_tower, resolve_model, text_config
-from zslflax.models.import_weights.description import read_pixel_statistics, read_text_pooling
+from zslflax.models.import_weights.description import (
+    Resizing,
+    read_pixel_statistics,
+    read_resizing,
+    read_text_pooling,
+)
 from zslflax.models.import_weights.load import load_image_tower, load_text_tower
 
 
@@ -200,3 +205,37 @@ def test_options_that_change_the_computation_are_refused(tmp_path, name, values,
     write(tmp_path / "config.json", values)
     with pytest.raises(UserError, match=message):
         load_image_tower(tmp_path, name, {"params": {"x": jnp.zeros(1)}}, 224)
+
+
+CLIPS_OWN = Resizing(224, 224, "bicubic")
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "wanted"),
+    [
+        ("preprocessor_config.json", {"size": 224, "crop_size": 224, "resample": 3}, CLIPS_OWN),  # the first releases
+        ("preprocessor_config.json", {"size": {"shortest_edge": 256}, "crop_size": {"height": 240, "width": 240}},
+         Resizing(240, 256, "bicubic")),
+        ("preprocessor_config.json", {"size": {"height": 384, "width": 384}, "crop_size": 384, "resample": 2},
+         Resizing(384, 0, "bilinear")),
+        ("preprocessor_config.json", {"size": {"height": 224, "width": 224}, "do_center_crop": False},
+         Resizing(224, 0, "bicubic")),
+        ("processor_config.json", {"image_processor": {"size": {"shortest_edge": 256}}}, Resizing(224, 256, "bicubic")),
+        ("open_clip_config.json", {"preprocess_cfg": {"resize_mode": "squash"}}, Resizing(224, 0, "bicubic")),
+        ("open_clip_config.json", {"preprocess_cfg": {"interpolation": "bilinear"}}, Resizing(224, 224, "bilinear")),
+        ("other.json", {}, CLIPS_OWN),
+    ],
+)  # fmt: skip
+def test_the_files_say_how_images_are_resized(tmp_path, file, values, wanted):
+    (tmp_path / file).write_text(json.dumps(values))
+    assert read_resizing(tmp_path, CLIPS_OWN) == wanted
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"resample": 0}, {"do_resize": False}, {"size": {"height": 224, "width": 336}}, {"do_center_crop": False}],
+)
+def test_other_ways_to_resize_are_refused_with_the_file(tmp_path, values):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="preprocessor_config.json has"):
+        read_resizing(tmp_path, CLIPS_OWN)

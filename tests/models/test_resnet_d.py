@@ -10,11 +10,11 @@ from zslflax.models.import_weights.load import load_image_tower, load_variables
 from zslflax.models.resnet import RESNET_DS, ResNet
 
 STAGES = (1, 2, 1)
-PARAMETERS = {  # of timm's models without their classifier of 1,000 classes
-    "resnet18d": 11_708_744 - 513_000,
-    "resnet34d": 21_816_744 - 513_000,
-    "resnet50d": 25_576_264 - 2_049_000,
-    "resnet101d": 44_568_392 - 2_049_000,
+PARAMETERS = {  # of torchvision's ResNets without their classifier, and 19,232 more in the stem
+    "resnet18d": 11_689_512 - 513_000 + 19_232,
+    "resnet34d": 21_797_672 - 513_000 + 19_232,
+    "resnet50d": 25_557_032 - 2_049_000 + 19_232,
+    "resnet101d": 44_549_160 - 2_049_000 + 19_232,
 }
 
 
@@ -63,6 +63,8 @@ def reference(torch):
     torch.manual_seed(0)
     network = Network().eval()
     for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.2)
             module.running_var.uniform_(0.5, 2)
@@ -90,7 +92,7 @@ def test_agrees_with_the_network_in_pytorch(require, tmp_path, size):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_number_of_parameters_is_timms(name):
+def test_the_number_of_parameters_is_that_of_the_paper(name):
     params = shapes(ResNet(*RESNET_DS[name], deep=True))["params"]
     assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[name]
 

@@ -15,7 +15,7 @@ TEXTS = [
     "a photo of a cat.",
     "Two dogs play",
     "red",
-    "a red dog and the blue cat of a dog of a cat of a dog of a red cat",
+    "a red dog an the blue cat of a dog of a cat of a dog of a red cat",
 ]
 
 
@@ -120,7 +120,7 @@ def to_open_clip(require, source: Path, folder: Path) -> None:
     renamed = {}
     for name, value in weights.items():
         for old, new in names.items():
-            name = re.sub(f"^{old}|(?<=\\.){old}", new, name)
+            name = re.sub(rf"(?:^|(?<=\.)){old}", new, name)
         renamed[name] = value.T.contiguous() if name in ("visual.proj", "text_projection") else value
     for name in [name for name in renamed if ".q_proj." in name]:
         parts = [renamed.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]

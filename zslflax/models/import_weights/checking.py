@@ -13,7 +13,10 @@ from zslflax.models.import_weights.layouts import Layout
 
 # Weights and buffers that are published with an encoder but do not affect its output. Any other weight that the tower
 # does not have means another architecture.
-HEADS = re.compile(r"(_?fc|head|head_dist|pre_logits|classifier|pooler|cls|lm_head|qa_outputs)\..+")
+HEADS = re.compile(
+    r"(_?fc|head|head_dist|pre_logits|(pre_)?classifier|pooler|cls|lm_head|qa_outputs|"
+    r"vocab_transform|vocab_layer_norm|vocab_projector)\..+"
+)
 HARMLESS_MODEL_ARGS = {"img_size", "num_classes", "dynamic_img_size"}
 BUFFERS = re.compile(r"(.+\.)?(num_batches_tracked|position_ids|token_type_ids|mask_token)")
 

@@ -86,12 +86,16 @@ def read_resizing(folder: Path, default: Resizing) -> Resizing:
     interpolation = {2: "bilinear", 3: "bicubic"}[resample]
     size = found.get("size", {"shortest_edge": default.shorter_side} if default.shorter_side else default.size)
     cropped = found.get("do_center_crop", bool(default.shorter_side))
-    if isinstance(size, dict) and "shortest_edge" not in size:
-        return Resizing(only_side(path, size), 0, interpolation)
+    crop = only_side(path, found.get("crop_size", default.size))
+    shorter = size.get("shortest_edge", 0) if isinstance(size, dict) else size if default.shorter_side else 0
+    if not shorter:
+        side = only_side(path, size)
+        if cropped and crop != side:
+            raise UserError(f"{path} has a crop of {crop} pixels from squares of {side}, which is not implemented")
+        return Resizing(side, 0, interpolation)
     if not cropped:
-        return Resizing(only_side(path, size), 0, interpolation)
-    shorter = size["shortest_edge"] if isinstance(size, dict) else size
-    return Resizing(only_side(path, found.get("crop_size", default.size)), shorter, interpolation)
+        raise UserError(f"{path} has do_center_crop False, and images that are no squares are not implemented")
+    return Resizing(crop, shorter, interpolation)
 
 
 def only_side(path: Path, size: Any) -> int:
