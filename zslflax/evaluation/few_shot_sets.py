@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -92,7 +92,7 @@ def embed_views(predictor: Predictor, source: Source, num_views: int, seed: int 
         raise UserError("expected 0 augmented views, for the shots as they are, or at least 2; found 1")
     indices, labels = single_labels(source)
 
-    def load(index: int) -> np.ndarray | None:
+    def load(index: Any) -> np.ndarray | None:
         try:
             image = record_image(source[int(index)])
         except BadSample as error:

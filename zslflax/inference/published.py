@@ -68,7 +68,7 @@ def published_config(folder: Path) -> ConfigDict:
     config, clip = default_config(), kind == "clip"
     image = (CLIP_IMAGE_DEFAULTS if clip else SIGLIP_IMAGE_DEFAULTS) | tower_values(values, "vision")
     text = (CLIP_TEXT_DEFAULTS if clip else SIGLIP_TEXT_DEFAULTS) | tower_values(values, "text")
-    size = image["image_size"]
+    size: Any = image["image_size"]
     resizing = read_resizing(folder, Resizing(size, size if clip else 0, "bicubic"))
     statistics = read_pixel_statistics(folder)
     config.name, config.compute_dtype = folder.name, "float32"

@@ -55,11 +55,11 @@ class Targets(NamedTuple):
         has_reasons: bool [b], whether the image has reasons.
     """
 
-    label: jax.Array | None = None
-    teacher_logits: jax.Array | None = None
-    soft_labels: jax.Array | None = None
-    reasons: jax.Array | None = None
-    has_reasons: jax.Array | None = None
+    label: Any = None
+    teacher_logits: Any = None
+    soft_labels: Any = None
+    reasons: Any = None
+    has_reasons: Any = None
 
 
 def label_losses(

@@ -91,7 +91,7 @@ class TwoTower(nn.Module):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __call__(self, image: jax.Array, *text_and_mask: jax.Array) -> tuple[jax.Array, ...]:
+    def __call__(self, image: jax.Array, *text_and_mask: Any) -> tuple[jax.Array, ...]:
         """Maps b images and, unless it is a classifier, b texts → unit vectors fp32 [b, d] of each."""
         image_emb = self.encode_image(image)
         return (image_emb,) if self.text is None else (image_emb, self.encode_text(*text_and_mask))

@@ -70,7 +70,7 @@ class CaptionedFolder:
     negatives: list[tuple[int, ...]] | None = None
 
     def __init__(self, folder: Path, index: FolderIndex, options: SourceOptions):
-        annotated = (index.files[:, TEXT:] >= 0).any(axis=1)
+        annotated = np.any(index.files[:, TEXT:] >= 0, axis=1)
         self.folder, self.captions_per_line, self.extensions = str(folder), options.captions_per_line, index.extensions
         self.keys, self.files = PackedNames(itertools.compress(index.keys, annotated.tolist())), index.files[annotated]
         if not len(self) or (options.require_captions and not self.has_captions()):

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 Names = str | tuple[str, ...]  # several names for weights that are one in the tower (query, key and value)
@@ -179,7 +179,7 @@ def timm_mobilenet(path: str, blocks: Sequence[int]) -> str:
     return f"blocks.{stage}.{number}.{f'bn{layer + 1}' if is_norm else convs[layer]}"
 
 
-def rename_module(path: str, names: dict[str, str]) -> str:
+def rename_module(path: str, names: Mapping[str, str]) -> str:
     """Replaces a path, or what follows "block_3/" or "layer_3/" in it, by its entry in `names`, if it has one."""
     block, _, module = path.partition("/")
     if re.fullmatch(r"(block|layer)_\d+", block):

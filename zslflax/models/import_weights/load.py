@@ -88,7 +88,7 @@ def load_described_tower(folder: Path, variables: dict[str, Any], image_size: in
     vit = vit_architecture(read_architecture(folder))
     assert vit is not None  # or the tower could not have been built
     tokens, side = int(vit.get("class_token", True)), image_size // vit["patch"]
-    transforms = {
+    transforms: dict[tuple[str, ...], Any] = {
         ("position",): lambda table, layout: resize_positions(table[None], side, antialias=False, tokens=tokens),
         ("cls_token",): lambda token, layout: token[None, None],
     }
@@ -98,7 +98,7 @@ def load_described_tower(folder: Path, variables: dict[str, Any], image_size: in
 def expected_options(name: str) -> dict[str, tuple[Any, ...]]:
     """Returns the options of a config.json, of Hugging Face or timm, with which the image tower `name` computes."""
     if name in RESNETS:
-        timm_names = (name, f"tv_{name}", f"ssl_{name}", f"swsl_{name}", f"gluon_{name}_v1b")
+        timm_names: tuple[str, ...] = (name, f"tv_{name}", f"ssl_{name}", f"swsl_{name}", f"gluon_{name}_v1b")
         hf = {"downsample_in_bottleneck": (False,), "downsample_in_first_stage": (False,), "hidden_act": ("relu",)}
         return {"architecture": timm_names, "global_pool": ("avg",), **hf}
     if name in RESNET_DS:
