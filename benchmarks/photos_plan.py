@@ -26,7 +26,7 @@ FEWER = ("info_nce", "self_distillation", "sigmoid")  # the methods of the level
 LEVELS = (
     (0.4, ALL, 5, tuple(METHODS)),
     (0.0, ALL, 3, tuple(METHODS)),
-    (0.4, FEW, 3, tuple(METHODS)),
+    (0.4, FEW, 3, FEWER),
     (0.0, FEW, 3, FEWER),
     (0.6, ALL, 3, FEWER),
     (0.2, ALL, 3, FEWER),
