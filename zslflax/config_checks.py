@@ -66,10 +66,28 @@ def check_ranges(config: ConfigDict) -> None:
     for field in ("micro_batch", "optimizer.max_nonfinite_steps"):
         value = get_field(config, field)
         expect(value >= 0, f"{field} is {value}, expected 0 or a positive number")
+    check_schedule(config)
+    drop = config.model.image.patch_drop
+    expect(0.0 <= drop < 1.0, f"model.image.patch_drop is {drop}, expected 0 (none) ≤ share < 1")
     warmup, steps = config.optimizer.warmup_steps, config.steps
     expect(
         0 <= warmup < steps,
         f"optimizer.warmup_steps is {warmup}, expected 0 to {steps - 1}, because steps is {steps}",
+    )
+
+
+def check_schedule(config: ConfigDict) -> None:
+    """The sizes of the training images."""
+    schedule, size = config.model.image.schedule, config.model.image.size
+    expect(
+        all(isinstance(entry, (tuple, list)) and len(entry) == 2 for entry in schedule),
+        f"model.image.schedule is {schedule!r}, expected pairs of pixels and a step, such as ((128, 8000),)",
+    )
+    steps = [0, *(step for _, step in schedule), config.steps]
+    expect(
+        all(0 < pixels <= size for pixels, _ in schedule) and steps == sorted(set(steps)),
+        f"model.image.schedule is {schedule!r}, expected pixels of at most model.image.size, {size}, and ascending "
+        f"steps before the last, {config.steps}",
     )
 
 

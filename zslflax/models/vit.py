@@ -1,5 +1,6 @@
 """Vision transformer (Dosovitskiy et al. 2021) with pre-norm blocks and a class token; also as DINOv2 has it."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -82,6 +83,8 @@ class ViT(nn.Module):
         registers: number of learnt tokens that take part in the attention and not in the output.
         pool: "cls": the class token; "mean": the mean over the patches; "cls_mean": one after the other (dino.txt,
             Jose et al. 2024, arXiv 2412.16334).
+        patch_drop: share of the patches that training leaves out, at random for each image, so that a step computes
+            less (FLIP, arXiv 2212.00794). The class token stays. Needs the random key "dropout".
     """
 
     patch: int
@@ -94,12 +97,14 @@ class ViT(nn.Module):
     layer_scale: bool = False
     registers: int = 0
     pool: str = "cls"
+    patch_drop: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps normalised pixels [b, h, w, 3] → fp32 [b, width], or [b, 2 · width] for "cls_mean".
 
-        `train` changes nothing; all towers take it.
+        `train` drops patches. The parameters fit the images of the initialisation; for images of another size, the
+        position embeddings are interpolated.
 
         Raises:
             UserError: patches do not fill the image.
@@ -107,15 +112,21 @@ class ViT(nn.Module):
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise UserError(
                 f"image of {x.shape[1]} × {x.shape[2]} pixels: expected multiples of the patch's "
-                f"{self.patch}; change model.image.size"
+                f"{self.patch}; change model.image.size or model.image.schedule"
             )
         patch = (self.patch, self.patch)
         x = nn.Conv(self.width, patch, patch, "VALID", dtype=self.dtype, name="patch_embed")(x.astype(self.dtype))
+        grid = x.shape[1], x.shape[2]
         x = x.reshape(x.shape[0], -1, self.width)  # (b, patches, width), row by row
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
         x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)).astype(self.dtype), x], axis=1)
-        position = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
+        if self.has_variable("params", "position"):
+            position = interpolate_positions(self.get_variable("params", "position"), grid)
+        else:
+            position = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
         x = x + position.astype(self.dtype)
+        if train and self.patch_drop:
+            x = jnp.concatenate([x[:, :1], drop_patches(x[:, 1:], self.patch_drop, self.make_rng("dropout"))], axis=1)
         if self.registers:  # they have no position and stand between the class token and the patches
             shape = (1, self.registers, self.width)
             registers = self.param("registers", nn.initializers.normal(0.02), shape).astype(self.dtype)
@@ -130,3 +141,23 @@ class ViT(nn.Module):
         x = norm(x.astype(jnp.float32))
         mean = jnp.mean(x[:, 1 + self.registers :], axis=1)
         return mean if self.pool == "mean" else jnp.concatenate([x[:, 0], mean], axis=-1)
+
+
+def interpolate_positions(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Resizes position embeddings of a square of patches, [1, 1 + s², w], to a grid: [1, 1 + rows · columns, w].
+
+    The interpolation is bicubic with antialiasing, as in timm. The class token keeps its embedding.
+    """
+    rows, columns = grid
+    if table.shape[1] == 1 + rows * columns:
+        return table
+    side, width = math.isqrt(table.shape[1] - 1), table.shape[2]
+    patches = jax.image.resize(table[:, 1:].reshape(1, side, side, width), (1, rows, columns, width), "cubic")
+    return jnp.concatenate([table[:, :1], patches.reshape(1, rows * columns, width)], axis=1)
+
+
+def drop_patches(x: jax.Array, share: float, key: jax.Array) -> jax.Array:
+    """A random subset of each image's patches, in their order: [b, t, w] → [b, t − ⌊share · t⌋, w]."""
+    b, t, _ = x.shape
+    kept = jnp.argsort(jax.random.uniform(key, (b, t)), axis=1)[:, : t - int(share * t)]
+    return jnp.take_along_axis(x, jnp.sort(kept, axis=1)[..., None], axis=1)

@@ -27,7 +27,10 @@ from zslflax.training.optimizer import FOREVER, frozen_until
 from zslflax.training.train_state import TrainState
 
 # Fields of config.model.image that change no feature, or stand in the identity of features by another name.
-NOT_OF_FEATURES = ("pretrained", "mean", "std", "remat", "projection", "allow_other_statistics")
+NOT_OF_FEATURES = (
+    *("pretrained", "mean", "std", "remat", "projection", "allow_other_statistics"),
+    *("patch_drop", "schedule"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -190,6 +190,9 @@ def create_state(
     size, tokens = config.model.image.size, config.model.text.max_tokens
     example = (jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, tokens), jnp.int32), jnp.ones((1, tokens), bool))
     key, objective_params = jax.random.key(config.seed), init_params(config.objective)
+    for pixels, _ in config.model.image.schedule:
+        image = jnp.zeros((1, pixels, pixels, 3), jnp.uint8)
+        jax.eval_shape(model.init, key, image, *example[1:])  # raises an error where the tower does not take this size
     init = jax.jit(model.init)  # is traced once, for the shapes and for the arrays
     shapes = {**jax.eval_shape(init, key, *example)["params"], "objective": objective_params}
     tx = build_optimizer(config, shapes, config.steps)  # checks the patterns before any parameter is made
