@@ -45,6 +45,11 @@ def default_config() -> ConfigDict:
     return c.lock()
 
 
+def get_config() -> ConfigDict:
+    """This module as a config file, for an evaluation: all that differs from the defaults is in the workdir."""
+    return default_config()
+
+
 def model_fields() -> ConfigDict:
     """`config.model`: the two towers and their joint space."""
     c = ConfigDict()

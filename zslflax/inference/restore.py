@@ -59,10 +59,7 @@ def restore_model(source: str | Path, step: int | None = None, use: str = "teach
     if use not in ("teacher", "student"):
         raise UserError(f'use is {use!r}, expected "teacher" or "student"')
     folder = locate(source) if isinstance(source, str) else local_path(source, "the model")
-    if not (folder / "config.json").is_file():
-        raise MissingFileError(
-            f"{folder} has no config.json: expected the --workdir of a training run, or an exported model"
-        )
+    check_has_config(folder)
     exported = (folder / WEIGHTS).is_file()
     if exported and (step is not None or use != "teacher"):
         raise UserError(f"{folder} is an exported model, which has no steps and no student beside it")
@@ -79,12 +76,22 @@ def restore_model(source: str | Path, step: int | None = None, use: str = "teach
     return RestoredModel(config, model, saved.variables, tokenizer, saved.step)
 
 
+def check_has_config(folder: Path) -> None:
+    """Raises a MissingFileError where a folder has no config.json."""
+    if not (folder / "config.json").is_file():
+        raise MissingFileError(
+            f"{folder} has no config.json: expected the --workdir of a training run, or an exported model"
+        )
+
+
 def read_run_config(workdir: Path) -> ConfigDict:
     """Reads the config of a training run, with the places of this machine.
 
     Raises:
+        MissingFileError: there is none.
         UserError: a field cannot be used.
     """
+    check_has_config(workdir)
     config = read_config(workdir / "config.json")
     check_saved_config(config, workdir / "config.json")
     use_own_places(config)

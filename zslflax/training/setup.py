@@ -23,7 +23,7 @@ from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
 from zslflax.data.text import Tokenizer
 from zslflax.errors import UserError
-from zslflax.evaluation.test_sets import open_test_sets
+from zslflax.evaluation.test_sets import check_test_sets, open_test_sets
 from zslflax.inference.export import TEXT_FOLDER, save_text_encoder
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
@@ -96,6 +96,7 @@ def set_up(
         sources = open_train_sources(config)
         check_data(config.data.train, sources, workdir, changed)
         test_sets = open_test_sets(config)
+        check_test_sets(test_sets)
     with startup.phase("building the state"):
         teacher_model, fixed_teacher = load_fixed_teacher(config, model, tokenizer)
         state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints)
