@@ -11,7 +11,7 @@ import pytest
 from tests.testing.configs import ROOT
 from tests.testing.flags import parse_flags, reset_flags
 from zslflax import main
-from zslflax.config import default_config
+from zslflax.config import default_config, eval_set
 from zslflax.config_checks import check_paths
 from zslflax.errors import UserError
 from zslflax.inference.prompts import resolve_templates
@@ -39,6 +39,26 @@ def test_overrides(parse):
     assert parse("--config.data.train=('a.tar','b.tar')").data.train == ("a.tar", "b.tar")
 
 
+def test_an_override_of_the_data_of_a_new_test_set_adds_it(parse):
+    c = parse("--config.eval.sets.pets.data=folder:pets", "--config.eval.sets.pets.unseen=cat")
+    assert c.eval.sets.pets.to_dict() == eval_set(data="folder:pets", unseen="cat").to_dict()
+    assert sorted(c.eval.sets) == ["pets", "test"]
+    with pytest.raises(UserError, match="eval.sets.pets.date: there is no such field; nearest: .*eval.sets.pets.data"):
+        parse("--config.eval.sets.pets.data=folder:pets", "--config.eval.sets.pets.date=1")
+
+
+def test_an_evaluation_takes_its_config_from_the_workdir_and_overrides_from_the_command(
+    parse, main_without_set_up, monkeypatch, tmp_path
+):
+    calls = []
+    monkeypatch.setattr(main, "evaluate_run", lambda *arguments: calls.append(arguments))
+    for config in (None, DEMO):
+        override = "--config.eval.sets.pets.unseen=cat"  # a set that only the run may have
+        parse("--mode=evaluate", f"--workdir={tmp_path}", override, "--step=3", config=config)
+        assert main_without_set_up.main([]) == 0
+    assert calls == 2 * [(tmp_path, {"eval.sets.pets.unseen": "cat"}, 3)]
+
+
 @pytest.mark.parametrize("objective", ["", "info_nce", "label_smoothing", "self_distillation", "otter", "sigmoid"])
 def test_the_argument_of_a_config_file_selects_the_objective(parse, objective):
     r50 = ROOT / "configs" / "r50_declutr.py"
@@ -56,8 +76,8 @@ def test_the_argument_of_a_config_file_selects_the_objective(parse, objective):
         ("--config.batch_sizes=3", r"--config.batch_sizes: there is no such field; nearest: .*batch_size"),
         ("--config.data.trian=x", r"--config.data.trian: there is no such field; nearest: data.train"),
         (
-            "--config.eval.sets.tset.data=x",
-            r"eval.sets.tset.data: there is no such field; nearest: eval.sets.test.data",
+            "--config.eval.sets.tset.unseen=x",
+            r"eval.sets.tset.unseen: there is no such field; nearest: eval.sets.test.unseen",
         ),
         ("--config.teacher.decay=0.9", r"teacher.decay: there is no such field; it is called teacher.ema_decay now"),
         (

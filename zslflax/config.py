@@ -48,6 +48,11 @@ def default_config() -> ConfigDict:
     return c.lock()
 
 
+def get_config() -> ConfigDict:
+    """This module as a config file, for an evaluation: all that differs from the defaults is in the workdir."""
+    return default_config()
+
+
 def model_fields() -> ConfigDict:
     """`config.model`: the two towers and their joint space."""
     c = ConfigDict()
@@ -67,6 +72,9 @@ def model_fields() -> ConfigDict:
     # Weights in safetensors format: a folder, package:MODULE/FOLDER, or a Hugging Face Hub id; "" for random weights.
     c.image.pretrained = ""
     c.image.size = 224  # pixels, height and width
+    # ((pixels, step), ...): smaller training images until a step, such as ((128, 8000),), and those of `size` after the
+    # last of them. Evaluation uses `size`. Steps on smaller images are faster (EfficientNetV2, arXiv 2104.00298).
+    c.image.schedule = ()
     # Mean and standard deviation of each colour channel, of values in [0, 1]. (): as the files of the pretrained
     # weights say, or else ImageNet's (EfficientNet-Lite: 0.5).
     c.image.mean = ()
@@ -76,6 +84,9 @@ def model_fields() -> ConfigDict:
     c.image.projection = "linear"
     # Whether the backward pass recomputes the activations inside a block: less memory, a third more computation.
     c.image.remat = False
+    # Share of a ViT's patches that training leaves out, at random: 0.5 halves the image tower's work in a step. Finish
+    # with a short run at 0 (FLIP, arXiv 2212.00794).
+    c.image.patch_drop = 0.0
     c.text = ConfigDict()
     # Text encoder, given like image.pretrained; its config.json says which: BERT, RoBERTa, XLM-R, CamemBERT, MPNet,
     # DistilBERT, ModernBERT, or the text tower of CLIP or SigLIP.

@@ -23,7 +23,14 @@ NOT_NEGATIVE = (
     *("micro_batch", "optimizer.max_nonfinite_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
     *("objective.soft_ramp_steps", "model.text.cached_captions", "eval.bootstrap_resamples"),
 )
-BELOW_ONE = ("model.text.dropout", "model.projection.dropout", "optimizer.momentum", "optimizer.b1", "optimizer.b2")
+BELOW_ONE = (
+    "model.image.patch_drop",
+    "model.text.dropout",
+    "model.projection.dropout",
+    "optimizer.momentum",
+    "optimizer.b1",
+    "optimizer.b2",
+)
 
 
 def validate(config: ConfigDict) -> None:
@@ -91,10 +98,26 @@ def check_ranges(config: ConfigDict) -> None:
         expect(0 <= value < 2**32, f"{field} is {value}, expected a number from 0 to 2³² − 1")
     std = config.model.image.std
     expect(all(value > 0 for value in std), f"model.image.std is {tuple(std)}, expected numbers above 0")
+    check_schedule(config)
     warmup, steps = config.optimizer.warmup_steps, config.steps
     expect(
         0 <= warmup < steps,
         f"optimizer.warmup_steps is {warmup}, expected 0 to {steps - 1}, because steps is {steps}",
+    )
+
+
+def check_schedule(config: ConfigDict) -> None:
+    """The sizes of the training images."""
+    schedule, size = config.model.image.schedule, config.model.image.size
+    expect(
+        all(isinstance(entry, (tuple, list)) and len(entry) == 2 for entry in schedule),
+        f"model.image.schedule is {schedule!r}, expected pairs of pixels and a step, such as ((128, 8000),)",
+    )
+    steps = [0, *(step for _, step in schedule), config.steps]
+    expect(
+        all(0 < pixels <= size for pixels, _ in schedule) and steps == sorted(set(steps)),
+        f"model.image.schedule is {schedule!r}, expected pixels of at most model.image.size, {size}, and ascending "
+        f"steps before the last, {config.steps}",
     )
 
 

@@ -1,19 +1,20 @@
 """Trains or evaluates: `python -m zslflax.main --config=configs/demo.py [--workdir=DIR] [--config.FIELD=VALUE …]`."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from zslflax import distributed
+from zslflax import config, distributed
 from zslflax.cli import exit_on_error, start_logging
 from zslflax.config_checks import check_devices, check_overrides, validate
-from zslflax.evaluation.zero_shot import evaluate_run
 from zslflax.files import local_path
 from zslflax.inference.prompts import resolve_templates
+from zslflax.training.evaluate import evaluate_model, evaluate_run
 from zslflax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -23,7 +24,11 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder that the run writes to and resumes from. Default: runs/<config.name>."
 )
 MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate"], "evaluate: evaluates the newest checkpoint of the workdir; trains nothing."
+    "mode",
+    "train",
+    ["train", "evaluate"],
+    "evaluate: evaluates the newest checkpoint of the workdir on the test sets of its run, and on those that "
+    "--config.eval.sets.NAME.data=… adds; trains nothing.",
 )
 STEP = flags.DEFINE_integer("step", None, "With --mode=evaluate: the step of the checkpoint instead of the newest.")
 MODEL = flags.DEFINE_string(
@@ -50,6 +55,12 @@ def parse(arguments: list[str]) -> list[str]:
     exist names the nearest field.
     """
     check_config_file(arguments)
+    evaluating = bool(re.search(r"(^| )--?mode[= ]evaluate( |$)", " ".join(arguments)))
+    if evaluating and not any(re.match("--?config(=|$)", argument) for argument in arguments):
+        arguments = [arguments[0], f"--config={config.__file__}", *arguments[1:]]  # all else is in the workdir
+    flag = flags.FLAGS["config"]
+    parser = flag.parser if isinstance(flag.parser, ConfigParser) else ConfigParser(flag.parser)
+    flag.parser, parser.arguments, parser.evaluating = parser, arguments, evaluating
     try:
         return flags.FLAGS(arguments)
     except SyntaxError as error:
@@ -67,6 +78,35 @@ def parse(arguments: list[str]) -> list[str]:
         sys.exit(f"zslflax: {error}")
 
 
+class ConfigParser(flags.ArgumentParser):
+    """Loads a config file, and adds the test sets whose data the command line gives by `--config.eval.sets.NAME.data`.
+
+    In an evaluation, the command line may give any of their fields: which test sets there are is known from its run.
+
+    Args:
+        parser: that of ml_collections.
+
+    Attributes:
+        arguments: of the command.
+        evaluating: whether they ask for an evaluation.
+    """
+
+    def __init__(self, parser: flags.ArgumentParser):
+        self.parser, self.arguments, self.evaluating = parser, list[str](), False
+
+    def parse(self, argument: str) -> ConfigDict:
+        loaded: Any = self.parser.parse(argument)
+        field = r"\w+" if self.evaluating else "data"
+        pattern = re.compile(rf"--?config\.eval\.sets\.([^.=]+)\.{field}(=|$)")
+        names = [found[1] for argument in self.arguments if (found := pattern.match(argument))]
+        with loaded.unlocked():
+            loaded.eval.sets.update({name: config.eval_set() for name in names if name not in loaded.eval.sets})
+        return loaded
+
+    def flag_type(self) -> str:
+        return self.parser.flag_type()
+
+
 def check_config_file(arguments: list[str]) -> None:
     """Ends the program where --config names a file that does not exist, for which absl has no clear message."""
     for argument, following in zip(arguments, [*arguments[1:], ""]):
@@ -79,17 +119,22 @@ def check_config_file(arguments: list[str]) -> None:
 def main(_: Any) -> int:
     """Runs what the flags ask for, and returns the exit status."""
     start_logging()
-    config = CONFIG.value
-    name = Path(MODEL.value).name or config.name
+    run_config, evaluating = CONFIG.value, MODE.value == "evaluate"
+    name = Path(MODEL.value).name or run_config.name
     workdir = local_path(WORKDIR.value or f"runs/{name}", "--workdir").absolute()
-    resolve_templates(config)
-    validate(config)
-    distributed.initialize(config.compilation_cache)
-    check_devices(config, jax.device_count())
-    if MODE.value == "evaluate":
-        evaluate_run(config, workdir, STEP.value, MODEL.value)
+    if evaluating and not MODEL.value:
+        distributed.initialize(run_config.compilation_cache)
+        config_flag: Any = flags.FLAGS["config"]
+        evaluate_run(workdir, config_flag.override_values, STEP.value)
         return 0
-    return 0 if train(config, workdir, CHANGED.value) else STOPPED_STATUS.value
+    resolve_templates(run_config)
+    validate(run_config)
+    distributed.initialize(run_config.compilation_cache)
+    check_devices(run_config, jax.device_count())
+    if evaluating:
+        evaluate_model(MODEL.value, run_config, workdir)
+        return 0
+    return 0 if train(run_config, workdir, CHANGED.value) else STOPPED_STATUS.value
 
 
 def run() -> None:

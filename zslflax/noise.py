@@ -11,6 +11,7 @@ from zslflax.cli import exit_on_error, start_logging
 from zslflax.evaluation.caption_noise import analyse_source
 from zslflax.files import local_path
 from zslflax.inference.predictor import Predictor
+from zslflax.training.frozen_features import open_kept_features
 
 
 def main() -> None:
@@ -24,7 +25,9 @@ def main() -> None:
         parser.error(f"--worst is {args.worst}, expected a share between 0 and 1")
     start_logging()
     folder = local_path(args.to or local_path(args.workdir, "--workdir") / "noise", "--to")
-    summary = analyse_source(Predictor.restore(args.workdir), args.data, args.worst, folder)
+    predictor = Predictor.restore(args.workdir)
+    features_of = open_kept_features(predictor, predictor.config)
+    summary = analyse_source(predictor, args.data, args.worst, folder, features_of)
     print(json.dumps(summary, ensure_ascii=False))
 
 

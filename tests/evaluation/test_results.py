@@ -37,6 +37,17 @@ def test_the_table_has_a_row_per_test_set_model_and_measure():
     ]
 
 
+def test_the_table_has_half_of_the_width_of_each_interval():
+    hit = Metric("hit", 1, test_set="a")
+    results = {
+        hit: 0.5,
+        hit._replace(bound="low"): 0.44,
+        hit._replace(bound="high"): 0.56,
+        Metric("mAP", test_set="a"): 1,
+    }
+    assert format_table(results).splitlines() == ["                @1        mAP", "a hit@k  50.0 ±6.0      100.0"]
+
+
 def test_a_test_set_may_be_called_like_a_part_of_a_metric():
     results = {Metric("hit", 1, test_set="student"): 0.5, Metric("hit", 1, group="seen", test_set="student"): 0.4}
     lines = format_table(results).splitlines()

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.testing.shards import write_tar
 from zslflax import config
 from zslflax.data.images import decode
+from zslflax.errors import UserError
 from zslflax.evaluation import zero_shot
 from zslflax.evaluation.results import flat_names
-from zslflax.evaluation.test_sets import open_test_sets
+from zslflax.evaluation.test_sets import check_test_sets, open_test_sets
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
 from zslflax.training.setup import create_state
@@ -71,7 +73,7 @@ def test_hits_and_intervals_of_a_folder_with_a_subfolder_per_class(tiny_config, 
             assert metrics[f"eval/pets/{who}hit@{k}"] == pytest.approx(np.mean(hits[k]), abs=1e-9)
             assert metrics[f"eval/pets/{who}hit@{k}/low"] <= np.mean(hits[k]) <= metrics[f"eval/pets/{who}hit@{k}/high"]
         assert metrics[f"eval/pets/{who}labelled"] == 29
-    with Image.open(folder / "predictions" / "7.png") as picture:
+    with Image.open(folder / "7.png") as picture:
         assert picture.width > 600
 
 
@@ -79,7 +81,7 @@ def test_retrieval_of_images_and_captions(tiny_config, predictors, tmp_path):
     tiny_config.eval.sets.test.data = "shapes"
     (test,) = open_test_sets(tiny_config)
     predictor = predictors[""]
-    metrics = flat_names(zero_shot.evaluate({"": predictor}, [test], tiny_config, workdir=tmp_path))
+    metrics = flat_names(zero_shot.evaluate({"": predictor}, [test], tiny_config, tmp_path))
     images = np.concatenate([predictor.encode_image(decode(test.source[i]["image"])) for i in range(24)])
     texts = predictor.encode_text([test.source[i]["text"][0] for i in range(24)])
     places = [int(np.sum(row > row[i])) for i, row in enumerate(images @ texts.T)]
@@ -123,3 +125,25 @@ def test_a_label_beyond_the_class_names_is_refused(tiny_config, predictors, tmp_
     tiny_config.eval.sets.test.class_names = "cat,dog,car"
     with pytest.raises(ValueError, match=r"has the label \d+, but there are 3 names"):
         zero_shot.evaluate(predictors, open_test_sets(tiny_config), tiny_config, tmp_path)
+    with pytest.raises(UserError, match=r"eval.sets.test: sample .*\.tar:\d+ has the label \d+, but there are 3 names"):
+        check_test_sets(open_test_sets(tiny_config))
+
+
+def test_a_test_set_without_anything_to_measure_is_named(tiny_config, tmp_path, caplog):
+    for i in range(3):
+        (tmp_path / "labels" / str(i)).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "labels" / str(i) / "a.png")
+    members = [(f"{i}.{end}", data) for i in range(3) for end, data in (("jpg", b"-"), ("cls", b"%d" % i))]
+    tiny_config.eval.sets.test.data = write_tar(tmp_path / "a.tar", members)
+    check_test_sets(open_test_sets(tiny_config))
+    assert "NOTHING WILL BE MEASURED on eval.sets.test: 3 samples that were read have no captions" in caplog.text
+    assert "their labels have no names; give eval.sets.test.class_names" in caplog.text
+    caplog.clear()
+    tiny_config.eval.sets.test.class_names = "cat,dog,car"
+    check_test_sets(open_test_sets(tiny_config))
+    tiny_config.eval.sets.test.data, tiny_config.eval.sets.test.class_names = f"folder:{tmp_path / 'labels'}", "a,b,c"
+    check_test_sets(open_test_sets(tiny_config))
+    assert not caplog.text
+    tiny_config.eval.sets.test.data = ""
+    check_test_sets(open_test_sets(tiny_config))
+    assert "NOTHING WILL BE MEASURED: no test set has data" in caplog.text

@@ -9,8 +9,8 @@ from PIL import Image
 
 from tests.testing.published import EMBED_DIM, SIZE, TEXTS, TOKENS, photo, save_clip, save_siglip, to_open_clip
 from zslflax.evaluation.test_sets import open_test_sets
-from zslflax.evaluation.zero_shot import evaluate_run
 from zslflax.inference.predictor import Predictor
+from zslflax.training.evaluate import evaluate_model
 from zslflax.training.loop import train
 
 SAVE = {"clip": save_clip, "siglip": save_siglip}
@@ -130,7 +130,7 @@ def test_a_single_encoder_is_no_model(require, tmp_path):
 
 def test_a_published_model_is_evaluated_on_any_test_set(published, tiny_config, tmp_path):
     folder, _ = published
-    metrics = evaluate_run(tiny_config, tmp_path / "runs", model=str(folder))
+    metrics = evaluate_model(str(folder), tiny_config, tmp_path / "runs")
     [test_set] = open_test_sets(tiny_config)
     records = [test_set.source[i] for i in range(len(test_set.source))]
     predictor = Predictor.restore(folder, cache="")
@@ -138,7 +138,7 @@ def test_a_published_model_is_evaluated_on_any_test_set(published, tiny_config, 
     answers = predictor.classify([record["image"] for record in records], names, top_k=1)
     hits = [names.index(answer[0][0]) in record["label"] for answer, record in zip(answers, records)]
     assert metrics["eval/test/hit@1"] == pytest.approx(np.mean(hits))
-    assert (tmp_path / "runs" / "predictions" / "0.png").is_file()
+    assert (tmp_path / "runs" / "evaluation" / "0.png").is_file()
 
 
 def test_the_towers_alone_start_a_run_and_the_whole_model_teaches_it(require, tiny_config, tmp_path):

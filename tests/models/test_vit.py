@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.testing.training import make_config
+from zslflax.errors import UserError
+from zslflax.models.build import build_two_tower
 from zslflax.models.import_weights.load import load_image_tower, load_variables, resize_positions
 from zslflax.models.import_weights.transformer_layouts import HF_VIT, TIMM_VIT
-from zslflax.models.vit import VITS, ViT
+from zslflax.models.vit import VITS, ViT, drop_patches, interpolate_positions
 
 PATCH, WIDTH, DEPTH, HEADS = 8, 32, 3, 4
 PARAMETERS = {  # of timm's models for 224 pixels without their classifier of 1,000 classes
@@ -243,3 +246,55 @@ def test_bfloat16_is_close_to_float32():
     expected = jax.jit(small().apply)(variables, images)
     assert outputs.dtype == jnp.float32
     assert float(jnp.linalg.norm(outputs - expected) / jnp.linalg.norm(expected)) < 0.02
+
+
+def test_positions_are_interpolated_for_images_of_another_size():
+    """As a model of that size with the published way to resize its table; the class token's stays."""
+    large, images = random_images(2, 32), random_images(2, 16)
+    variables = small().init(jax.random.key(0), large)
+    table = variables["params"]["position"]
+    resized = {**variables["params"], "position": jnp.asarray(resize_positions(np.asarray(table), 2))}
+    found = small().apply(variables, images)
+    np.testing.assert_allclose(found, small().apply({"params": resized}, images), atol=1e-5)
+    grads = jax.grad(lambda variables: jnp.sum(small().apply(variables, images)[:, 0]))(variables)
+    assert np.all(np.abs(grads["params"]["position"]).max(axis=-1) > 0)  # of all patches of the larger image
+    np.testing.assert_array_equal(interpolate_positions(table, (4, 4)), table)
+    assert interpolate_positions(table, (2, 6)).shape == (1, 13, WIDTH)
+
+
+def test_training_drops_a_share_of_the_patches_of_each_image_at_random():
+    t, share = 16, 0.6
+    x = jnp.arange(2.0 * t).reshape(2, t, 1)
+    kept = drop_patches(x, share, jax.random.key(0))[..., 0]
+    assert kept.shape == (2, 7)  # 16 − ⌊9.6⌋
+    for i in range(2):
+        assert set(kept[i].tolist()) < set(x[i, :, 0].tolist()) and (np.diff(kept[i]) > 0).all()
+    assert ((kept[0] - 0) != (kept[1] - t)).any()  # another draw for each image
+    draws = [drop_patches(x, share, jax.random.key(i))[0, :, 0] for i in range(400)]
+    counts = np.bincount(np.concatenate(draws).astype(int), minlength=t) / 400
+    np.testing.assert_allclose(counts, 7 / 16, atol=0.1)  # 4 standard deviations
+
+
+def test_dropped_patches_do_not_reach_the_output_and_evaluation_sees_all():
+    images = random_images(2, 32)
+    model, key = small(patch_drop=0.75), jax.random.key(1)
+    variables = small().init(jax.random.key(0), images)
+    apply = lambda images: model.apply(variables, images, train=True, rngs={"dropout": key})
+
+    weights = np.random.default_rng(1).normal(
+        size=(2, WIDTH)
+    )  # a plain sum over the output of a layer norm is constant
+    reached = np.abs(jax.grad(lambda x: jnp.sum(weights * apply(x)))(images)).sum(axis=-1)
+    patches = reached.reshape(2, 4, PATCH, 4, PATCH).sum(axis=(2, 4)).reshape(2, 16)
+    np.testing.assert_array_equal((patches > 0).sum(axis=1), [4, 4])
+    np.testing.assert_array_equal(model.apply(variables, images), small().apply(variables, images))
+    assert small(patch_drop=0.0).apply(variables, images, train=True).shape == (2, WIDTH)  # needs no random key
+
+
+def test_only_a_vit_takes_the_field():
+    config = make_config(model__image__name="vit_nano4", model__image__patch_drop=0.5)
+    model = build_two_tower(config.model)
+    assert model.image.tower.patch_drop == 0.5
+    config.model.image.name = "resnet_nano"
+    with pytest.raises(UserError, match="patch_drop is 0.5, but resnet_nano has no patches"):
+        build_two_tower(config.model)

@@ -15,7 +15,7 @@ from zslflax import checkpoint
 from zslflax.config import default_config
 from zslflax.config_checks import validate
 from zslflax.data.sources.opening import open_source
-from zslflax.evaluation.zero_shot import evaluate_run
+from zslflax.training.evaluate import evaluate_run
 from zslflax.files import read_json
 from zslflax.inference.classifier import Classifier
 from zslflax.inference.predictor import Predictor
@@ -136,7 +136,7 @@ def test_a_student_of_prompts_learns_resumes_and_is_exported(base_config, finish
     with pytest.raises(ValueError, match="has 4 classes, and 'rod' is not among them; nearest: red"):
         exported.classify(images, ["rod", "blue"])
 
-    metrics = evaluate_run(config, whole)
+    metrics = evaluate_run(whole)
     labels = [NAMES.index(path.parent.name) for path in sorted(images[0].parents[1].glob("*/*.png"))]
     answers = classifier.encode_image(sorted(images[0].parents[1].glob("*/*.png"))).argmax(axis=1)
     assert metrics["eval/test/hit@1"] == pytest.approx(np.mean(answers == labels))

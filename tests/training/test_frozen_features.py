@@ -14,9 +14,12 @@ from zslflax.data.preprocess import TrainTransform
 from zslflax.data.sources import shapes
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import StorageError, UserError
+from zslflax.evaluation.caption_noise import analyse_source
+from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
 from zslflax.training import loop
-from zslflax.training.frozen_features import open_image_tower, training_views
+from zslflax.training.evaluate import evaluate_run
+from zslflax.training.frozen_features import open_image_tower, open_kept_features, training_views
 from zslflax.training.setup import create_state
 
 
@@ -65,8 +68,32 @@ def test_a_second_run_computes_nothing_and_reads_no_image(config, tmp_path, monk
     assert_same_run(tmp_path / "first", tmp_path / "second")
 
 
+def test_an_evaluation_and_the_noise_tool_read_no_image_whose_features_were_kept(config, tmp_path, monkeypatch):
+    loop.train(config, tmp_path / "run")
+    folders = sorted((tmp_path / "features").iterdir())
+    with monkeypatch.context() as context:
+        context.setattr(images, "decode", None)
+        context.setattr("zslflax.data.features.TextFeatures.compute", None)
+        context.setattr("zslflax.evaluation.zero_shot.draw_predictions", lambda *_: Drawing)
+        context.setattr("zslflax.evaluation.caption_noise.draw_pairs", lambda *_: Drawing)
+        kept = evaluate_run(tmp_path / "run", {"eval.bootstrap_resamples": 0})
+        predictor = Predictor.restore(tmp_path / "run")
+        features_of = open_kept_features(predictor, predictor.config)
+        summary = analyse_source(predictor, "shapes", 0.1, tmp_path / "noise", features_of)
+    read = evaluate_run(tmp_path / "run", {"eval.bootstrap_resamples": 0, "features.folder": ""})
+    assert kept == pytest.approx(read, abs=1e-6) and summary["pairs"] == 96
+    assert sorted((tmp_path / "features").iterdir()) == folders
+
+
+def test_an_evaluation_makes_no_folder_for_what_the_run_has_not_kept(config, tmp_path):
+    loop.train(config, tmp_path / "run")
+    folders = sorted((tmp_path / "features").iterdir())
+    evaluate_run(tmp_path / "run", {"eval.bootstrap_resamples": 0, "eval.resize_factor": 1.5})
+    assert sorted((tmp_path / "features").iterdir()) == folders
+
+
 class Drawing:
-    save = staticmethod(lambda path: None)
+    save = staticmethod(lambda path, *_: path.write_bytes(b""))
 
 
 @pytest.mark.parametrize("views", [1, 3])

@@ -17,7 +17,6 @@ from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.recaptioned import Recaptioned
 from zslflax.data.sources.tar_index import load_index
 from zslflax.errors import MissingFileError, NonFiniteError, UserError
-from zslflax.evaluation.zero_shot import evaluate_run
 from zslflax.inference.predictor import Predictor
 from zslflax.training import loop
 from zslflax.training.step import TrainStep
@@ -79,7 +78,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_config, damaged_shard, tmp_p
         assert min(line["train/pairs"] for line in read_metrics(resumed)) < c.batch_size
 
 
-def test_a_run_writes_metrics_pictures_and_a_model_that_can_be_restored(tiny_config, trained_workdir):
+def test_a_run_writes_metrics_pictures_and_a_model_that_can_be_restored(trained_workdir):
     workdir = trained_workdir
     assert json.loads((workdir / "config.json").read_text())["name"] == "tiny"
     assert list(workdir.glob("events.out.tfevents.*"))
@@ -91,13 +90,6 @@ def test_a_run_writes_metrics_pictures_and_a_model_that_can_be_restored(tiny_con
     with Image.open(workdir / "predictions" / "6.png") as image:
         assert image.size[0] > 600 and len(image.getcolors(1 << 20)) > 100
 
-    # The checkpoint gives the same metrics. The folder's own config describes the model, not the caller's.
-    tiny_config.model.image.size, tiny_config.teacher.kind = 32, "none"
-    evaluated = evaluate_run(tiny_config, workdir)
-    for name, value in last.items():
-        if name.startswith("eval/"):
-            assert evaluated[name] == pytest.approx(value, abs=1e-6), name
-    assert evaluated["eval/test/hit@1/low"] <= evaluated["eval/test/hit@1"] <= evaluated["eval/test/hit@1/high"]
     predictor = Predictor.restore(workdir)
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     class_names = ["red circle", "dog", "a cat"]

@@ -137,6 +137,16 @@ def test_teacher_is_the_moving_average_of_the_students(variables):
         assert_close(getattr(history[-1][0], f"teacher_{part}"), average, atol=1e-6)
 
 
+def test_the_average_of_batch_statistics_begins_anew_where_the_size_of_images_changes(variables):
+    c = make_config(**COMMON, model__image__schedule=((3, 1),))
+    (first, _), (second, _) = run_steps(c, variables, [make_batch(i) for i in range(2)])
+    d = 2 / 11  # of a first update; that of the parameters has 3 / 12
+    expected = jax.tree.map(lambda a, s: d * a + (1 - d) * s, first.teacher_batch_stats, second.batch_stats)
+    assert_close(second.teacher_batch_stats, expected, atol=1e-6)
+    plain, _ = run_steps(make_config(**COMMON), variables, [make_batch(i) for i in range(2)])[1]
+    assert_close(second.teacher_params, plain.teacher_params, atol=1e-6)
+
+
 def test_a_frozen_tower_stays_and_its_output_can_stand_in_for_the_text(variables):
     c = make_config(freeze=FROZEN_TEXT, optimizer__weight_decay=0.1)
     batches = [make_batch(i) for i in range(2)]

@@ -31,19 +31,25 @@ KEY_BYTES = 16  # of the hash of a text's tokens
 KEY_ENTRY = np.dtype([("key", "<u8", 2), ("checksum", "<u4")])
 
 
-def open_folder(root: Path, kind: str, identity: dict[str, Any]) -> Path:
-    """The folder of the features with this identity, which is created if it is missing.
+def folder_path(root: Path, kind: str, identity: dict[str, Any]) -> Path:
+    """The folder of the features with this identity, whether it exists or not.
 
     Args:
         root: `config.features.folder`.
         kind: the beginning of the folder's name.
-        identity: all that the features depend on, as a JSON value; it is also written into the folder, for people.
+        identity: all that the features depend on, as a JSON value.
+    """
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return root.expanduser() / f"{kind}-{digest[:32]}"
+
+
+def open_folder(root: Path, kind: str, identity: dict[str, Any]) -> Path:
+    """The folder of `folder_path`, which is created if it is missing; the identity is written into it, for people.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    folder = root.expanduser() / f"{kind}-{digest[:32]}"
+    folder = folder_path(root, kind, identity)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "identity.json").exists():

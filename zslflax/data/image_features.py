@@ -16,11 +16,19 @@ from flax import linen
 from zslflax import distributed
 from zslflax.cli import Progress
 from zslflax.data import images
-from zslflax.data.feature_files import COMPUTED, FLOAT_TYPES, MISSING, UNREADABLE, RowFile, open_folder
+from zslflax.data.feature_files import (
+    COMPUTED,
+    FLOAT_TYPES,
+    MISSING,
+    UNREADABLE,
+    RowFile,
+    folder_path,
+    open_folder,
+)
 from zslflax.data.images import BadSample
 from zslflax.data.preprocess import Batch, content_id, record_image
 from zslflax.data.sources.base import Source
-from zslflax.data.sources.subset import Subset
+from zslflax.data.sources.subset import Subset, whole_source
 from zslflax.data.workers import choose_threads
 from zslflax.errors import StorageError
 
@@ -98,6 +106,19 @@ class FrozenImageTower:
         """Opens the features of a source's images; those of a `Subset` are kept with the whole source's."""
         return ImageFeatures(self, source, views)
 
+    def identity_of(self, source: Source, views: Views) -> dict[str, Any]:
+        """All that the features of a source's images depend on, as a JSON value."""
+        return self.identity | {
+            "views": dataclasses.asdict(views),
+            "source": source.fingerprint(),
+            "shape": [len(source) * views.count, self.width(views.size)],
+            "dtype": self.dtype,
+        }
+
+    def has_features_of(self, source: Source, views: Views) -> bool:
+        """Whether features of a source's images were kept before, perhaps not all."""
+        return folder_path(self.root, "images", self.identity_of(whole_source(source), views)).is_dir()
+
 
 class ImageFeatures:
     """The features of a source's images, which are computed when they are first asked for.
@@ -113,16 +134,10 @@ class ImageFeatures:
 
     def __init__(self, tower: FrozenImageTower, source: Source, views: Views):
         self.tower, self.views, self.source = tower, views, source
-        self.whole = source.source if isinstance(source, Subset) else source
+        self.whole = whole_source(source)
         self.indices = source.indices if isinstance(source, Subset) else None  # of its images in the whole source
         self.width, count = tower.width(views.size), len(self.whole) * views.count
-        identity = tower.identity | {
-            "views": dataclasses.asdict(views),
-            "source": self.whole.fingerprint(),
-            "shape": [count, self.width],
-            "dtype": tower.dtype,
-        }
-        folder = open_folder(tower.root, "images", identity)
+        folder = open_folder(tower.root, "images", tower.identity_of(self.whole, views))
         self.rows = RowFile(folder, count, self.width, FLOAT_TYPES[tower.dtype])
         self.ids = self.rows.open_array("image_ids", np.dtype("<u4"), (len(self.whole), 2))  # 0 where it is missing
         self.progress: Progress | None = None

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 
 from zslflax import figures
 from zslflax.data import preprocess
+from zslflax.data.image_features import ImageFeatures
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.errors import UserError
@@ -50,7 +52,13 @@ class EmbeddedPairs:
     captions: list[str]
 
 
-def analyse_source(predictor: Predictor, spec: str, worst: float, folder: Path) -> dict[str, Any]:
+def analyse_source(
+    predictor: Predictor,
+    spec: str,
+    worst: float,
+    folder: Path,
+    features_of: Callable[[Source], ImageFeatures | None] = lambda source: None,
+) -> dict[str, Any]:
     """Analyses the pairs of a source, and writes noise.json, noise.csv and noise.png.
 
     Args:
@@ -58,6 +66,8 @@ def analyse_source(predictor: Predictor, spec: str, worst: float, folder: Path) 
         spec: a source of pairs, as in `config.data.train`.
         worst: share of the pairs that noise.csv lists, between 0 and 1.
         folder: where the files are written; it is made if needed.
+        features_of: opens the features of the source's images by the predictor's image tower; where it returns None,
+            images are read.
 
     Returns:
         The contents of noise.json, from `summarise_noise`.
@@ -66,7 +76,7 @@ def analyse_source(predictor: Predictor, spec: str, worst: float, folder: Path) 
         UserError: the source has no captions or cannot be read, or a file cannot be written.
     """
     source = open_source(spec, predictor.config.data, "train")
-    pairs = embed_pairs(predictor, source, spec)
+    pairs = embed_pairs(predictor, source, spec, features_of(source))
     log_scale = predictor.variables["params"]["objective"]["log_logit_scale"]
     summary = summarise_noise(pairs, float(np.exp(log_scale)))
     order = np.argsort(pair_scores(pairs), kind="stable")
@@ -81,18 +91,21 @@ def analyse_source(predictor: Predictor, spec: str, worst: float, folder: Path) 
     return summary
 
 
-def embed_pairs(predictor: Predictor, source: Source, name: str) -> EmbeddedPairs:
+def embed_pairs(
+    predictor: Predictor, source: Source, name: str, features: ImageFeatures | None = None
+) -> EmbeddedPairs:
     """Embeds every pair of a source, without those that are unreadable or have no caption, which are logged.
 
     Args:
         predictor: embeds images and captions.
         source: of pairs.
         name: of the source in messages.
+        features: of the source's images; None: images are read.
 
     Raises:
         UserError: no sample has a caption.
     """
-    images = embed_images({"": predictor}, source, name, predictor.config)
+    images = embed_images({"": predictor}, source, name, predictor.config, features)
     kept = np.array([i for i, captions in enumerate(images.captions) if captions], np.int64)
     if not len(kept):
         raise UserError(f"{name} has no captions")

@@ -70,13 +70,14 @@ def with_intervals(means: Results, draws: dict[Metric, np.ndarray]) -> Results:
 def format_table(results: Results) -> str:
     """Formats hits, recalls and mean average precisions in per cent, with one row per test set, model and measure.
 
-    Of the student the table has the measures of whole test sets only, and of no model the harmonic means.
+    Of the student the table has the measures of whole test sets only, and of no model the harmonic means. Where the
+    results have 95% intervals, ± is half of their width.
 
     >>> print(format_table({Metric("hit", 1, test_set="pets"): 0.5, Metric("mAP", test_set="pets"): 0.25}))
                    @1    mAP
     pets hit@k   50.0   25.0
     """
-    rows: dict[tuple[bool, str], dict[str, float]] = {}
+    rows: dict[tuple[bool, str], dict[str, str]] = {}
     for metric, value in results.items():
         is_part = bool(metric.task or metric.group)
         if metric.bound or metric.group == "harmonic" or (metric.model == "student" and is_part):
@@ -89,12 +90,14 @@ def format_table(results: Results) -> str:
             continue
         parts = (metric.test_set, metric.model, metric.task, metric.group, f"{measure}@k")
         title = " ".join(filter(None, parts))
-        rows.setdefault((metric.task == "retrieval", title), {})[column] = value
-    columns = [column for column in COLUMNS if any(column in values for values in rows.values())]
+        low, high = (results.get(metric._replace(bound=bound)) for bound in ("low", "high"))
+        interval = "" if low is None or high is None else f" ±{50 * (high - low):.1f}"
+        rows.setdefault((metric.task == "retrieval", title), {})[column] = f"{100 * value:.1f}{interval}"
+    columns = [column for column in COLUMNS if any(column in cells for cells in rows.values())]
     width = max((len(title) for _, title in rows), default=0)
-    lines = [" " * width + "".join(f"{column:>7}" for column in columns)]
+    cell_width = max(7, *(2 + len(cell) for cells in rows.values() for cell in cells.values()), 0)
+    lines = [" " * width + "".join(f"{column:>{cell_width}}" for column in columns)]
     for is_retrieval, title in sorted(rows, key=lambda row: row[0]):
-        values = rows[is_retrieval, title]
-        cells = (f"{100 * values[column]:7.1f}" if column in values else " " * 7 for column in columns)
-        lines.append(f"{title:<{width}}" + "".join(cells))
+        cells = rows[is_retrieval, title]
+        lines.append(f"{title:<{width}}" + "".join(f"{cells.get(column, ''):>{cell_width}}" for column in columns))
     return "\n".join(lines)

@@ -1,7 +1,6 @@
 """Zero-shot evaluation of one or several models on the config's test sets, by all devices of all processes."""
 
 import functools
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +14,11 @@ from zslflax import distributed, figures
 from zslflax.data import preprocess
 from zslflax.data.image_features import ImageFeatures
 from zslflax.data.sources.base import Source
-from zslflax.errors import UserError
-from zslflax.evaluation.embedding import EmbeddedImages, embed_images
+from zslflax.evaluation.embedding import embed_images
 from zslflax.evaluation.metrics import zero_shot_metrics
-from zslflax.evaluation.results import Metric, Results, flat_names, format_table
+from zslflax.evaluation.results import Metric, Results
 from zslflax.evaluation.retrieval import retrieval_recall
-from zslflax.evaluation.test_sets import TestSet, open_test_sets
+from zslflax.evaluation.test_sets import TestSet, TrueLabels, true_labels
 from zslflax.files import write_atomically
 from zslflax.inference.class_embeddings import share_among_processes
 from zslflax.inference.predictor import Predictor
@@ -28,20 +26,6 @@ from zslflax.inference.top_k import top_k_or_all
 
 log = logging.getLogger("zslflax")
 DRAWN_IMAGES, DRAWN_ANSWERS = 12, 5  # in the figure of predictions, and beside each image
-
-
-class TrueLabels(NamedTuple):
-    """What is true of the n images of a test set, as labels in its label space.
-
-    Attributes:
-        labels: n tuples.
-        negatives: n tuples of the labels that an image is known not to have, or None.
-        excluded: how many images or labels were left out, by reason.
-    """
-
-    labels: list[tuple[int, ...]]
-    negatives: list[tuple[int, ...]] | None
-    excluded: dict[str, int]
 
 
 class Candidates(NamedTuple):
@@ -58,62 +42,24 @@ class Candidates(NamedTuple):
     true: Sequence[Sequence[int]]
 
 
-def evaluate_run(config: ConfigDict, workdir: Path, step: int | None = None, model: str = "") -> dict[str, float]:
-    """Evaluates a checkpoint of `workdir`, or another model, without training; prints and returns the metrics by name.
-
-    The model is what the workdir's config.json says. The test sets are those of `config`.
-
-    Args:
-        config: the whole config.
-        workdir: of a training run; with `model`, only the predictions are written there.
-        step: of the checkpoint; default: the newest.
-        model: an exported or published model instead, as `Predictor.restore` takes it, with its own preparation of
-            images.
-
-    Raises:
-        UserError: there is no such checkpoint, no test set, or nothing in the test sets that can be measured.
-    """
-    test_sets = open_test_sets(config)
-    restore = functools.partial(Predictor.restore, model or workdir, cache=config.eval.class_cache)
-    predictors = {"": restore(step=step)}
-    step, own = predictors[""].step, predictors[""].config
-    if model:
-        config = config.copy_and_resolve_references()
-        config.eval.update(resize_factor=own.eval.resize_factor, interpolation=own.eval.interpolation)
-    elif own.teacher.kind == "ema":
-        predictors["student"] = restore(step=step, use="student")
-    results = evaluate(predictors, test_sets, config, workdir, config.eval.bootstrap_resamples)
-    if not results:
-        raise UserError(
-            "nothing could be measured: none of eval.sets has images with captions, or with labels among its classes"
-            if test_sets
-            else "there is nothing to measure: give the data of a test set, such as eval.sets.test.data"
-        )
-    log.info("step %d of %s\n%s", step, model or workdir, format_table(results))
-    metrics = flat_names(results)
-    if distributed.is_main():
-        print(json.dumps({"step": step, **metrics}))
-    return metrics
-
-
 def evaluate(
     predictors: Mapping[str, Predictor],
     test_sets: Sequence[TestSet],
     config: ConfigDict,
-    workdir: Path,
+    folder: Path,
     resamples: int = 0,
-    features_of: Callable[[Source], ImageFeatures] | None = None,
+    features_of: Callable[[Source], ImageFeatures | None] | None = None,
 ) -> Results:
-    """Measures every model on every test set, and draws the first model's predictions into `workdir`/predictions.
+    """Measures every model on every test set, and draws the first model's predictions into a folder.
 
     Args:
         predictors: by `Metric.model`: {"": the shipped model, "student": the student}.
         test_sets: from `open_test_sets`.
         config: the whole config.
-        workdir: predictions/STEP.png is written there, or STEP-SET.png where there are several sets.
+        folder: STEP.png is written there, or STEP-SET.png where there are several sets.
         resamples: of the bootstrap for 95% intervals; 0 for none.
-        features_of: opens the features of a test set's images, by the frozen image tower that all models share; None:
-            images are read and embedded.
+        features_of: opens the features of a test set's images, by the frozen image tower that all models share. Where
+            it is or returns None, images are read and embedded.
 
     Returns:
         The same results in every process.
@@ -123,7 +69,7 @@ def evaluate(
     for test_set in test_sets:
         features = features_of(test_set.source) if features_of is not None else None
         images = embed_images(predictors, test_set.source, f"eval.sets.{test_set.name}", config, features)
-        truth = true_labels(test_set, images)
+        truth = true_labels(test_set, images.sample, images.labels)
         for model, predictor in predictors.items():
             image_emb = images.image_emb[model]
             measured, candidates = measure_model(
@@ -132,7 +78,7 @@ def evaluate(
             results |= {m._replace(model=model, test_set=test_set.name): value for m, value in measured.items()}
             if candidates is not None and model == shipped and distributed.is_main():
                 suffix = f"-{test_set.name}" if len(test_sets) > 1 else ""
-                path = workdir / "predictions" / f"{predictor.step}{suffix}.png"
+                path = folder / f"{predictor.step}{suffix}.png"
                 write_figure(draw_predictions(test_set.source, images.sample, image_emb, candidates), path)
     return results
 
@@ -144,32 +90,6 @@ def write_figure(figure: Image.Image, path: Path) -> None:
         write_atomically(path, lambda partial: figure.save(partial, "PNG"))
     except OSError as error:
         log.warning("the predictions are not drawn: %s cannot be written: %s", path, error.strerror or error)
-
-
-def true_labels(test_set: TestSet, images: EmbeddedImages) -> TrueLabels:
-    """Translates the labels of a source into those of the test set's label space.
-
-    Raises:
-        UserError: a label is not the index of a class; names the sample.
-    """
-    source, label_space = test_set.source, test_set.label_space
-    labels, negatives, excluded = images.labels, None, dict(source.excluded)
-    if source.negatives is not None:
-        negatives = [source.negatives[i] for i in images.sample]
-    if label_space is None:
-        return TrueLabels(labels, negatives, excluded)
-    if source.classes is not None:
-        labels, excluded["labels_outside"] = label_space.relabel(labels, source.classes)
-        if negatives is not None:
-            negatives, _ = label_space.relabel(negatives, source.classes)
-    c = len(label_space)
-    for i, of_image in zip(images.sample, labels):
-        if of_image and not 0 <= min(of_image) <= max(of_image) < c:
-            raise UserError(
-                f"eval.sets.{test_set.name}: sample {source[int(i)]['name']} has the label {max(of_image)}, but there "
-                f"are {c} names, 0 … {c - 1}; labels count from 0 in their order"
-            )
-    return TrueLabels(labels, negatives, excluded)
 
 
 def measure_model(

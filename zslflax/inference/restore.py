@@ -65,11 +65,7 @@ def restore_model(source: str | Path, step: int | None = None, use: str = "teach
     folder = locate(source) if isinstance(source, str) else local_path(source, "the model")
     if is_published(folder):
         return restore_published(folder, step, use)
-    if not (folder / "config.json").is_file():
-        raise MissingFileError(
-            f"{folder} has no config.json: expected the --workdir of a training run, an exported model, or a published "
-            "CLIP or SigLIP"
-        )
+    check_has_config(folder)
     exported = (folder / WEIGHTS).is_file()
     if exported and (step is not None or use != "teacher"):
         raise UserError(f"{folder} is an exported model, which has no steps and no student beside it")
@@ -104,12 +100,23 @@ def restore_published(folder: Path, step: int | None = None, use: str = "teacher
     return RestoredModel(config, model, variables, tokenizer, 0)
 
 
+def check_has_config(folder: Path) -> None:
+    """Raises a MissingFileError where a folder has no config.json."""
+    if not (folder / "config.json").is_file():
+        raise MissingFileError(
+            f"{folder} has no config.json: expected the --workdir of a training run, an exported model, or a published "
+            "CLIP or SigLIP"
+        )
+
+
 def read_run_config(workdir: Path) -> ConfigDict:
     """Reads the config of a training run, with the places of this machine.
 
     Raises:
+        MissingFileError: there is none.
         UserError: a field cannot be used.
     """
+    check_has_config(workdir)
     config = read_config(workdir / "config.json")
     check_saved_config(config, workdir / "config.json")
     use_own_places(config)

@@ -45,10 +45,18 @@ def build_two_tower(config: ConfigDict, *, dtype: Any = jnp.float32, axis_name: 
             f"model.text.max_tokens is {config.text.max_tokens}; the encoder has {bert.max_tokens} positions, "
             f"nearest that works: {bert.max_tokens}"
         )
+    image: Any
     if config.image.name:
         image = image_tower(config.image.name, dtype, axis_name, config.image.remat, config.image.pool)
     else:
         image = described_tower(config.image, dtype)
+    if config.image.patch_drop:
+        if not isinstance(image, ViT):
+            raise UserError(
+                f"model.image.patch_drop is {config.image.patch_drop}, but {config.image.name} has no patches; set it "
+                "to 0, or model.image.name to a ViT"
+            )
+        image = image.clone(patch_drop=config.image.patch_drop)
     example = jnp.zeros((1, config.image.size, config.image.size, 3))
     image_width = lambda: jax.eval_shape(image.init_with_output, jax.random.key(0), example)[0].shape[-1]
     return TwoTower(

@@ -1,5 +1,6 @@
 """Vision transformer (Dosovitskiy et al. 2021) with pre-norm blocks; also as DINOv2, CLIP and SigLIP have it."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -116,6 +117,8 @@ class ViT(nn.Module):
         patch_bias: whether the embedding of patches has a bias.
         class_token: whether there is a class token.
         pre_norm: whether a layer norm precedes the first block (CLIP).
+        patch_drop: share of the patches that training leaves out, at random for each image, so that a step computes
+            less (FLIP, arXiv 2212.00794). The class token stays. Needs the random key "dropout".
     """
 
     patch: int
@@ -133,12 +136,14 @@ class ViT(nn.Module):
     patch_bias: bool = True
     class_token: bool = True
     pre_norm: bool = False
+    patch_drop: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps normalised pixels [b, h, w, 3] → fp32 [b, width], or [b, 2 · width] for "cls_mean".
 
-        `train` changes nothing; all towers take it.
+        `train` drops patches. The parameters fit the images of the initialisation; for images of another size, the
+        position embeddings are interpolated.
 
         Raises:
             UserError: patches do not fill the image.
@@ -146,9 +151,9 @@ class ViT(nn.Module):
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise UserError(
                 f"image of {x.shape[1]} × {x.shape[2]} pixels: expected multiples of the patch's "
-                f"{self.patch}; change model.image.size"
+                f"{self.patch}; change model.image.size or model.image.schedule"
             )
-        tokens = self.embed_patches(x)
+        tokens = self.embed_patches(x, train)
         if self.pre_norm:
             tokens = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="pre_norm")(tokens)
         block = nn.remat(Block) if self.remat else Block
@@ -168,20 +173,48 @@ class ViT(nn.Module):
         mean = jnp.mean(patches, axis=1)
         return mean if self.pool == "mean" else jnp.concatenate([tokens[:, 0], mean], axis=-1)
 
-    def embed_patches(self, x: jax.Array) -> jax.Array:
+    def embed_patches(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps normalised pixels [b, h, w, 3] → the tokens before the first block [b, t, width]."""
         patch = (self.patch, self.patch)
         embed = nn.Conv(
             self.width, patch, patch, "VALID", use_bias=self.patch_bias, dtype=self.dtype, name="patch_embed"
         )
         x = embed(x.astype(self.dtype))
+        grid, first = x.shape[1:3], int(self.class_token)
         x = x.reshape(x.shape[0], -1, self.width)  # (b, patches, width), row by row
         leading = lambda token: jnp.broadcast_to(token, (x.shape[0], *token.shape[1:])).astype(self.dtype)
         init = nn.initializers.normal(0.02)
         if self.class_token:
             x = jnp.concatenate([leading(self.param("cls_token", init, (1, 1, self.width))), x], axis=1)
-        x = x + self.param("position", init, (1, x.shape[1], self.width)).astype(self.dtype)
+        if self.has_variable("params", "position"):
+            position = interpolate_positions(self.get_variable("params", "position"), grid, first)
+        else:
+            position = self.param("position", init, (1, x.shape[1], self.width))
+        x = x + position.astype(self.dtype)
+        if train and self.patch_drop:
+            kept = drop_patches(x[:, first:], self.patch_drop, self.make_rng("dropout"))
+            x = jnp.concatenate([x[:, :first], kept], axis=1)
         if self.registers:  # they have no position and stand between the class token and the patches
             registers = leading(self.param("registers", init, (1, self.registers, self.width)))
-            x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
+            x = jnp.concatenate([x[:, :first], registers, x[:, first:]], axis=1)
         return x
+
+
+def interpolate_positions(table: jax.Array, grid: tuple[int, ...], first: int = 1) -> jax.Array:
+    """Resizes position embeddings of a square of patches to a grid: [1, first + s², w] → [1, first + rows · columns, w].
+
+    The interpolation is bicubic with antialiasing, as in timm. The first embedding is kept: the class token's.
+    """
+    rows, columns = grid
+    if table.shape[1] == first + rows * columns:
+        return table
+    side, width = math.isqrt(table.shape[1] - first), table.shape[2]
+    patches = jax.image.resize(table[:, first:].reshape(1, side, side, width), (1, rows, columns, width), "cubic")
+    return jnp.concatenate([table[:, :first], patches.reshape(1, rows * columns, width)], axis=1)
+
+
+def drop_patches(x: jax.Array, share: float, key: jax.Array) -> jax.Array:
+    """A random subset of each image's patches, in their order: [b, t, w] → [b, t − ⌊share · t⌋, w]."""
+    b, t, _ = x.shape
+    kept = jnp.argsort(jax.random.uniform(key, (b, t)), axis=1)[:, : t - int(share * t)]
+    return jnp.take_along_axis(x, jnp.sort(kept, axis=1)[..., None], axis=1)

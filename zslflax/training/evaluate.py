@@ -1,19 +1,40 @@
-"""Evaluates a train state on the test sets: its teacher, which is what a run ships, and its student."""
+"""Evaluates a train state, or a checkpoint of a run: its teacher, which is what a run ships, and its student."""
 
+import functools
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+from ml_collections import ConfigDict
+
+from zslflax import distributed
+from zslflax.config import eval_set, field_names
+from zslflax.config_checks import check_devices, get_field, validate
+from zslflax.data.addresses import hide_credentials
 from zslflax.data.image_features import ImageFeatures
 from zslflax.data.sources.base import Source
-from zslflax.errors import UserError, nearest_names
+from zslflax.errors import StorageError, UserError, nearest_names
 from zslflax.evaluation.results import flat_names, format_table
-from zslflax.evaluation.test_sets import TestSet
+from zslflax.evaluation.test_sets import TestSet, check_test_sets, open_test_sets
 from zslflax.evaluation.zero_shot import evaluate
+from zslflax.files import storage_errors, write_json
 from zslflax.inference.predictor import Predictor
+from zslflax.inference.prompts import resolve_templates
+from zslflax.inference.restore import read_run_config
+from zslflax.training.frozen_features import open_kept_features
 from zslflax.training.train_state import TrainState, student_variables, teacher_variables
 
 log = logging.getLogger("zslflax")
+FOLDER = "evaluation"  # in the workdir: what `evaluate_run` measured, and its figures
+OVERRIDDEN = (
+    "eval.",
+    "data.",
+    "features.folder",
+    "compilation_cache",
+)  # what an evaluation may set; all else is as the run had it
 
 
 def evaluate_state(
@@ -45,7 +66,7 @@ def evaluate_state(
     predictors = {"": student}
     if state.teacher_params:
         predictors = {"": predictor.with_variables(teacher_variables(state), step), "student": student}
-    results = evaluate(predictors, test_sets, predictor.config, workdir, features_of=features_of)
+    results = evaluate(predictors, test_sets, predictor.config, workdir / "predictions", features_of=features_of)
     if results:
         log.info("step %d\n%s", step, format_table(results))
     metrics = flat_names(results)
@@ -56,3 +77,131 @@ def evaluate_state(
         near = nearest_names(best_metric, metrics, 3) or "none, because nothing is evaluated"
         raise UserError(f"config: eval.best_metric is {best_metric!r}, which no evaluation gives; nearest: {near}")
     return metrics
+
+
+def evaluate_run(
+    workdir: Path, overrides: Mapping[str, Any] | None = None, step: int | None = None
+) -> dict[str, float]:
+    """Evaluates a checkpoint of a run without training: prints the table, writes evaluation/STEP.json in the workdir.
+
+    Test sets, prompts and all else are those of the run, unless an override gives others. Where the workdir cannot be
+    written, a warning says so.
+
+    Args:
+        workdir: of a training run.
+        overrides: values of fields of the run's config by name, such as {"eval.sets.test.data": "folder:pets"}. A test
+            set that the run did not have is added.
+        step: of the checkpoint; default: the newest.
+
+    Returns:
+        The metrics by flat name, which are also printed as a line of JSON.
+
+    Raises:
+        UserError: there is no such checkpoint, an override is none of an evaluation, or nothing can be measured.
+    """
+    config = read_run_config(workdir)
+    override(config, overrides or {})
+    check_devices(config, jax.device_count())
+    test_sets = open_test_sets(config)
+    check_test_sets(test_sets)
+    restore = functools.partial(Predictor.restore, workdir, cache=config.eval.class_cache)
+    predictors = {"": restore(step=step)}
+    if config.teacher.kind == "ema":
+        predictors["student"] = restore(step=predictors[""].step, use="student")
+    return measure(predictors, test_sets, config, workdir, workdir)
+
+
+def evaluate_model(model: str, config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """Evaluates an exported or published model, as `Predictor.restore` takes it, as `evaluate_run` does a checkpoint.
+
+    Args:
+        model: prepares images in its own way.
+        config: gives the test sets and prompts.
+        workdir: the folder in which evaluation/STEP.json is written.
+    """
+    test_sets = open_test_sets(config)
+    check_test_sets(test_sets)
+    predictor = Predictor.restore(model, cache=config.eval.class_cache)
+    config, own = config.copy_and_resolve_references(), predictor.config.eval
+    config.eval.update(resize_factor=own.resize_factor, interpolation=own.interpolation)
+    return measure({"": predictor}, test_sets, config, workdir, model)
+
+
+def measure(
+    predictors: dict[str, Predictor],
+    test_sets: list[TestSet],
+    config: ConfigDict,
+    workdir: Path,
+    model: str | Path,
+) -> dict[str, float]:
+    """Measures models of the same step on test sets; prints and writes the results.
+
+    Args:
+        predictors: by name: {"": what is shipped, "student": the student}.
+        test_sets: from `open_test_sets`.
+        config: the whole config.
+        workdir: the results are written into its folder `evaluation`.
+        model: the name in the log.
+    """
+    step, features_of = predictors[""].step, open_kept_features(predictors[""], config)
+    data = {test_set.name: describe_test_set(test_set, config) for test_set in test_sets}
+    for name, described in data.items():
+        log.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in described.items()))
+    results = evaluate(
+        predictors, test_sets, config, workdir / FOLDER, config.eval.bootstrap_resamples, features_of=features_of
+    )
+    if not results:
+        raise UserError(
+            "nothing could be measured: none of eval.sets has images with captions, or with labels among its classes"
+            if test_sets
+            else "there is nothing to measure: give the data of a test set, such as eval.sets.test.data"
+        )
+    interval = ", ± half of the 95% interval" if config.eval.bootstrap_resamples else ""
+    log.info("step %d of %s%s\n%s", step, model, interval, format_table(results))
+    metrics = flat_names(results)
+    if distributed.is_main():
+        write_results(workdir / FOLDER / f"{step}.json", {"step": step, "data": data, "metrics": metrics})
+        print(json.dumps({"step": step, **metrics}))
+    return metrics
+
+
+def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Sets fields of the config of a run for an evaluation.
+
+    Raises:
+        UserError: a field is none of `OVERRIDDEN` and has another value than in the run, or does not exist; or a value
+            cannot be used.
+    """
+    for field, value in overrides.items():
+        if field.startswith("eval.sets.") and (name := field.split(".")[2]) not in config.eval.sets:
+            with config.unlocked():
+                config.eval.sets[name] = eval_set()
+        if field not in field_names(config):
+            raise UserError(
+                f"--config.{field}: there is no such field; nearest: {nearest_names(field, list(field_names(config)))}"
+            )
+        own = get_field(config, field)
+        if not field.startswith(OVERRIDDEN) and value != own:
+            raise UserError(
+                f"--config.{field} is {value!r}, but an evaluation takes that of the run, {own!r}; only "
+                "fields of eval and data, and features.folder, can be set"
+            )
+        config.update_from_flattened_dict({field: value})
+    resolve_templates(config)
+    validate(config)
+
+
+def describe_test_set(test_set: TestSet, config: ConfigDict) -> dict[str, Any]:
+    """What is evaluated: the source, and the numbers of its samples and classes."""
+    described = {"data": hide_credentials(config.eval.sets[test_set.name].data), "samples": len(test_set.source)}
+    return described | ({} if test_set.label_space is None else {"classes": len(test_set.label_space)})
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Writes what was measured, or warns that the file cannot be written."""
+    try:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, results)
+    except StorageError as error:
+        log.warning("%s; the results are above", error)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from ml_collections import ConfigDict
 
 import zslflax
 from zslflax import distributed
-from zslflax.data.feature_files import FLOAT_TYPES, TextFile, open_folder
+from zslflax.data.feature_files import FLOAT_TYPES, TextFile, folder_path, open_folder
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.image_features import FrozenImageTower, ImageFeatures, Views, log_size
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
-from zslflax.errors import UserError
+from zslflax.errors import StorageError, UserError
 from zslflax.files import hash_arrays
+from zslflax.inference.predictor import Predictor
 from zslflax.models.build import text_config
 from zslflax.models.import_weights.architecture import read_architecture, vit_architecture
 from zslflax.models.import_weights.locate import locate
@@ -28,8 +30,13 @@ from zslflax.models.two_tower import TwoTower
 from zslflax.training.optimizer import FOREVER, frozen_until
 from zslflax.training.train_state import TrainState
 
+log = logging.getLogger("zslflax")
+
 # Fields of config.model.image that change no feature, or stand in the identity of features by another name.
-NOT_OF_FEATURES = ("pretrained", "mean", "std", "remat", "projection", "allow_other_statistics")
+NOT_OF_FEATURES = (
+    *("pretrained", "mean", "std", "remat", "projection", "allow_other_statistics"),
+    *("patch_drop", "schedule"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +128,46 @@ def open_image_tower(config: ConfigDict, model: TwoTower, tower: Tree, batch_sta
     return FrozenImageTower(model, copied(variables), identity, root, features.dtype, config.data.threads)
 
 
+def open_kept_features(predictor: Predictor, config: ConfigDict) -> Callable[[Source], ImageFeatures | None]:
+    """Opens the features that the run of a trained model has kept of its frozen towers.
+
+    The predictor takes the features of texts from there. No folder is made for what the run has not kept: a model's
+    config never says where to write.
+
+    Args:
+        predictor: as `Predictor.restore` returns it.
+        config: of its run, or the same with other values of `features` and `eval`.
+
+    Returns:
+        Opens the features of a source's images in the crop of evaluation; None where none were kept.
+    """
+    params = predictor.variables["params"]
+    nothing = lambda source: None
+    if not config.features.folder or not Path(config.features.folder).expanduser().is_dir():
+        return nothing
+    until = frozen_until(params, config.freeze)
+    if predictor.tokenizer is not None and until["text"] == FOREVER:
+        text_tower = params["text"]["tower"]
+        identity = text_identity(config, predictor.tokenizer, text_tower)
+        if folder_path(Path(config.features.folder), "texts", identity).is_dir():
+            predictor.text_features = open_text_features(config, predictor.model, predictor.tokenizer, text_tower)
+    if until["image"] != FOREVER:
+        return nothing
+    tower = open_image_tower(config, predictor.model, params["image"]["tower"], predictor.variables["batch_stats"])
+    view = evaluation_view(config)
+
+    def of_images(source: Source) -> ImageFeatures | None:
+        if not tower.has_features_of(source, view):
+            return None
+        try:
+            return tower.features_of(source, view)
+        except StorageError as error:
+            log.warning("images are read, because their features cannot be opened: %s", error)
+            return None
+
+    return of_images
+
+
 def copied(variables: Tree) -> Tree:
     """A copy of variables on all local devices: the train step donates the state's own."""
     return distributed.replicate(jax.tree.map(jnp.copy, variables))
@@ -159,15 +206,18 @@ def open_text_features(
     variables = copied({"params": {"text": {"tower": frozen_tower}}})
     if not config.features.folder:
         return TextFeatures(model, variables, capacity, frozen=True)
-    sizes = text_config(config.model.text)
-    identity: dict[str, Any] = {
-        "weights": hash_arrays(flatten_dict(jax.device_get(frozen_tower), sep="/")),
-        "sizes": dataclasses.asdict(sizes),
+    folder = open_folder(Path(config.features.folder), "texts", text_identity(config, tokenizer, frozen_tower))
+    store = TextFile(folder, text_config(config.model.text).width, FLOAT_TYPES[config.features.dtype])
+    return TextFeatures(model, variables, capacity, frozen=True, store=store)
+
+
+def text_identity(config: ConfigDict, tokenizer: Tokenizer, tower: Tree) -> dict[str, Any]:
+    """All that the features of a text depend on besides its tokens, as a JSON value."""
+    return {
+        "weights": hash_arrays(flatten_dict(jax.device_get(tower), sep="/")),
+        "sizes": dataclasses.asdict(text_config(config.model.text)),
         "compute_dtype": config.compute_dtype,
         "tokenizer": tokenizer.identity,
         "version": zslflax.__version__,
         "dtype": config.features.dtype,
     }
-    folder = open_folder(Path(config.features.folder), "texts", identity)
-    store = TextFile(folder, sizes.width, FLOAT_TYPES[config.features.dtype])
-    return TextFeatures(model, variables, capacity, frozen=True, store=store)

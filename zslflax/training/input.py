@@ -1,9 +1,10 @@
 """The train step's input: batches on the devices, with captions as tokens, as packed tokens, or as frozen features."""
 
+import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -74,15 +75,17 @@ def host_batches(
     start_step: int,
     views: int = 0,
 ) -> Iterator[Batch]:
-    """This host's share of the batches from a step on; with `views`, of positions of images instead of images."""
-    return pipeline.train_batches(
+    """This host's share of the batches from a step on; with `views`, of positions of images instead of images.
+
+    The images have the sizes of `config.model.image.schedule`.
+    """
+    load = functools.partial(
+        pipeline.train_batches,
         sources,
         config.data.weights,
         tokenizer,
         batch_size=config.batch_size,
-        image_size=config.model.image.size,
         seed=config.seed,
-        start_step=start_step,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         crop_scale=config.data.crop_scale,
@@ -94,6 +97,33 @@ def host_batches(
         with_ids=config.objective.duplicates != "negative",
         classes=len(config.model.class_names) if needs_labels(config.objective) else 0,
     )
+    full = config.model.image.size, config.steps
+    sizes = [full] if views else [*config.model.image.schedule, full]
+    sizes = [(size, until) for size, until in sizes if start_step < until] or [full]
+    first = load(image_size=sizes[0][0], start_step=start_step)  # raises errors here, and not later in a thread
+    return first if len(sizes) == 1 else batches_of_sizes(first, load, sizes, start_step)
+
+
+def batches_of_sizes(
+    batches: Generator[Batch],
+    load: Callable[..., Generator[Batch]],
+    sizes: Sequence[tuple[int, int]],
+    start_step: int,
+) -> Generator[Batch]:
+    """The batches from a step on, whose images have one size after another.
+
+    Args:
+        batches: those with images of the first size.
+        load: makes batches from its arguments `image_size` and `start_step`.
+        sizes: (pixels, the step until which images have this size).
+        start_step: of the first batch.
+    """
+    for (_, until), (size, _) in itertools.pairwise(sizes):
+        with contextlib.closing(batches):
+            yield from itertools.islice(batches, until - start_step)
+        log.info("training images have %d pixels from step %d on; the step is compiled again", size, until)
+        batches, start_step = load(image_size=size, start_step=until), until
+    yield from batches
 
 
 def classifier_batches(

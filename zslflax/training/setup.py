@@ -23,7 +23,7 @@ from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
 from zslflax.errors import UserError
-from zslflax.evaluation.test_sets import open_test_sets
+from zslflax.evaluation.test_sets import check_test_sets, open_test_sets
 from zslflax.inference.classifier import Classifier
 from zslflax.inference.export import IMAGE_FOLDER, TEXT_FOLDER, save_image_encoder, save_text_encoder
 from zslflax.inference.model_checks import check_shapes
@@ -104,6 +104,7 @@ def set_up(
         sources = open_train_sources(config, sources)
         check_data(config.data.train, sources, workdir, changed)
         test_sets = open_test_sets(config)
+        check_test_sets(test_sets)
     with startup.phase("building the state"):
         teacher_model, fixed_teacher, teacher_features = load_fixed_teacher(config, model, tokenizer, sources)
         state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints)
@@ -206,6 +207,9 @@ def create_state(
         pretrained: whether to import the model or the pretrained towers that the config names.
     """
     example = [jnp.ones(x.shape, x.dtype) for x in example_inputs(model, config.model)]
+    for pixels, _ in config.model.image.schedule:
+        image = jnp.zeros((1, pixels, pixels, 3), jnp.uint8)
+        jax.eval_shape(model.init, jax.random.key(0), image, *example[1:])  # raises an error where this size cannot be
     key, init = jax.random.key(config.seed), jitted_init(model)  # is traced once, for the shapes and for the arrays
     shapes: Tree = jax.eval_shape(init, key, *example)["params"]
     objective_params = init_objective(config, jax.random.fold_in(key, 1), shapes)

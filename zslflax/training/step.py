@@ -17,7 +17,7 @@ from zslflax.training import flops
 from zslflax.training.forward import DeviceBatch
 from zslflax.training.gradients import compute_gradients
 from zslflax.training.methods import method_of
-from zslflax.training.train_state import TrainState, student_variables, towers, update_ema
+from zslflax.training.train_state import TrainState, student_variables, towers, update_ema, updates_at_size
 
 Metrics = dict[str, jax.Array]
 
@@ -122,12 +122,10 @@ def apply_gradients(
     params = clip_logit_scales(optax.apply_updates(state.params, updates))
     new_state = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
     if config.teacher.kind == "ema":
-        teacher_params, teacher_batch_stats = update_ema(
-            (state.teacher_params, state.teacher_batch_stats),
-            (towers(params), batch_stats),
-            config.teacher.ema_decay,
-            new_state.step,
-        )
+        average = functools.partial(update_ema, decay=config.teacher.ema_decay)
+        teacher_params = average(state.teacher_params, towers(params), updates=new_state.step)
+        updates = updates_at_size(config.model.image.schedule, new_state.step)
+        teacher_batch_stats = average(state.teacher_batch_stats, batch_stats, updates=updates)
         new_state = new_state.replace(teacher_params=teacher_params, teacher_batch_stats=teacher_batch_stats)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))

@@ -1,5 +1,7 @@
 """The train state: all that a run carries from step to step, with the teacher's moving average."""
 
+from collections.abc import Sequence
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,24 @@ def teacher_variables(state: TrainState, fixed_teacher: Tree | None = None, batc
         params = state.teacher_params
         batch_stats = state.batch_stats if batch_norm == "student" else state.teacher_batch_stats
     return {"params": combine(params, state.frozen_params), "batch_stats": batch_stats}
+
+
+def updates_at_size(schedule: Sequence[tuple[int, int]], updates: jax.Array) -> jax.Array:
+    """How many of the updates were made since the size of the images last changed.
+
+    Batch statistics depend on that size. Their average counts these updates, and so forgets what it was before.
+
+    >>> [int(updates_at_size(((128, 5), (160, 7)), jnp.int32(k))) for k in (4, 5, 6, 7, 8, 20)]
+    [4, 5, 1, 2, 1, 13]
+
+    Args:
+        schedule: `config.model.image.schedule`.
+        updates: k, an int32 scalar.
+    """
+    last = jnp.zeros_like(updates)
+    for _, step in schedule:
+        last = jnp.where(updates > step, step, last)
+    return updates - last
 
 
 def update_ema(average: Tree, student: Tree, decay: float, updates: jax.Array) -> Tree:

@@ -13,6 +13,11 @@ from zslflax.files import read_columns
 log = logging.getLogger("zslflax")
 
 
+def whole_source(source: Source) -> Source:
+    """The source that a `Subset` takes its records from; any other source itself."""
+    return source.source if isinstance(source, Subset) else source
+
+
 class Subset:
     """Some of a source's records, itself a `Source`.
 
