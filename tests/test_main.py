@@ -115,7 +115,8 @@ def test_a_wrong_flag_ends_in_one_line(parse, arguments, config, message):
     "text, message",
     [("x = 1\ndef (", "file.py, line 2: invalid syntax"), ("x = 1", "the file has no function get_config")],
 )
-def test_a_config_file_that_is_no_config_ends_in_one_line(parse, tmp_path, text, message):
+def test_a_config_file_that_is_no_config_ends_in_one_line(parse, tmp_path, monkeypatch, text, message):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # of the last config file, which has the function
     (tmp_path / "file.py").write_text(text)
     with pytest.raises(SystemExit) as raised:
         parse("--config.steps=3", config=tmp_path / "file.py")

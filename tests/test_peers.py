@@ -72,12 +72,14 @@ def test_a_process_says_so_before_the_loss_of_process_0_aborts_it(start):
     assert "process 1 of 2 was killed, or was aborted by jax because it lost process 0" in errors_of(second)
 
 
-def test_the_others_have_the_reason_of_a_process_that_fails_and_orderly_ends_are_silent(start):
-    first, second = start(2)
-    second.stdin.write("fail\n")
-    second.stdin.flush()
-    assert "zslflax: process 1 of 2 has failed: zslflax: its own reason. This process ends too." in errors_of(first)
-    assert errors_of(second) == "zslflax: its own reason\n"
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_others_have_the_reason_of_a_process_that_fails(start, failing):
+    processes = start(2)
+    processes[failing].stdin.write("fail\n")
+    processes[failing].stdin.flush()
+    reason = f"zslflax: process {failing} of 2 has failed: zslflax: its own reason. This process ends too."
+    assert reason in errors_of(processes[1 - failing])
+    assert errors_of(processes[failing]) == "zslflax: its own reason\n"
 
 
 def test_processes_that_end_in_order_say_nothing(start):

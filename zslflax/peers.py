@@ -54,7 +54,10 @@ class Peers:
         The client may be shut down already where there is no error.
         """
         if error and self.client is not None:
-            self._end_all(f"process {self.process} of {self.processes} has failed: {error.strip().splitlines()[-1]}")
+            lines = error.strip().splitlines()
+            described = lines[-1] if lines[0].startswith("Traceback") else lines[0]
+            self._end_all(f"process {self.process} of {self.processes} has failed: {described}")
+            self._wait_for_readers()
         if self.note is not None and self.note.stdin is not None:
             with contextlib.suppress(OSError):
                 self.note.stdin.write(b"\n")
@@ -79,8 +82,8 @@ class Peers:
                 if ended:
                     return
                 continue
-            if gone:
-                self._exit(gone[0][1])
+            if reasons := [reason for key, reason in gone if key != f"{GONE}{self.process}"]:
+                self._exit(reasons[0])
             current = signs[0][1] if signs else ""
             silent = 0 if current != last or current == DONE else silent + 1
             last = current
@@ -98,10 +101,15 @@ class Peers:
         with contextlib.suppress(Exception):  # the store is gone
             self.client.key_value_set(f"{GONE}{self.process}", reason, True)
 
-    def _exit(self, reason: str) -> None:
-        """Ends this process. Process 0, which has the store, ends after the others."""
-        print(f"zslflax: {reason}. This process ends too. {GO_ON}", file=sys.stderr, flush=True)
+    def _wait_for_readers(self) -> None:
+        """Process 0, which has the store, ends after the others have read it."""
         if self.process == 0:
             time.sleep(2 * POLL_SECONDS)
+
+    def _exit(self, reason: str) -> None:
+        """Ends this process."""
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(f"zslflax: {reason}. This process ends too. {GO_ON}", file=sys.stderr, flush=True)
+        self._wait_for_readers()
         self.leave()
         os._exit(1)
