@@ -15,8 +15,10 @@ from zslflax.files import local_path, read_columns, read_json, read_rows, read_t
 
 WORDNET_ID = re.compile(r"n\d{8}")
 IMAGENET_NAMES = "LOC_synset_mapping.txt"  # of the archive on Kaggle: lines "n01440764 tench, Tinca tinca"
-IMAGENET_FOLDERS = ("", "val", "validation", "ILSVRC/Data/CLS-LOC/val", "imagenet-r", "imagenet-a", "sketch")
-IMAGENET_FOLDERS += ("imagenetv2-matched-frequency-format-val",)
+IMAGENET_FOLDERS: tuple[str, ...] = (
+    *("", "val", "validation", "ILSVRC/Data/CLS-LOC/val", "imagenet-r", "imagenet-a", "sketch"),
+    "imagenetv2-matched-frequency-format-val",
+)
 CAPTIONS_PER_IMAGE = 5  # the first ones; published recalls leave out further captions of COCO
 
 
