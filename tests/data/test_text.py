@@ -145,7 +145,7 @@ def test_entities_of_html_are_decoded(folders):
     tokenizer = Tokenizer.from_folder(folders["minilm"], 16)
     for encoded, text in (("salt &amp; vinegar", "salt & vinegar"), ("&amp;quot;a&amp;quot; caf&eacute;", '"a" café')):
         np.testing.assert_array_equal(tokenizer([encoded])[0], tokenizer([text])[0])
-    np.testing.assert_array_equal(tokenizer(["AT&T &"])[1].sum(), tokenizer(["AT & T &"])[1].sum())
+    np.testing.assert_array_equal(tokenizer(["AT&T &"])[0], tokenizer(["AT & T &"])[0])
 
 
 def test_too_few_and_too_many_tokens_are_refused(folders):

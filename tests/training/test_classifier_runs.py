@@ -15,12 +15,12 @@ from zslflax import checkpoint
 from zslflax.config import default_config
 from zslflax.config_checks import validate
 from zslflax.data.sources.opening import open_source
-from zslflax.training.evaluate import evaluate_run
 from zslflax.files import read_json
 from zslflax.inference.classifier import Classifier
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
 from zslflax.training.classes import resolve_class_names
+from zslflax.training.evaluate import evaluate_run
 from zslflax.training.input import host_batches, with_reasons
 from zslflax.training.loop import train
 from zslflax.training.setup import create_state

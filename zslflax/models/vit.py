@@ -201,7 +201,7 @@ class ViT(nn.Module):
 
 
 def interpolate_positions(table: jax.Array, grid: tuple[int, ...], first: int = 1) -> jax.Array:
-    """Resizes position embeddings of a square of patches to a grid: [1, first + s², w] → [1, first + rows · columns, w].
+    """Resizes position embeddings of a square to a grid: [1, first + s², w] → [1, first + rows · columns, w].
 
     The interpolation is bicubic with antialiasing, as in timm. The first embedding is kept: the class token's.
     """

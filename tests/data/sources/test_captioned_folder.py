@@ -1,5 +1,6 @@
 """Folders of images with captions beside them, and folders that are opened as what they hold."""
 
+import io
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.testing.images import jpeg, write
 from tests.testing.shards import samples, write_tar
@@ -66,6 +68,21 @@ def test_captions_and_labels_are_in_the_files_beside_the_images(tmp_path, caplog
         assert list(open_source(spec, DATA, "test").names()) == list(source.names())
     again = pickle.loads(pickle.dumps(source))
     assert again[3] == source[3] and again.fingerprint() == source.fingerprint()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+def test_images_beside_captions_may_have_any_extension_or_none(tmp_path, format):
+    file = io.BytesIO()
+    Image.new("RGB", (9, 8), (200, 200, 200)).save(file, format)
+    for name in ("a", "b.large", "c.v2.dat"):
+        write(tmp_path / name, file.getvalue())
+        write(tmp_path / f"{name.removesuffix('.large').removesuffix('.dat')}.txt", name)
+    write(tmp_path / "d.dat", b"no image")
+    write(tmp_path / "d.txt", "nothing")
+    write(tmp_path / "e.dat", file.getvalue())
+    source = open_source(str(tmp_path), DATA, "train")
+    assert contents(source) == {f"{tmp_path}/{name}": (200, (name,), ()) for name in ("a", "b.large", "c.v2.dat")}
+    assert source.excluded == {"no_image": 1}
 
 
 def test_several_captions_in_a_text_file(tmp_path):

@@ -151,12 +151,14 @@ def test_a_source_is_pickled_as_the_path_of_its_table(tmp_path, home):
 def test_images_at_addresses_are_fetched(tmp_path, caplog):
     write(tmp_path / "files/a.jpg", jpeg(50))
     with serve(tmp_path / "files") as server, caplog.at_level(logging.WARNING):
-        write(tmp_path / "x.csv", f"url,caption\n{server.url}/a.jpg,a cat\n{server.url}/gone.jpg,a dog\n")
+        write(tmp_path / "x.csv", f"url,caption\n{server.url}/a.jpg,a cat\n{server.url}/gone.jpg,a dog\nfile:///x,no\n")
         source = open_source(f"{tmp_path}/x.csv", DATA, "train")
         assert source[0]["image"] == jpeg(50) and source[0]["name"] == f"{server.url}/a.jpg"
         with pytest.raises(BadSample, match="its address cannot be fetched: there is no file"):
             source[1]
-    assert "2 images are at addresses" in caplog.text and "img2dataset --url_list" in caplog.text
+        with pytest.raises(BadSample, match="its address begins with file://, which is not fetched"):
+            source[2]
+    assert "3 images are at addresses" in caplog.text and "img2dataset --url_list" in caplog.text
 
 
 def test_labels_of_several_words_are_one_class_unless_separated(tmp_path, caplog):

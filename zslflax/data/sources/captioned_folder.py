@@ -12,7 +12,13 @@ import numpy as np
 
 from zslflax.data.images import IMAGE_EXTENSIONS, BadSample, is_clutter
 from zslflax.data.sources.base import Annotations, Record, SourceOptions
-from zslflax.data.sources.image_files import PackedNames, fingerprint_of_files, format_examples, read_image_file
+from zslflax.data.sources.image_files import (
+    PackedNames,
+    fingerprint_of_files,
+    format_examples,
+    read_image_file,
+    starts_like_image,
+)
 from zslflax.data.sources.sample_files import captions_in_json, parse_captions_and_labels, parse_json
 from zslflax.errors import UserError
 from zslflax.files import read_bytes
@@ -99,7 +105,7 @@ class CaptionedFolder:
 
     def path(self, index: int, column: int) -> str:
         """The path of an image or of a file beside it."""
-        return os.path.join(self.folder, f"{self.keys[index]}.{self.extensions[self.files[index, column]]}")
+        return join_extension(os.path.join(self.folder, self.keys[index]), self.extensions[self.files[index, column]])
 
     def read_annotations(self, index: int) -> Annotations:
         """Reads the files beside an image."""
@@ -144,10 +150,14 @@ class CaptionedFolder:
 
 
 def index_folder(folder: Path) -> FolderIndex:
-    """Finds the images below a folder and the files beside them, without `images.CLUTTER`."""
+    """Finds the images below a folder and the files beside them, without `images.CLUTTER`.
+
+    A file beside a caption is also an image where its first bytes say so, under any extension or none.
+    """
     rank = {extension: number for number, extension in enumerate(IMAGE_EXTENSIONS)}
     images: dict[str, str] = {}  # from a key to the extension of its image
     beside: dict[str, dict[int, str]] = collections.defaultdict(dict)  # from a key to extensions by column
+    unnamed: dict[str, str] = {}  # from a key to the extension of a file of another kind
     others: collections.Counter[str] = collections.Counter()
     same_key = 0
     for path, folders, names in os.walk(folder):
@@ -169,6 +179,12 @@ def index_folder(folder: Path) -> FolderIndex:
                 beside[prefix + key][ANNOTATIONS[extension.lower()]] = extension
             else:
                 others[extension.lower() if key else "no extension"] += 1
+                unnamed[prefix + (key or name)] = extension if key else ""
+    for key in unnamed.keys() & beside.keys() - images.keys():
+        extension = unnamed[key]
+        if starts_like_image(join_extension(os.path.join(folder, key), extension)):
+            images[key] = extension
+            others[extension.lower() or "no extension"] -= 1
     keys = sorted(images)
     numbers: dict[str, int] = {}
     files = np.full((len(keys), 5), -1, np.int16)
@@ -176,7 +192,12 @@ def index_folder(folder: Path) -> FolderIndex:
         for column, extension in {IMAGE: images[key], **beside.get(key, {})}.items():
             files[row, column] = numbers.setdefault(extension, len(numbers))
     without_image = sorted(beside.keys() - images.keys())
-    return FolderIndex(keys, list(numbers), files, without_image, same_key, dict(others))
+    return FolderIndex(keys, list(numbers), files, without_image, same_key, dict(+others))
+
+
+def join_extension(key: str, extension: str) -> str:
+    """KEY.EXTENSION, or KEY alone where there is no extension."""
+    return f"{key}.{extension}" if extension else key
 
 
 def describe_files(index: FolderIndex) -> str:

@@ -1,6 +1,5 @@
 """Datasets of Hugging Face's library `datasets`: saved to disk, or by name. Their Arrow files are read in place."""
 
-import logging
 import re
 from pathlib import Path
 
@@ -10,8 +9,6 @@ from zslflax.data.sources.table import TableSource
 from zslflax.data.sources.table_columns import ChosenColumns, find_columns
 from zslflax.errors import MissingFileError, MissingLibraryError, UserError
 from zslflax.files import expand_user, read_json
-
-log = logging.getLogger("zslflax")
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+){0,2}")
 STATE_FILE, SPLITS_FILE = "state.json", "dataset_dict.json"  # of a saved dataset, and of saved splits

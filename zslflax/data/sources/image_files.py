@@ -17,6 +17,7 @@ log = logging.getLogger("zslflax")
 T = TypeVar("T")
 
 MAX_EXAMPLES = 3  # in a message
+IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")  # but for WebP and AVIF
 
 
 class PackedNames:
@@ -60,6 +61,24 @@ def find_images(folder: Path) -> list[str]:
         folders[:] = [name for name in folders if not is_clutter(name)]
         found += [os.path.join(path, name) for name in names if has_image_extension(name) and not is_clutter(name)]
     return sorted(found)
+
+
+def starts_like_image(path: str) -> bool:
+    """Whether a file starts as an image of one of `images.FORMATS` does, whatever its name."""
+    try:
+        start = read_start(path)
+    except OSError:
+        return False
+    in_container = (start[:4], start[8:12]) == (b"RIFF", b"WEBP") or start[4:12] in (b"ftypavif", b"ftypavis")
+    return in_container or start.startswith(IMAGE_STARTS)
+
+
+def read_start(path: str) -> bytes:
+    """The first bytes of a regular file; b"" of anything else, such as a pipe."""
+    if not os.path.isfile(path):
+        return b""
+    with open(path, "rb") as file:
+        return file.read(12)
 
 
 def fingerprint_of_files(paths: Iterable[str], folder: str = "") -> str:

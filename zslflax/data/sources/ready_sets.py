@@ -15,7 +15,7 @@ from zslflax.files import local_path, read_columns, read_json, read_rows, read_t
 
 WORDNET_ID = re.compile(r"n\d{8}")
 IMAGENET_NAMES = "LOC_synset_mapping.txt"  # of the archive on Kaggle: lines "n01440764 tench, Tinca tinca"
-IMAGENET_FOLDERS = (
+IMAGENET_FOLDERS: tuple[str, ...] = (
     *("", "val", "validation", "ILSVRC/Data/CLS-LOC/val", "imagenet-r", "imagenet-a", "sketch"),
     "imagenetv2-matched-frequency-format-val",
 )
@@ -91,7 +91,8 @@ def read_sun397(spec: str) -> LabelledImages:
         paths = [line.strip().lstrip("/") for line in read_text(partition).splitlines() if line.strip()]
     else:
         paths = [str(Path(path).relative_to(root)) for path in find_images(root)]
-    pairs = [(path, label_of[f"/{Path(path).parent.as_posix()}"]) for path in paths]
+    folders = {path: f"/{Path(path).parent.as_posix()}" for path in paths}
+    pairs = [(path, label_of[folder]) for path, folder in folders.items() if folder in label_of]
     return labelled(root, pairs, [plain_name(class_id[3:]) for class_id in ids])
 
 
@@ -153,7 +154,10 @@ def read_kaggle_imagenet(folder: Path, names: dict[str, str]) -> LabelledImages:
     images = next((folder / name for name in (*IMAGENET_FOLDERS[1:4], "") if (folder / name).is_dir()), folder)
     label_of = {class_id: label for label, class_id in enumerate(names)}
     rows = [row for _, row in read_columns(solution, ("ImageId", "PredictionString"))]
-    pairs = [(f"{image}.JPEG", label_of[prediction.split()[0]]) for image, prediction in rows]
+    ids = {image: prediction.split(" ")[0] for image, prediction in rows}
+    if unknown := set(ids.values()) - set(names):
+        raise UserError(f"{solution} has the class {min(unknown)!r}, which {IMAGENET_NAMES} lacks")
+    pairs = [(f"{image}.JPEG", label_of[class_id]) for image, class_id in ids.items()]
     return labelled(images, pairs, list(names), list(names.values()))
 
 

@@ -20,6 +20,7 @@ from zslflax.errors import MissingFileError, MissingLibraryError, UserError
 
 log = logging.getLogger("zslflax")
 
+FETCHED = ("https://", "http://", "gs://", "s3://", "hf://", "az://", "abfs://")  # tables may come from strangers
 MAX_FETCH_SECONDS = 10.0  # after which an image at an address is not tried again
 
 
@@ -105,6 +106,8 @@ class TableSource:
 
     def fetch_image(self, address: str) -> bytes:
         """The image at an address. Dead addresses are usual, so that any failure makes a bad sample."""
+        if not address.startswith(FETCHED):
+            raise BadSample(f"its address begins with {address.partition('://')[0]}://, which is not fetched")
         limits = dataclasses.replace(self.limits, total=min(self.limits.total, MAX_FETCH_SECONDS))
         try:
             return storage.read_file(address, MAX_FILE_BYTES, limits)
