@@ -87,7 +87,7 @@ def test_agrees_with_the_network_in_pytorch(require, tmp_path, size):
     images = np.random.default_rng(0).normal(size=(3, size, size, 3)).astype(np.float32)
     with torch.no_grad():
         wanted = original(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
-    assert wanted.std(axis=0).max() > 0.05
+    assert wanted.std() > 0.05
     np.testing.assert_allclose(jax.jit(model.apply)(variables, images), wanted, rtol=0, atol=1e-4)
 
 

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from zslflax.errors import UserError
 from zslflax.models.convnext import CONVNEXTS
-from zslflax.models.import_weights.architecture import Values, read_architecture, tower_values, vit_architecture
+from zslflax.models.import_weights.architecture import read_architecture, tower_values, vit_architecture
 from zslflax.models.import_weights.checking import BUFFERS, check_config, check_names, check_shapes, detect_layout
 from zslflax.models.import_weights.layouts import (
     HF_CONVNEXT,
@@ -24,6 +24,7 @@ from zslflax.models.import_weights.layouts import (
     mobilenet_layouts,
     published_names,
 )
+from zslflax.models.import_weights.open_clip import OPEN_CLIP_CONFIG
 from zslflax.models.import_weights.reading import find_tensors, read_tensors
 from zslflax.models.import_weights.transformer_layouts import (
     HF_BERT,
@@ -125,8 +126,9 @@ def load_text_tower(folder: Path, variables: dict[str, Any]) -> dict[str, Any]:
 
     Arguments, result and errors are those of `load_image_tower`.
     """
-    config: Values = read_architecture(folder) if (folder / "config.json").is_file() else {}
-    layouts = TEXT_LAYOUTS.get(tower_values(config, "text").get("model_type", ""), (HF_BERT,))
+    described = any((folder / file).is_file() for file in ("config.json", OPEN_CLIP_CONFIG))
+    config = tower_values(read_architecture(folder), "text") if described else {}
+    layouts = TEXT_LAYOUTS.get(config.get("model_type", ""), (HF_BERT,))
     return load_variables(folder, variables, layouts)
 
 
