@@ -61,7 +61,7 @@ def single_labels(source: Source) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: there is none.
     """
-    labels = []
+    labels: list[tuple[int, ...]] = []
     for index in range(len(source)):
         try:
             labels.append(source.read_annotations(index)["label"])
@@ -103,9 +103,9 @@ def embed_views(predictor: Predictor, source: Source, num_views: int, seed: int 
 
     def embedded_chunks() -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         progress, per_chunk = Progress("few-shot images", "images", len(indices)), max(1, CHUNK // (1 + num_views))
-        chunks = np.split(np.arange(len(indices)), np.arange(per_chunk, len(indices), per_chunk))
+        numbers = np.split(np.arange(len(indices)), np.arange(per_chunk, len(indices), per_chunk))
         with ThreadPoolExecutor(choose_threads(0)) as pool:
-            for rows, images in load_ahead(pool, lambda row: load(indices[row]), chunks):
+            for rows, images in load_ahead(pool, lambda row: load(indices[row]), numbers):
                 readable = [image is not None for image in images]
                 if any(readable):
                     pixels = np.concatenate([image for image in images if image is not None])
@@ -114,7 +114,10 @@ def embed_views(predictor: Predictor, source: Source, num_views: int, seed: int 
                     yield rows[readable], {k: x.reshape(kept, 1 + num_views, -1) for k, x in outputs.items()}
                 progress.update(len(rows))
 
-    rows, outputs = zip(*embedded_chunks())
+    chunks = list(embedded_chunks())
+    if not chunks:
+        raise UserError(f"none of the {len(indices)} images can be read")
+    rows, outputs = zip(*chunks)
     joined = {name: np.concatenate([chunk[name] for chunk in outputs]) for name in outputs[0]}
     return EmbeddedViews(
         labels[np.concatenate(rows)],
@@ -150,7 +153,7 @@ def measure_few_shot(
 
 
 def measure_whole_set(train: EmbeddedViews, test: EmbeddedViews, resamples: int = 1_000) -> dict[str, float]:
-    """Measures each output by nearest neighbours and a linear probe, trained on whole labelled set.
+    """Measures each output by nearest neighbours and a linear probe, which learn from a whole labelled set.
 
     Returns:
         "OUTPUT/neighbours" and "OUTPUT/probe", each with "/low" and "/high", the 95% interval over test images.
