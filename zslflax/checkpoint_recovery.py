@@ -1,6 +1,7 @@
 """What a run does with checkpoints that are damaged, copied, renamed or linked before it resumes."""
 
 import errno
+import functools
 import logging
 import shutil
 from collections.abc import Sequence
@@ -92,7 +93,7 @@ def move_damaged(manager: CheckpointManager, steps: Sequence[int], reasons: dict
         reason = reasons.get(step, "another process cannot read it")
         log.error("the checkpoint %s is damaged, moved to %s, and not used: %s", place, target, reason)
         distributed.wait_for_hosts()  # all processes have chosen the target
-        distributed.on_main(lambda place=place, target=target: move(place, target))
+        distributed.on_main(functools.partial(move, place, target))
     manager.reload()
 
 
