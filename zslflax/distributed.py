@@ -242,7 +242,8 @@ def on_main(function: Callable[[], Any]) -> Any:
 
     JSON must be able to hold the value. A UserError is raised in all processes.
     """
-    value, error = None, None
+    value: Any = None
+    error: UserError | None = None
     if is_main():
         try:
             value = function()
