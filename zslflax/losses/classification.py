@@ -67,6 +67,7 @@ def label_losses(
 ) -> dict[str, jax.Array]:
     """Cross-entropy with the label, for all rotations, and with the rotation: generation 0 of SKD. fp32 [b] each."""
     label, rotations = targets.label, outputs.logits.shape[1]
+    assert label is not None
     labels = jnp.broadcast_to(label[:, None], (len(label), rotations))
     losses = {"label_loss": cross_entropy_with_label(outputs.logits, labels).mean(axis=1)}
     losses |= {"accuracy": is_best(outputs.logits[:, 0], label), "loss": losses["label_loss"]}
@@ -84,6 +85,7 @@ def distillation_losses(
 ) -> dict[str, jax.Array]:
     """Divergence from the teacher's logits, and how far rotations move the logits: generation 1 of SKD. fp32 [b]."""
     upright, turned = outputs.logits[:, 0], outputs.logits[:, 1:]
+    assert targets.teacher_logits is not None
     soft_labels = jax.nn.softmax(targets.teacher_logits / config.temperature)
     distil_loss = optax.kl_divergence(jax.nn.log_softmax(upright / config.temperature), soft_labels)
     distil_loss *= config.temperature**2
@@ -103,13 +105,14 @@ def prompt_losses(
     loss alone, with weight 1. `hard_labels` takes the teacher's best class for its probabilities.
     """
     logits, p = outputs.logits[:, 0], targets.soft_labels
+    assert p is not None
     best = jnp.argmax(p, axis=1)
     confident = (jnp.max(p, axis=1) >= config.min_confidence).astype(jnp.float32)
     labels = jax.nn.one_hot(best, p.shape[1]) if config.hard_labels else p
     label_loss = confident * optax.safe_softmax_cross_entropy(logits, labels)
     losses = {"label_loss": label_loss, "loss": label_loss}
     losses |= {"confident": confident, "agreement": is_best(logits, best)}
-    if targets.reasons is not None:
+    if targets.reasons is not None and targets.has_reasons is not None:
         log_reasons = jax.nn.log_softmax(dense(params["reason_head"], outputs.features[:, 0]))
         reason_loss = optax.kl_divergence(log_reasons, targets.reasons)
         both = config.alpha * label_loss + (1.0 - config.alpha) * reason_loss

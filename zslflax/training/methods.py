@@ -67,7 +67,8 @@ def classifier_targets(
     batch: DeviceBatch,
 ) -> tuple[Features, Targets]:
     """What a classifier learns from, and the output of its image tower where that is never trained."""
-    objective, rotations, features = config.objective, num_rotations(config.objective), {}
+    objective, rotations = config.objective, num_rotations(config.objective)
+    features: Features = {}
     if "image" in state.frozen_params:
         images = flat_rotations(batch["image"], rotations)
         flat, _ = tower_features(model, student_variables(state), {"image": images}, "image", train=False)
