@@ -23,7 +23,7 @@ def test_every_image_tower_is_listed():
 
 @pytest.mark.parametrize("row", [row for row in IMAGE_TOWERS if row.name in QUICK], ids=lambda row: row.name)
 def test_the_numbers_of_parameters_are_right(row):
-    side = {"resnet_nano": 32, "vit_nano4": 32}.get(row.name, 224)
+    side = {"resnet_nano": 32, "vit_nano4": 32, "dinov2_s14_reg": 518}.get(row.name, 224)
     tower = image_tower(row.name, jnp.float32, None, remat=False)
     shapes = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
     assert row.millions == round(sum(x.size for x in jax.tree.leaves(shapes)) / 1e6, 1)
