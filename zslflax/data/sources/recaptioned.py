@@ -41,12 +41,12 @@ class Recaptioned:
 
     def __getitem__(self, index: int) -> Record:
         record = self.source[index]
-        return Record(**(record | {"text": (self.captions[index],)}))  # type: ignore[typeddict-item]
+        return Record(image=record["image"], text=(self.captions[index],), label=record["label"], name=record["name"])
 
     def read_annotations(self, index: int) -> Annotations:
         """Reads a record without its image."""
         annotations = self.source.read_annotations(index)
-        return Annotations(**(annotations | {"text": (self.captions[index],)}))  # type: ignore[typeddict-item]
+        return Annotations(text=(self.captions[index],), label=annotations["label"], name=annotations["name"])
 
     def names(self) -> Iterator[str]:
         """Yields the names of all records in order."""
