@@ -140,21 +140,20 @@ def plan_runs(lines: list[dict]) -> Iterator[Run]:
 
 
 def further_runs(found: dict) -> Iterator[Run]:
-    """Other learning rates, clean sets of other sizes, generations, and training on what the noise tool keeps."""
+    """Clean sets of other sizes, training on what the noise tool keeps, generations, and other learning rates."""
     best = {name: found[name, 0.4, ALL] for name in METHODS}
-    for name in (BASELINE, *TEACHERS):
-        passes, value = best[name]["passes"], best[name]["value"]
-        for rate, factor in OTHER_RATES:
-            yield Run("rates", name, 0.4, ALL, SEARCH_SEED, factor * passes, value, rate=rate)
     for seed in range(REPEATED):
-        for name in TEACHERS:
-            first = Run("grid", name, 0.4, ALL, seed, **best[name])
-            run = Run("generations", "self_distillation", 0.4, ALL, seed, **best["self_distillation"])
-            yield run._replace(teacher=first.name)
+        for size in CLEAN_SIZES:
+            yield Run("clean", BASELINE, 0.0, size, seed, **found[BASELINE, 0.0, ALL])
         for name in SCORERS:
             scored = Run("grid", name, 0.4, ALL, seed, **best[name]).name
             for share in FILTERED[1:]:
                 yield Run("kept", BASELINE, 0.4, ALL, seed, **best[BASELINE], kept=f"{scored} {share}")
-    for seed in range(REPEATED):
-        for size in CLEAN_SIZES:
-            yield Run("clean", BASELINE, 0.0, size, seed, **found[BASELINE, 0.0, ALL])
+        for name in TEACHERS:
+            first = Run("grid", name, 0.4, ALL, seed, **best[name])
+            run = Run("generations", "self_distillation", 0.4, ALL, seed, **best["self_distillation"])
+            yield run._replace(teacher=first.name)
+    for name in (BASELINE, *TEACHERS):
+        passes, value = best[name]["passes"], best[name]["value"]
+        for rate, factor in OTHER_RATES:
+            yield Run("rates", name, 0.4, ALL, SEARCH_SEED, factor * passes, value, rate=rate)
