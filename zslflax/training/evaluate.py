@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from zslflax import distributed
 from zslflax.config import eval_set, field_names
-from zslflax.config_checks import check_devices, get_field, validate
+from zslflax.config_checks import check_devices, check_eval, check_paths, get_field
 from zslflax.data.addresses import hide_credentials
 from zslflax.data.image_features import ImageFeatures
 from zslflax.data.sources.base import Source
@@ -188,7 +188,8 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
             )
         config.update_from_flattened_dict({field: value})
     resolve_templates(config)
-    validate(config)
+    check_eval(config)
+    check_paths(config)
 
 
 def describe_test_set(test_set: TestSet, config: ConfigDict) -> dict[str, Any]:
