@@ -1,23 +1,19 @@
 """Models by their ids on the Hugging Face Hub: its own client and a small local server with the Hub's addresses."""
 
-import contextlib
-import hashlib
-import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 
 import jax
 import numpy as np
 
+from tests.testing.hub_server import SHA, serve
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
 
-SHA = "c0ffee" + 34 * "0"  # of the only commit
 PROGRAM = """
 import json, sys
 from zslflax.models import vit
@@ -31,71 +27,6 @@ try:
 except FileNotFoundError as error:
     print(error)
 """
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves the folders ORG/NAME of `server.root` as models, at the addresses of the Hub."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self):
-        self.do_GET(body=False)
-
-    def do_GET(self, body=True):
-        path, root = self.path.partition("?")[0], self.server.root
-        about, listed, file = (
-            re.fullmatch(pattern, path)
-            for pattern in (
-                r"/api/models/([\w-]+/[\w-]+)/revision/main",
-                rf"/api/models/([\w-]+/[\w-]+)/tree/{SHA}",
-                rf"/([\w-]+/[\w-]+)/resolve/{SHA}/(.+)",
-            )
-        )
-        model = next(found[1] for found in (about, listed, file) if found)
-        if not (root / model).is_dir():
-            return self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
-        if file:
-            data = (root / model / file[2]).read_bytes()
-            self.server.given.append(file[2])
-            etag = f'"{hashlib.sha1(data).hexdigest()}"'
-            return self.send(200, data, {"ETag": etag, "X-Repo-Commit": SHA}, body)
-        files = [path for path in (root / model).rglob("*") if path.is_file()]
-        tree = [
-            {
-                "type": "file",
-                "path": str(path.relative_to(root / model)),
-                "size": path.stat().st_size,
-                "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
-            }
-            for path in files
-        ]
-        self.send(200, json.dumps({"id": model, "sha": SHA} if about else tree).encode(), {}, body)
-
-    def send(self, status: int, data: bytes, headers: dict, body: bool):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-@contextlib.contextmanager
-def serve(root):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.root, server.given = root, []
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def run(home, endpoint: str, **variables) -> list[str]:
@@ -117,7 +48,7 @@ def test_models_are_downloaded_by_id_and_then_found_without_network(tiny_config,
         (encoder / name).write_bytes(b"weights")
     with serve(tmp_path / "hub") as server:
         online = run(tmp_path / "home", f"http://127.0.0.1:{server.server_port}")
-        assert {"model.safetensors", "config.json", "text_encoder/tokenizer.json"} <= set(server.given)
+        assert {"zslflax.safetensors", "config.json", "text_encoder/tokenizer.json"} <= set(server.given)
         assert "pytorch_model.bin" not in server.given
     found = json.loads(online[0])
     np.testing.assert_allclose(found["text"], predictor.encode_text("a red circle"), atol=1e-6)
