@@ -2,15 +2,21 @@
 
 import contextlib
 import errno
+import fcntl
 import gzip
 import json
 import logging
 import os
+import struct
+import sys
+import termios
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
+from tensorboardX.proto import event_pb2
 
 from tests.testing.runs import read_metrics
 from zslflax import checkpoint
@@ -27,6 +33,49 @@ def test_a_reporter_keeps_earlier_lines_and_drops_later_and_broken_ones(tmp_path
         reporter.write(5, {"loss": 1.5, "grad_norm": float("inf")})
     assert read_metrics(tmp_path) == [{"step": 2, "loss": 3.0}, {"step": 5, "loss": 1.5, "grad_norm": None}]
     assert sorted(entry.name.partition(".")[0] for entry in tmp_path.iterdir()) == ["events", "metrics"]
+
+
+def read_events(folder):
+    """The values in TensorBoard's event files: (tag, step, value)."""
+    for path in sorted(folder.glob("events.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # 8 bytes of length, 4 of a checksum, the event, 4 of a checksum
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            yield from ((value.tag, event.step, value) for value in event.summary.value)
+            at += 16 + length
+
+
+def test_tensorboard_has_the_metrics_and_the_figures_of_predictions(tmp_path):
+    (tmp_path / "predictions").mkdir()
+    for name, side in (("5.png", 8), ("5-pets.png", 9), ("50.png", 10)):
+        Image.new("RGB", (side, side), "red").save(tmp_path / "predictions" / name)
+    with contextlib.closing(Reporter(tmp_path, 0, 10)) as reporter:
+        reporter.write(5, {"train/learning_rate": 0.25, "eval/test/hit@1": 0.5})
+        reporter.write_figures(5)
+    events = {tag: (step, value) for tag, step, value in read_events(tmp_path)}
+    assert events.keys() == {"train/learning_rate", "eval/test/hit_at_1", "predictions", "predictions/pets"}
+    assert events["train/learning_rate"][1].simple_value == 0.25
+    step, value = events["predictions/pets"]
+    assert (step, value.image.width) == (5, 9)
+
+
+def test_the_bar_moves_from_the_first_step_in_a_terminal_of_unknown_width(tmp_path, monkeypatch):
+    ours, theirs = os.openpty()  # its width is 0
+    os.set_blocking(ours, False)
+    with open(theirs, "w", buffering=1) as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with contextlib.closing(Reporter(tmp_path, 0, 1_000)) as reporter:
+            reporter.bar.mininterval = 0
+            reporter.step(1)
+            shown = os.read(ours, 1 << 16).decode()
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+            reporter.step(3)
+            narrower = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "| 1/1000" in shown and "| 3/1000" in narrower
+    widths = [max(len(line.rstrip()) for line in text.split("\r")) for text in (shown, narrower)]
+    assert 70 < widths[0] <= 80 and 40 < widths[1] <= 50
 
 
 def test_a_reporter_that_is_not_active_writes_nothing(tmp_path):

@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
+from PIL import Image
 
+from zslflax.cli import progress_bar
 from zslflax.errors import UserError
 from zslflax.files import storage_errors, write_text
+from zslflax.training.wandb_run import WandbRun
 
 log = logging.getLogger("zslflax")
 
@@ -32,13 +34,14 @@ class Reporter:
         step: the step at which the run starts. Later lines, of a run that was killed, are removed.
         steps: the step at which the run ends.
         active: False for processes that report nothing.
+        wandb: also gets the metrics and the figures of predictions.
 
     Raises:
         StorageError: a file cannot be written; also from the methods.
     """
 
-    def __init__(self, workdir: Path, step: int, steps: int, active: bool = True):
-        self.active = active
+    def __init__(self, workdir: Path, step: int, steps: int, active: bool = True, wandb: WandbRun | None = None):
+        self.active, self.wandb = active, wandb
         if not active:
             return
         self.path = workdir / "metrics.jsonl"
@@ -46,9 +49,7 @@ class Reporter:
         with storage_errors(self.path):
             self.file = open(self.path, "a", buffering=1)
             self.tensorboard = tensorboard_writer(workdir, step)
-        self.bar = tqdm(
-            initial=step, total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0.1
-        )
+        self.bar = progress_bar(initial=step, total=steps, unit="step", smoothing=0.1)
         self.next_log_time = 0.0
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -61,6 +62,27 @@ class Reporter:
             for name, value in finite.items():
                 if value is not None:
                     self.tensorboard.add_scalar(name.replace("@", "_at_"), value, step)
+        if self.wandb is not None:
+            self.wandb.log(step, finite)
+
+    def write_figures(self, step: int) -> None:
+        """Shows the figures that an evaluation has drawn, WORKDIR/predictions/STEP*.png, in TensorBoard."""
+        if not self.active:
+            return
+        folder = self.path.parent / "predictions"
+        for path in [folder / f"{step}.png", *sorted(folder.glob(f"{step}-*.png"))]:
+            if not path.is_file():
+                continue
+            name = "predictions" + path.stem.removeprefix(str(step)).replace("-", "/", 1)
+            with storage_errors(path), Image.open(path) as image:
+                self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            if self.wandb is not None:
+                self.wandb.log_figure(step, name, path)
+
+    def step(self, step: int) -> None:
+        """Moves the progress bar; call it after each step."""
+        if self.active:
+            self.bar.update(step - self.bar.n)
 
     def progress(self, step: int, loss: float, pairs_per_second: float) -> None:
         """Updates the progress bar. Where standard error is not a terminal, logs a line at most every ten seconds."""
@@ -76,6 +98,8 @@ class Reporter:
         """Closes the files."""
         if self.active:
             self.bar.close()
+            if self.wandb is not None:
+                self.wandb.finish()
             with storage_errors(self.path):
                 self.tensorboard.close()
                 self.file.close()
