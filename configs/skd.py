@@ -4,7 +4,7 @@
         --config.model.class_names=base.txt --workdir=runs/skd
     python -m zslflax.main --config=configs/skd.py:1 --config.data.train=folder:images \
         --config.model.class_names=base.txt --config.teacher.workdir=runs/skd --config.init_from=runs/skd
-    python -m zslflax.few_shot --workdir=runs/skd_1 --data=folder:images --classes=novel.txt
+    zslflax few-shot --workdir=runs/skd_1 --data=folder:images --classes=novel.txt
 
 The folder has a subfolder for each class, and base.txt and novel.txt list some of them, one a line: the splits of
 miniImageNet, tieredImageNet, CIFAR-FS and FC100. Generation 0 learns the label of every image in its four rotations,
@@ -13,10 +13,12 @@ those of the authors' code for miniImageNet (64 classes of 600 images; arXiv 200
 the random crops, the colours, which are not changed here, and DropBlock, whose probability does not grow.
 """
 
+from ml_collections import ConfigDict
+
 from zslflax.config import default_config, eval_set
 
 
-def get_config(generation: str = "0"):
+def get_config(generation: str = "0") -> ConfigDict:
     c = default_config()
     c.name = "skd" if generation in ("", "0") else f"skd_{generation}"
     c.batch_size = 64  # images, each in four rotations

@@ -21,8 +21,10 @@ from PIL import Image
 
 from tests.testing.range_server import serve
 from zslflax.data import preprocess
+from zslflax.data.sources import shapes
 from zslflax.data.sources.opening import open_source
 from zslflax.inference.predictor import Predictor
+from zslflax.inference.test_names import read_test_names, write_test_names
 
 # The command, which reports every host that it connects to.
 PROGRAM = """
@@ -43,6 +45,7 @@ for (const kind of ["dragenter", "dragover", "drop"])
     zone.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}));
 """
 TIMEOUT = 120  # seconds
+CONTROL, DELETE, NO_KEY = "\ue009", "\ue017", "\ue000"  # keys as WebDriver writes them
 
 
 def installed(program: str) -> str:
@@ -73,7 +76,9 @@ def served(require, learned_workdir, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", PROGRAM, f"--workdir={learned_workdir}", f"--images={folder}", f"--port={port}"]
+    workdir = shutil.copytree(learned_workdir, home / "run")
+    write_test_names(workdir, {"test": ["red circle", "blue fish", "a crane, a bird"]})
+    command = [sys.executable, "-c", PROGRAM, f"--workdir={workdir}", f"--images={folder}", f"--port={port}"]
     variables = os.environ | {"JAX_PLATFORMS": "cpu", "GRADIO_TEMP_DIR": str(home / "uploads")}
     log = home / "log"
     with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=variables) as process:
@@ -104,6 +109,7 @@ def browser(require):
 def page(served, browser):
     browser.get(served.url)
     wait(lambda: browser.find_elements("css selector", "#upload input[type=file]"))
+    wait(lambda: browser.find_elements("css selector", "#names textarea"))
     return browser
 
 
@@ -126,6 +132,12 @@ def texts(browser, selector: str) -> list[str]:
     return [text.strip() for text in each(browser, selector, "innerText")]
 
 
+def type_names(browser, names: str):
+    """Replaces the class names on the page."""
+    box = browser.find_element("css selector", "#names textarea")
+    box.send_keys(f"{CONTROL}a{NO_KEY}{DELETE}{names}")
+
+
 def drop(browser, path):
     zone = browser.find_element("css selector", "#upload button")
     browser.execute_script(DROP, zone, path.name, base64.b64encode(path.read_bytes()).decode())
@@ -142,7 +154,7 @@ def message(browser) -> str:
 def test_an_image_is_classified_after_a_drop_and_after_a_click(page, served):
     names = ["red circle", "<b>bold</b> star", "/etc/hostname", "blue fish"]
     image = served.folder / "04.png"
-    page.find_element("css selector", "#names textarea").send_keys(", ".join([*names, " ", names[0]]))
+    type_names(page, ", ".join([*names, " ", names[0]]))
     drop(page, image)
     scores = wait(lambda: texts(page, "#scores .score"))
     (expected,) = served.predictor.classify(image, names)
@@ -153,9 +165,7 @@ def test_an_image_is_classified_after_a_drop_and_after_a_click(page, served):
     assert len(lengths) == 4 and lengths == sorted(lengths, reverse=True) and lengths[0] > 100
     wait(lambda: each(page, "#shown img", "naturalWidth") == [256])  # 16 pixels, enlarged
 
-    box = page.find_element("css selector", "#names textarea")
-    box.clear()
-    box.send_keys("a heart\na ring")
+    type_names(page, "a heart\na ring")
     page.find_element("css selector", "#classify").click()
     wait(lambda: sorted(texts(page, "#scores .name")) == ["a heart", "a ring"])
 
@@ -169,14 +179,60 @@ def test_a_sentence_finds_the_best_images(page, served):
         paths.remove(served.folder / name)
     expected = served.predictor.search("a red star", paths, top_k=len(paths))
     by_name = {paths[i].name: score for i, score in expected}
-    found = [re.fullmatch(r"(\S+)\s+(-?\d\.\d{3})", caption).groups() for caption in captions]
-    names, scores = [name for name, _ in found], [float(score) for _, score in found]
+    found = [re.fullmatch(r"(-?\d\.\d{3})\s+(\S+)", caption).groups() for caption in captions]
+    names, scores = [name for _, name in found], [float(score) for score, _ in found]
     assert len(set(names)) == 12 and len(by_name) == 20
     np.testing.assert_allclose(scores, [by_name[name] for name in names], atol=1e-3)
     np.testing.assert_allclose(scores, [score for _, score in expected[:12]], atol=1e-3)  # best first
     assert "left out" in served.log.read_text() and "broken.png" in served.log.read_text()
     assert "20 of 22 images" in served.log.read_text() and "link.png" not in served.log.read_text()
     assert "pipe.png is no regular file" in served.log.read_text()
+
+    before = texts(page, "#found .caption-label")
+    query.clear()
+    query.send_keys("a blue square")
+    page.find_element("css selector", "#search").click()
+    wait(lambda: texts(page, "#found .caption-label") not in ([], before))
+
+
+def test_the_page_fits_a_phone(page, served):
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        drop(page, served.folder / "04.png")
+        type_names(page, "red circle, blue fish")
+        page.find_element("css selector", "#classify").click()
+        wait(lambda: texts(page, "#scores .probability"))
+        page.find_element("css selector", "#query textarea, #query input").send_keys("a red star\n")
+        wait(lambda: len(texts(page, "#found .caption-label")) == 12)
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 390
+        assert len(set(each(page, "#found .thumbnail-item", "getBoundingClientRect().left"))) == 3
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_scores_are_explained_with_probabilities(page, served):
+    type_names(page, "red circle, blue fish, a heart")
+    drop(page, served.folder / "04.png")
+    wait(lambda: texts(page, "#scores .probability"))
+    (expected,) = served.predictor.classify(
+        served.folder / "04.png", ["red circle", "blue fish", "a heart"], probabilities=True
+    )
+    assert texts(page, "#scores .probability") == [f"{probability:.0%}" for *_, probability in expected]
+    assert "if exactly one of the names fits" in texts(page, "#scores .explained")[0]
+
+
+def test_the_page_starts_with_the_class_names_of_the_runs_own_test_set(page, served):
+    box = page.find_element("css selector", "#names textarea")
+    assert box.get_attribute("value") == "red circle, blue fish"  # a name with a comma would become two
+    drop(page, served.folder / "04.png")
+    wait(lambda: sorted(texts(page, "#scores .name")) == ["blue fish", "red circle"])
+
+
+def test_a_run_and_its_export_keep_the_class_names_of_test_sets(tiny_config, finished_workdir, tmp_path):
+    assert read_test_names(finished_workdir) == shapes.CLASS_NAMES
+    write_test_names(tmp_path, {"many": [str(i) for i in range(1_001)], "none": []})
+    assert read_test_names(tmp_path) == []
 
 
 def test_bad_uploads_get_a_message_and_the_server_continues(page, served, tmp_path):
@@ -202,9 +258,11 @@ def test_bad_uploads_get_a_message_and_the_server_continues(page, served, tmp_pa
         assert texts(page, "#scores .name") == []
     page.get(served.url)
     wait(lambda: page.find_elements("css selector", "#upload input[type=file]"))
+    wait(lambda: page.find_elements("css selector", "#names textarea"))
+    type_names(page, "")
     drop(page, served.folder / "00.png")
     wait(lambda: texts(page, "#scores") == ["Type class names, with commas between them."])
-    page.find_element("css selector", "#names textarea").send_keys("x" * 501)
+    type_names(page, "x" * 501)
     page.find_element("css selector", "#classify").click()
     assert "At most 1,000 class names of 500 characters" in message(page)
     assert "Traceback" not in served.log.read_text()
@@ -313,14 +371,14 @@ def test_large_images_are_refused_before_they_are_decoded(served):
 
 
 def test_an_image_that_is_removed_or_replaced_after_the_start_is_left_out(served):
-    whole = re.findall(r"(\d\d\.png)  ", call(served, "search", "a red star"))
+    whole = re.findall(r"  (\d\d\.png)", call(served, "search", "a red star"))
     first, second = (next(served.folder.rglob(name)) for name in whole[:2])
     saved = [(path, path.read_bytes()) for path in (first, second)]
     first.unlink()
     second.unlink()
     second.symlink_to(served.home / "outside.png")
     try:
-        left = re.findall(r"(\d\d\.png)  ", call(served, "search", "a red star"))
+        left = re.findall(r"  (\d\d\.png)", call(served, "search", "a red star"))
     finally:
         for path, content in saved:
             path.unlink(missing_ok=True)

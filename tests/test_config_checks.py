@@ -55,7 +55,8 @@ def demo():
             "eval.best_metric is 'eval/tset/hit@1', expected eval/SET/METRIC.*: test$",
         ),
         ("eval.resize_factor", 0.9, "eval.resize_factor is 0.9, expected at least 1"),
-        ("optimizer.warmup_steps", 5_000, r"optimizer.warmup_steps is 5000, expected 0 to \d+, because steps is"),
+        ("optimizer.warmup_steps", -1, "optimizer.warmup_steps is -1, expected 0 or a positive number"),
+        ("model.image.name", "resnet5", "model.image.name is 'resnet5'; expected one of .*nearest: resnet50"),
         ("optimizer.max_nonfinite_steps", -1, "optimizer.max_nonfinite_steps is -1"),
         (
             "freeze",

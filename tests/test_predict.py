@@ -1,5 +1,6 @@
 """The command `python -m zslflax.predict`."""
 
+import json
 import os
 import re
 import subprocess
@@ -50,6 +51,21 @@ def test_the_command_classifies_draws_and_exports(tiny_config, finished_workdir,
             run_command(monkeypatch, capsys, f"--workdir={exported}", *incomplete)
         assert "give images and --class-names" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_json_has_a_line_for_each_image(tiny_config, finished_workdir, tmp_path, monkeypatch, capsys):
+    for name, colour in (("one.png", "red"), ("two.png", "blue")):
+        Image.new("RGB", (20, 20), colour).save(tmp_path / name)
+    paths = [tmp_path / "one.png", tmp_path / "two.png"]
+    expected = Predictor.restore(finished_workdir).classify(paths, CLASS_NAMES, top_k=2, probabilities=True)
+    command = *paths, f"--workdir={finished_workdir}", f"--class-names={','.join(CLASS_NAMES)}", "--top=2", "--json"
+    for line, path, answer in zip(
+        run_command(monkeypatch, capsys, *command).splitlines(), paths, expected, strict=True
+    ):
+        found = json.loads(line)
+        assert found["image"] == str(path) and [c["name"] for c in found["classes"]] == [name for name, *_ in answer]
+        for place, key in ((1, "cosine"), (2, "probability")):
+            assert [c[key] for c in found["classes"]] == pytest.approx([values[place] for values in answer], abs=1e-5)
 
 
 @pytest.mark.parametrize("option", ["--export=gs://bucket/model", "--png=s3://bucket/a.png"])

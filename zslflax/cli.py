@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 import absl.logging
 import jax
@@ -28,6 +28,7 @@ MACHINE_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
     *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP),
 )
+UNKNOWN_SIZE = 80, 24  # columns and rows of a terminal that does not tell
 LOG_SECONDS = 30.0  # between lines of progress, where standard error is not a terminal
 
 
@@ -133,6 +134,26 @@ class ExitLimit:
         os._exit(self.status)
 
 
+def progress_bar(**options: Any) -> tqdm:
+    """A bar of tqdm on standard error, as wide as the terminal at each time; none where that is no terminal.
+
+    A terminal that does not know its width, as in some containers and editors, is taken to have `UNKNOWN_SIZE`.
+    """
+    columns, rows = terminal_size(sys.stderr)  # tqdm itself draws nothing where the size is 0
+    bar = tqdm(disable=not sys.stderr.isatty(), ncols=columns, nrows=rows, **options)
+    bar.dynamic_ncols = terminal_size
+    return bar
+
+
+def terminal_size(stream: TextIO) -> tuple[int, int]:
+    """The columns and rows of the terminal that a stream writes to."""
+    try:
+        size = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):  # it is no terminal
+        return UNKNOWN_SIZE
+    return size.columns or UNKNOWN_SIZE[0], size.lines or UNKNOWN_SIZE[1]
+
+
 class Progress:
     """Shows how much of a long task is done and how long the rest takes: a bar, or lines in the log.
 
@@ -146,8 +167,7 @@ class Progress:
         self.task, self.unit, self.total, self.done = task, unit, total, 0
         self.start = time.monotonic()
         self.next_log_time = self.start + LOG_SECONDS
-        bar = dict(desc=task, unit=f" {unit}", delay=1, leave=False, dynamic_ncols=True)
-        self.bar = tqdm(total=total, disable=not sys.stderr.isatty(), **bar)
+        self.bar = progress_bar(total=total, desc=task, unit=f" {unit}", delay=1, leave=False)
 
     def update(self, count: int) -> None:
         """Counts what was done since the last call."""

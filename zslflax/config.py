@@ -29,6 +29,7 @@ def default_config() -> ConfigDict:
     c.compute_dtype = "bfloat16"  # dtype inside the towers: bfloat16 | float32; everything else is float32
     c.compilation_cache = "~/.cache/zslflax/xla"  # folder of compiled programs; "" for no cache
     c.log_every = 20  # steps between lines of metrics.jsonl
+    c.wandb = ""  # project of Weights & Biases that gets metrics and predictions too; "" for none
     c.profile_steps = ""  # "100:105" writes a profiler trace of steps 100 to 105 into the workdir; "" for no trace
     # ((pattern, step), ...): parameters that are frozen until a step, or for the whole run with -1. Patterns are
     # regular expressions that are matched from the start of a parameter's path, such as "image/tower" or
@@ -185,7 +186,7 @@ def optimizer_fields() -> ConfigDict:
     c = ConfigDict()
     c.name = "sgd"  # update rule: sgd (OTTER's release) | adamw | lamb
     c.learning_rate = 3e-3  # peak, after a linear warm-up from 0; a cosine leads from it to 0 (OTTER's release)
-    c.warmup_steps = 0  # steps in the warm-up
+    c.warmup_steps = 0  # steps in the warm-up; at most half of the run
     # ((share, factor), ...): after the warm-up the rate is constant, and multiplied by each factor from that share of
     # the run's steps on, such as ((0.9, 0.1),); (): the cosine.
     c.drops = ()

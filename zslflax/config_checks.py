@@ -12,6 +12,7 @@ from zslflax.config_json import current_name
 from zslflax.errors import UserError, nearest_names
 from zslflax.files import check_local
 from zslflax.losses import classification, contrastive
+from zslflax.models.build import image_tower
 
 INTERPOLATIONS = ("area", "bilinear", "bicubic")  # see `zslflax.data.images.resample`
 POSITIVE = (
@@ -20,8 +21,9 @@ POSITIVE = (
     *("optimizer.learning_rate", "optimizer.eps"),
 )
 NOT_NEGATIVE = (
-    *("micro_batch", "optimizer.max_nonfinite_steps", "optimizer.weight_decay", "optimizer.clip_norm"),
-    *("objective.soft_ramp_steps", "model.text.cached_captions", "eval.bootstrap_resamples"),
+    *("micro_batch", "optimizer.warmup_steps", "optimizer.max_nonfinite_steps"),
+    *("optimizer.weight_decay", "optimizer.clip_norm", "objective.soft_ramp_steps"),
+    *("model.text.cached_captions", "eval.bootstrap_resamples"),
 )
 BELOW_ONE = (
     "model.image.patch_drop",
@@ -72,6 +74,8 @@ def check_choices(config: ConfigDict) -> None:
     one_of("eval.interpolation", config.eval.interpolation, INTERPOLATIONS)
     one_of("features.dtype", config.features.dtype, ("float16", "bfloat16", "float32"))
     one_of("optimizer.name", config.optimizer.name, ("sgd", "adamw", "lamb"))
+    if config.model.image.name:  # otherwise the files of the pretrained tower describe it
+        image_tower(config.model.image.name, None, None, remat=False, pool=config.model.image.pool)
     one_of("compute_dtype", config.compute_dtype, ("bfloat16", "float32"))
 
 
@@ -99,11 +103,6 @@ def check_ranges(config: ConfigDict) -> None:
     std = config.model.image.std
     expect(all(value > 0 for value in std), f"model.image.std is {tuple(std)}, expected numbers above 0")
     check_schedule(config)
-    warmup, steps = config.optimizer.warmup_steps, config.steps
-    expect(
-        0 <= warmup < steps,
-        f"optimizer.warmup_steps is {warmup}, expected 0 to {steps - 1}, because steps is {steps}",
-    )
 
 
 def check_schedule(config: ConfigDict) -> None:

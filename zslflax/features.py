@@ -1,6 +1,6 @@
 """Computes the features of a config's frozen towers before training: of its training data and its test sets.
 
-python -m zslflax.features --config=configs/photos.py [--config.FIELD=VALUE …]
+zslflax features --config=photos [--config.FIELD=VALUE …]
 
 The same command continues after a stop. Several processes, started as for training, share the work.
 """

@@ -1,7 +1,7 @@
 """Measures how well a model's image tower tells new classes apart, by a few labelled images of each.
 
-python -m zslflax.few_shot --workdir=runs/demo --data=folder:birds
-python -m zslflax.few_shot --workdir=runs/skd --data=folder:images --classes=novel.txt --shots=1,5
+zslflax few-shot --workdir=runs/demo --data=folder:birds
+zslflax few-shot --workdir=runs/skd --data=folder:images --classes=novel.txt --shots=1,5
 """
 
 import argparse
@@ -24,7 +24,7 @@ log = logging.getLogger("zslflax")
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser("python -m zslflax.few_shot", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("zslflax few-shot", description=__doc__.partition("\n")[0])
     parser.add_argument("--workdir", required=True, help="a training run, an exported folder or a Hub id")
     parser.add_argument("--step", type=int, help="of a checkpoint of the run; default: the newest")
     parser.add_argument("--use", default="teacher", choices=("teacher", "student"), help="default: teacher, if any")

@@ -1,4 +1,4 @@
-"""Trains or evaluates: `python -m zslflax.main --config=configs/demo.py [--workdir=DIR] [--config.FIELD=VALUE …]`."""
+"""Trains or evaluates: `zslflax train --config=demo [--workdir=DIR] [--config.FIELD=VALUE …]`."""
 
 import re
 import sys
@@ -12,13 +12,17 @@ from ml_collections import ConfigDict, config_flags
 from zslflax import config, distributed
 from zslflax.cli import exit_on_error, start_logging
 from zslflax.config_checks import check_devices, check_overrides, validate
+from zslflax.errors import nearest_names
 from zslflax.files import local_path
 from zslflax.inference.prompts import resolve_templates
 from zslflax.training.evaluate import evaluate_model, evaluate_run
 from zslflax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The config file, one of configs/ or your own; FILE:ARGUMENT passes an argument to its get_config."
+    "config",
+    None,
+    "The config: the name of one that is shipped, such as demo, or a file of your own; NAME:ARGUMENT or FILE:ARGUMENT "
+    "passes an argument to its get_config.",
 )
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder that the run writes to and resumes from. Default: runs/<config.name>."
@@ -38,6 +42,7 @@ MODEL = flags.DEFINE_string(
     "id on the Hugging Face Hub. Default of --workdir, where its predictions go: runs/<its name>.",
 )
 CHANGED = flags.DEFINE_bool("changed", False, "Resume although the workdir's run had another config.")
+CONFIGS = Path(__file__).parent / "configs"  # what is shipped
 STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
     0,
@@ -54,7 +59,7 @@ def parse(arguments: list[str]) -> list[str]:
     Ends the program with a one-line message where a flag is wrong. The message for an override of a field that does not
     exist names the nearest field.
     """
-    check_config_file(arguments)
+    sys.argv[:] = arguments = find_config_file(arguments)  # ml_collections reads the overrides in sys.argv
     evaluating = bool(re.search(r"(^| )--?mode[= ]evaluate( |$)", " ".join(arguments)))
     if evaluating and not any(re.match("--?config(=|$)", argument) for argument in arguments):
         arguments = [arguments[0], f"--config={config.__file__}", *arguments[1:]]  # all else is in the workdir
@@ -107,13 +112,26 @@ class ConfigParser(flags.ArgumentParser):
         return self.parser.flag_type()
 
 
-def check_config_file(arguments: list[str]) -> None:
-    """Ends the program where --config names a file that does not exist, for which absl has no clear message."""
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        flag, _, value = argument.partition("=")
-        path = (value or following).partition(":")[0]
-        if flag in ("-config", "--config") and not Path(path).is_file():
-            sys.exit(f"zslflax: {flag}={path}: there is no such file")
+def find_config_file(arguments: list[str]) -> list[str]:
+    """The same arguments, in which the name of a shipped config after --config is replaced by its path.
+
+    Ends the program where there is neither such a file nor such a config, for which absl has no clear message.
+    """
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag not in ("-config", "--config"):
+            continue
+        at = i if equals else i + 1
+        given, colon, config_argument = (value if equals else "".join(arguments[at : at + 1])).partition(":")
+        path = CONFIGS / f"{given}.py" if re.fullmatch(r"\w+", given) and not Path(given).is_file() else Path(given)
+        if not path.is_file():
+            names = sorted(shipped.stem for shipped in CONFIGS.glob("*.py"))
+            near = f"; nearest of the shipped configs {', '.join(names)}: {nearest_names(Path(given).stem, names)}"
+            sys.exit(f"zslflax: {flag}={given}: there is no such file{near}")
+        if path != Path(given):
+            found[at] = f"{flag}={path}{colon}{config_argument}" if equals else f"{path}{colon}{config_argument}"
+    return found
 
 
 def main(_: Any) -> int:

@@ -1,7 +1,7 @@
 """Analyses how noisy a dataset's pairing of images and captions is, as a trained model sees it.
 
-python -m zslflax.noise --workdir=runs/demo --data=shapes
-python -m zslflax.main --config=… --config.data.exclude=runs/demo/noise/noise.csv
+zslflax noise --workdir=runs/demo --data=shapes
+zslflax train --config=… --config.data.exclude=runs/demo/noise/noise.csv
 """
 
 import argparse
@@ -15,7 +15,7 @@ from zslflax.training.frozen_features import open_kept_features
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m zslflax.noise", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("zslflax noise", description=__doc__.partition("\n")[0])
     parser.add_argument("--workdir", required=True, help="of a training run; or an exported folder, or a Hub id")
     parser.add_argument("--data", required=True, help="a source of pairs, as in the config's data.train")
     parser.add_argument("--worst", type=float, default=0.1, help="share of the pairs in noise.csv (default 0.1)")

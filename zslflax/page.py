@@ -22,9 +22,11 @@ from PIL import Image
 from starlette.middleware import Middleware
 
 from zslflax import figures
+from zslflax.cli import Progress
 from zslflax.data.images import IMAGE_EXTENSIONS, BadSample, available_formats, decode
 from zslflax.errors import UserError
 from zslflax.files import read_bytes
+from zslflax.inference.embed_files import embed_files
 from zslflax.inference.image_input import find_images, read_image
 from zslflax.inference.predictor import Predictor
 from zslflax.page_guard import Guard
@@ -39,11 +41,19 @@ MAX_CLASS_NAMES, MAX_CHARACTERS = 1_000, 500  # class names at once, and charact
 SHOWN_CLASSES, SHOWN_IMAGES = 20, 12  # best class names of an image, and images of a search
 SIDE = 256  # of images on the page, pixels
 KEPT = 3_600  # seconds until an upload is removed; all are removed when the program ends
-CHUNK = 1_024  # images of the folder that are in memory at once
 HINT = "Type class names, with commas between them."
 BAR = (
-    '<div class="row"><span class="name">{}</span><span class="score">{:.3f}</span>'
+    '<div class="row"><span class="name">{}</span>'
+    '<span><b class="probability">{:.0%}</b> <span class="score">{:.3f}</span></span>'
     '<div class="track"><div class="bar" style="width: {:.1f}%"></div></div></div>'
+)
+SOFTMAX = (
+    "<b>Bold</b>: the probability of each name, if exactly one of the names fits. Behind it and as a bar: the "
+    "similarity of name and image, from −1 to 1, often 0.2 to 0.4 for true names; compare it within one list alone."
+)
+SIGMOID = (
+    "<b>Bold</b>: the probability that the name fits, each by itself. Behind it and as a bar: the similarity of name "
+    "and image, from −1 to 1."
 )
 CSS = """
 footer { display: none !important }
@@ -53,11 +63,20 @@ footer { display: none !important }
 .bars .score { font-variant-numeric: tabular-nums; opacity: 0.7 }
 .bars .track { grid-column: 1 / 3; background: var(--background-fill-secondary) }
 .bars .bar { background: var(--color-accent) }
+.explained { font-size: 0.9em; opacity: 0.7; margin-top: 6px }
+#found .caption-label { max-width: 94% }
+#search { align-self: end; min-width: 100px; height: 42px }
+@media (max-width: 640px) {
+  #found .grid-container { grid-template-columns: repeat(3, 1fr) !important }
+  .gradio-container { padding: 8px !important }
+}
 .bars .track, .bars .bar { height: 10px; border-radius: 5px }
 """
 
 
-def serve_page(predictor: Predictor, folder: Path | None, host: str, port: int) -> None:
+def serve_page(
+    predictor: Predictor, folder: Path | None, host: str, port: int, class_names: Sequence[str] = ()
+) -> None:
     """Serves the page until the program is interrupted.
 
     Args:
@@ -65,11 +84,12 @@ def serve_page(predictor: Predictor, folder: Path | None, host: str, port: int) 
         folder: whose images can be searched, or None.
         host: to serve on; "127.0.0.1" answers this machine only.
         port: to serve on.
+        class_names: that the page starts with.
 
     Raises:
         UserError: the folder has no readable image.
     """
-    blocks = build_page(predictor, folder)
+    blocks = build_page(predictor, folder, class_names)
     exempt_from_proxy("127.0.0.1", "localhost", host)
     limits = {"max_body": MAX_BODY, "max_upload": MAX_UPLOAD + (1 << 20)}  # a form has more than its file
     uploads = {"max_uploads": MAX_UPLOADS, "max_uploaded": MAX_UPLOADED, "kept": KEPT + KEPT // 6}
@@ -98,7 +118,7 @@ def exempt_from_proxy(*hosts: str) -> None:
         os.environ[name] = ",".join(dict.fromkeys([*exempt, *hosts]))
 
 
-def build_page(predictor: Predictor, folder: Path | None) -> gr.Blocks:
+def build_page(predictor: Predictor, folder: Path | None, class_names: Sequence[str] = ()) -> gr.Blocks:
     """Builds the page, with a search if there is a folder."""
 
     def classify(upload: str | None, text: str) -> tuple[Image.Image, str]:
@@ -108,9 +128,10 @@ def build_page(predictor: Predictor, folder: Path | None) -> gr.Blocks:
             image = decode_upload(read_bytes(Path(upload), MAX_UPLOAD))
         except UserError as error:
             refuse(f"This file can't be used: {error}.")
-        names = parse_class_names(text)
-        answer = format_bars(predictor.classify(image, names, top_k=SHOWN_CLASSES)[0]) if names else HINT
-        return figures.fit_image(image, SIDE), answer
+        if not (names := parse_class_names(text)):
+            return figures.fit_image(image, SIDE), HINT
+        (answer,) = predictor.classify(image, names, top_k=SHOWN_CLASSES, probabilities=True)
+        return figures.fit_image(image, SIDE), format_bars(answer) + f'<div class="explained">{explanation}</div>'
 
     def search(query: str) -> list[tuple[Image.Image, str]]:
         if not query.strip() or len(query) > MAX_CHARACTERS:
@@ -123,7 +144,7 @@ def build_page(predictor: Predictor, folder: Path | None) -> gr.Blocks:
             try:
                 if not path.resolve().is_relative_to(root):
                     raise UserError(f"{path} now leads out of the folder")
-                yield figures.fit_image(read_image(path), SIDE), f"{path.name}  {score:.3f}"
+                yield figures.fit_image(read_image(path), SIDE), f"{score:.3f}  {path.name}"
             except UserError as error:  # it was removed or replaced since the start
                 log.warning("left out of the answer: %s", error)
 
@@ -134,13 +155,21 @@ def build_page(predictor: Predictor, folder: Path | None) -> gr.Blocks:
         return functools.wraps(function)(lambda *args: executor.submit(function, *args).result())
 
     root = (folder or Path()).resolve()
+    explanation = SIGMOID if predictor.config.objective.name == "sigmoid" else SOFTMAX
     with gr.Blocks(title="zslflax", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as blocks:
         gr.Markdown(f"## Classify an image\nwith {predictor.config.name} at step {predictor.step:,}")
         with gr.Row():
             with gr.Column():
                 upload = gr.File(label="Image", file_types=["image"], height=150, elem_id="upload")
                 example = "red circle, blue fish, …"
-                names = gr.Textbox(label="Class names", placeholder=example, lines=3, elem_id="names")
+                names = gr.Textbox(
+                    ", ".join(name for name in class_names if not re.search(r"[,\n]", name)),
+                    label="Class names, with commas between them",
+                    placeholder=example,
+                    lines=3,
+                    max_lines=8,
+                    elem_id="names",
+                )
                 button = gr.Button("Classify", variant="primary", elem_id="classify")
             with gr.Column():
                 shown = gr.Image(show_label=False, interactive=False, height=250, buttons=[], elem_id="shown")
@@ -160,9 +189,13 @@ def build_page(predictor: Predictor, folder: Path | None) -> gr.Blocks:
             paths, image_emb = embed_folder(predictor, folder)
             gr.Markdown(f"## Find images\namong the {len(paths):,} in {folder.name}")
             example = "a red circle next to a blue fish"
-            query = gr.Textbox(label="Sentence (Enter searches)", placeholder=example, max_lines=1, elem_id="query")
+            with gr.Row():
+                query = gr.Textbox(label="Sentence", placeholder=example, max_lines=1, scale=5, elem_id="query")
+                start = gr.Button("Search", variant="primary", scale=1, elem_id="search")
             found = gr.Gallery(show_label=False, columns=6, height="auto", buttons=[], elem_id="found")
-            query.submit(in_one_thread(search), query, found, concurrency_limit=1, concurrency_id="model")
+            gr.Markdown("On each image: the similarity of sentence and image, from −1 to 1, and the file's name.")
+            events = [query.submit, start.click]
+            gr.on(events, in_one_thread(search), query, found, concurrency_limit=1, concurrency_id="model")
     return blocks
 
 
@@ -192,21 +225,18 @@ def embed_folder(predictor: Predictor, folder: Path) -> tuple[list[Path], np.nda
         UserError: there is no readable image.
     """
     candidates = list(find_images(folder))
-    paths, image_emb = [], []
-    for start in range(0, len(candidates), CHUNK):
-        prepared = []
-        for path in candidates[start : start + CHUNK]:
-            try:
-                prepared.append(predictor.preprocess(path))
-                paths.append(path)
-            except UserError as error:
-                log.warning("left out %s", error)
-        if prepared:
-            image_emb.append(predictor.encode_image(np.stack(prepared)))
+    progress = Progress("embedding images", "images", len(candidates))
+
+    def counted() -> Iterator[Path]:
+        for path in candidates:
+            yield path
+            progress.update(1)
+
+    paths, image_emb = embed_files(predictor, counted(), lambda error: log.warning("left out %s", error))
     if not paths:
         raise UserError(f"{folder} has no readable image ({', '.join(IMAGE_EXTENSIONS)})")
     log.info("%d of %d images in %s can be searched", len(paths), len(candidates), folder)
-    return paths, np.concatenate(image_emb)
+    return paths, image_emb
 
 
 def parse_class_names(text: str) -> list[str]:
@@ -221,10 +251,13 @@ def parse_class_names(text: str) -> list[str]:
     return names
 
 
-def format_bars(rows: Sequence[tuple[str, float]]) -> str:
-    """Formats names with their scores and bars as HTML."""
-    lengths = figures.bar_lengths([score for _, score in rows])
-    parts = [BAR.format(html.escape(name), s, 100 * length) for (name, s), length in zip(rows, lengths)]
+def format_bars(rows: Sequence[tuple[str, float, float]]) -> str:
+    """Formats names with their similarities, as bars too, and their probabilities as HTML."""
+    lengths = figures.bar_lengths([score for _, score, _ in rows])
+    parts = [
+        BAR.format(html.escape(name), probability, score, 100 * length)
+        for (name, score, probability), length in zip(rows, lengths)
+    ]
     return f'<div class="bars">{"".join(parts)}</div>'
 
 

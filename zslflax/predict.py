@@ -1,11 +1,12 @@
 """Classifies images with a trained model, or exports the model.
 
-python -m zslflax.predict cat.jpg FOLDER --workdir=runs/demo --class-names="a cat,a dog"
-python -m zslflax.predict --workdir=runs/demo --export=FOLDER
+zslflax predict cat.jpg FOLDER --workdir=runs/demo --class-names="a cat,a dog"
+zslflax predict --workdir=runs/demo --export=FOLDER
 """
 
 import argparse
 import itertools
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,20 +27,20 @@ CHUNK = 64  # images that are in memory at once, unless they are drawn
 
 def main() -> None:
     args = parse_arguments()
-    predictor = Predictor.restore(args.workdir)
+    predictor = Predictor.restore(args.workdir, allow_urls=args.allow_urls)
     if args.export:
         predictor.export(args.export)
     if args.images:
         templates = read_templates(args.templates) if args.templates else None
         class_names = read_class_names(args.class_names)
-        broken = classify_files(predictor, args.images, class_names, templates, args.top, args.png)
+        broken = classify_files(predictor, args.images, class_names, templates, args.top, args.png, args.json)
         if broken:
             sys.exit(f"zslflax: {broken} of the images could not be read; the others are answered")
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line; images and class names need each other."""
-    parser = argparse.ArgumentParser("python -m zslflax.predict", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("zslflax predict", description=__doc__.partition("\n")[0])
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="a file, or a folder: the images below it")
     parser.add_argument("--workdir", required=True, help="a training run, an exported folder or a Hub id")
     parser.add_argument("--class-names", help='"a cat,a dog", or a file with one class name per line')
@@ -48,6 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--top", type=int, default=5, help="class names per image (default: 5)")
     parser.add_argument("--png", metavar="FILE", help="draw the answers into this file instead of printing them")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per image, with probabilities")
+    parser.add_argument("--allow-urls", action="store_true", help="an IMAGE may be an http(s) address, and is fetched")
     parser.add_argument("--export", metavar="FOLDER", help="write the model into this new folder")
     args = parser.parse_args()
     if bool(args.images) != bool(args.class_names) or not (args.images or args.export):
@@ -65,6 +68,7 @@ def classify_files(
     templates: Sequence[str] | None,
     top_k: int,
     png: Path | None,
+    as_json: bool,
 ) -> int:
     """Classifies image files, and prints the best class names of each or draws them into the file `png`.
 
@@ -74,15 +78,19 @@ def classify_files(
     class_emb = predictor.class_embeddings(class_names, templates)
     remaining, drawn, broken = expand_folders(paths), [], 0
     while chunk := list(itertools.islice(remaining, CHUNK)):
-        images, readable = read_images(chunk)
+        images, readable = read_images(chunk, predictor.allow_urls)
         broken += len(chunk) - len(readable)
-        scores, ids = top_k_or_all(predictor.encode_image(images), class_emb, top_k)
-        for image, path, row in zip(images, readable, zip(ids, scores)):
-            answer = [(class_names[i], float(score)) for i, score in zip(*row)]
+        image_emb = predictor.encode_image(images)
+        scores, ids = top_k_or_all(image_emb, class_emb, top_k)
+        probabilities = predictor.probabilities(image_emb, class_emb, scores) if as_json else scores
+        for image, path, row in zip(images, readable, zip(ids, scores, probabilities)):
+            answer = [(class_names[i], float(score), float(probability)) for i, score, probability in zip(*row)]
             if png:
-                drawn.append((image, [(name, score, False) for name, score in answer], [path.name]))
-            else:
-                print("\n".join([str(path), *text_bars(answer)]))
+                drawn.append((image, [(name, score, False) for name, score, _ in answer], [Path(path).name]))
+            if as_json:
+                print(format_json(path, answer))
+            elif not png:
+                print("\n".join([str(path), *text_bars([(name, score) for name, score, _ in answer])]))
         sys.stdout.flush()
     if png and drawn:
         with storage_errors(png):
@@ -90,12 +98,22 @@ def classify_files(
     return broken
 
 
-def read_images(paths: Iterable[Path]) -> tuple[list[np.ndarray], list[Path]]:
+def format_json(path: str | Path, answer: Sequence[tuple[str, float, float]]) -> str:
+    """Returns a line of JSON for an image and its class names, cosine similarities and probabilities.
+
+    >>> format_json("cat.jpg", [("a cat", 0.3, 0.9)])
+    '{"image": "cat.jpg", "classes": [{"name": "a cat", "cosine": 0.3, "probability": 0.9}]}'
+    """
+    classes = [{"name": name, "cosine": round(score, 6), "probability": round(p, 6)} for name, score, p in answer]
+    return json.dumps({"image": str(path), "classes": classes}, ensure_ascii=False)
+
+
+def read_images(paths: Iterable[str | Path], allow_urls: bool) -> tuple[list[np.ndarray], list[str | Path]]:
     """Reads images, and reports on standard error those that cannot be read. Returns images and their paths."""
     images, readable = [], []
     for path in paths:
         try:
-            images.append(read_image(path))
+            images.append(read_image(path, allow_urls))
         except UserError as error:
             print(f"zslflax: left out: {error}", file=sys.stderr)
         else:

@@ -1,4 +1,4 @@
-"""What `python -m zslflax.data` says of a source."""
+"""What `zslflax data` says of a source."""
 
 import json
 import sys

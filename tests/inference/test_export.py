@@ -30,7 +30,7 @@ def test_an_exported_model_computes_exactly_the_same(predictor, exported, images
     )
     files = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
     tokenizer = {f"text_encoder/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "identity.json")}
-    assert files == {"README.md", "config.json", "model.safetensors"} | tokenizer
+    assert files == {"README.md", "config.json", "zslflax.safetensors"} | tokenizer
 
 
 def test_an_export_has_no_paths_of_the_machine_that_trained_it(finished_workdir, exported, shapes_root):
@@ -114,7 +114,7 @@ def test_folders_without_a_model_missing_steps_and_damaged_files_are_refused(exp
     folder = shutil.copytree(exported, tmp_path / "copy")
     weights = (folder / export.WEIGHTS).read_bytes()
     (folder / export.WEIGHTS).write_bytes(weights[:-10])
-    with pytest.raises(ValueError, match="model.safetensors is no safetensors file, or is cut off or damaged"):
+    with pytest.raises(ValueError, match="zslflax.safetensors is no safetensors file, or is cut off or damaged"):
         Predictor.restore(folder)
     save_file({"x": np.zeros(1)}, folder / export.WEIGHTS)
     (folder / "config.json").write_text('{"model_type": "resnet"}')

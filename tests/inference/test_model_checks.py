@@ -140,7 +140,7 @@ def test_arrays_that_are_missing_unknown_or_of_another_shape_are_refused_by_name
     for message, change in changes.items():
         path.write_bytes(good)
         change_arrays(path, change)
-        with pytest.raises(UserError, match=f"model.safetensors has other arrays than the model of its .*{message}"):
+        with pytest.raises(UserError, match=f"zslflax.safetensors has other arrays than the model of its .*{message}"):
             Predictor.restore(exported_copy)
 
 

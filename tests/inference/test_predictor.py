@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.testing.range_server import serve
 from zslflax.errors import UserError
 from zslflax.inference import class_cache
 from zslflax.inference.predictor import Predictor
@@ -204,3 +205,33 @@ def test_the_identity_of_a_text_encoder_covers_weights_sizes_precision_and_token
         others.append(Predictor(config, model, predictor.variables, tokenizer))
     for other in others:
         assert other.text_encoder_identity() != one
+
+
+def test_folders_iterators_and_addresses_are_several_images(predictor, images, tmp_path):
+    (tmp_path / "below").mkdir()
+    paths = [tmp_path / name for name in ("a.png", "b.png", "below/c.png")]
+    for path, image in zip(paths, images):
+        Image.fromarray(image).save(path)
+    (tmp_path / "notes.txt").write_text("no image")
+    expected = predictor.encode_image(paths)
+    np.testing.assert_array_equal(predictor.encode_image(tmp_path), expected)
+    np.testing.assert_array_equal(predictor.encode_image(str(tmp_path)), expected)
+    np.testing.assert_array_equal(predictor.encode_image(path for path in paths), expected)
+    with serve(tmp_path) as server:
+        addresses = [f"{server.url}/{path.relative_to(tmp_path)}" for path in paths]
+        with pytest.raises(UserError, match="fetches nothing unless it is allowed: .*allow_urls=True"):
+            predictor.encode_image(addresses)
+        assert not server.requests
+        allowed = copy.copy(predictor)
+        allowed.allow_urls = True
+        np.testing.assert_array_equal(allowed.encode_image(addresses), expected)
+        with pytest.raises(UserError, match="nowhere.png cannot be read: HTTP Error 404"):
+            allowed.encode_image(addresses[0].replace("a.png", "nowhere.png"))
+        with pytest.raises(UserError, match="notes.txt: the data is not an image"):
+            allowed.encode_image(addresses[0].replace("a.png", "notes.txt"))
+
+
+def test_many_images_are_preprocessed_in_chunks(predictor, images, monkeypatch):
+    expected = predictor.encode_image(images)
+    monkeypatch.setattr("zslflax.inference.predictor.CHUNK", 4)
+    np.testing.assert_allclose(predictor.encode_image(iter(images)), expected, atol=1e-6)

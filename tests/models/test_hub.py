@@ -1,33 +1,19 @@
 """Models by their ids on the Hugging Face Hub: its own client and a small local server with the Hub's addresses."""
 
-import contextlib
-import hashlib
-import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 
 import jax
 import numpy as np
 
+from tests.testing.hub_server import SHA, serve
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
 
-SHA = "c0ffee" + 34 * "0"  # of the only commit
-CONVERTED_SHA = "decade" + 34 * "0"  # of the pull request that adds safetensors
-CONVERTED = {
-    "num": 15,
-    "title": "Adding `safetensors` variant of this model",
-    "author": {"name": "SFconvertbot"},
-    "createdAt": "2023-01-01T00:00:00.000Z",
-    "status": "open",
-    "isPullRequest": True,
-    "repo": {"name": "some-org/old", "type": "model"},
-}
 PROGRAM = """
 import json, sys
 from zslflax.models import vit
@@ -43,85 +29,6 @@ try:
 except FileNotFoundError as error:
     print(error)
 """
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves the folders ORG/NAME of `server.root` as models, at the addresses of the Hub.
-
-    The folders ORG/NAME/pull-request are their pull requests.
-    """
-
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self):
-        self.do_GET(body=False)
-
-    def do_GET(self, body=True):
-        path, root = self.path.partition("?")[0], self.server.root
-        discussed, about, listed, file = (
-            re.fullmatch(pattern, path)
-            for pattern in (
-                r"/api/models/([\w-]+/[\w-]+)/discussions",
-                r"/api/models/([\w-]+/[\w-]+)/revision/(main|refs%2Fpr%2F15)",
-                rf"/api/models/([\w-]+/[\w-]+)/tree/({SHA}|{CONVERTED_SHA})",
-                rf"/([\w-]+/[\w-]+)/resolve/({SHA}|{CONVERTED_SHA})/(.+)",
-            )
-        )
-        found = next(found for found in (discussed, about, listed, file) if found)
-        model = found[1]
-        if not (root / model).is_dir():
-            return self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
-        if discussed:
-            return self.send(200, json.dumps({"discussions": [CONVERTED], "start": 0, "count": 1}).encode(), {}, body)
-        sha = SHA if found[2] in ("main", SHA) else CONVERTED_SHA
-        if sha == CONVERTED_SHA:
-            model += "/pull-request"
-        if file:
-            data = (root / model / file[3]).read_bytes()
-            self.server.given.append(file[3])
-            etag = f'"{hashlib.sha1(data).hexdigest()}"'
-            return self.send(200, data, {"ETag": etag, "X-Repo-Commit": sha}, body)
-        files = [
-            path
-            for path in (root / model).rglob("*")
-            if path.is_file() and (path.parent.name != "pull-request" or sha == CONVERTED_SHA)
-        ]
-        tree = [
-            {
-                "type": "file",
-                "path": str(path.relative_to(root / model)),
-                "size": path.stat().st_size,
-                "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
-            }
-            for path in files
-        ]
-        self.send(200, json.dumps({"id": found[1], "sha": sha} if about else tree).encode(), {}, body)
-
-    def send(self, status: int, data: bytes, headers: dict, body: bool):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-@contextlib.contextmanager
-def serve(root):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.root, server.given = root, []
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def run(home, endpoint: str, **variables) -> list[str]:
@@ -147,7 +54,7 @@ def test_models_are_downloaded_by_id_and_then_found_without_network(tiny_config,
         path.write_bytes(b"{}")
     with serve(tmp_path / "hub") as server:
         online = run(tmp_path / "home", f"http://127.0.0.1:{server.server_port}")
-        assert {"model.safetensors", "config.json", "text_encoder/tokenizer.json"} <= set(server.given)
+        assert {"zslflax.safetensors", "config.json", "text_encoder/tokenizer.json"} <= set(server.given)
         assert "pytorch_model.bin" not in server.given
     found = json.loads(online[0])
     np.testing.assert_allclose(found["text"], predictor.encode_text("a red circle"), atol=1e-6)

@@ -118,14 +118,16 @@ def test_a_student_of_prompts_learns_resumes_and_is_exported(base_config, finish
     classifier = Predictor.restore(whole)
     assert isinstance(classifier, Classifier) and classifier.class_names == tuple(NAMES)
     classifier.export(tmp_path / "export")
-    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    ]
+    files = sorted(path.name for path in (tmp_path / "export").iterdir())
+    assert files == ["README.md", "config.json", "zslflax.safetensors"]
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "pipeline_tag: image-classification\n" in card and "An image classifier of 4 classes." in card
+    assert "text_encoder" not in card
     exported = Predictor.restore(tmp_path / "export")
     images = sorted(Path(config.data.train[0].removeprefix("folder:")).glob("*/0.png"))
     assert exported.classify(images) == classifier.classify(images)
+    (answer,) = exported.classify(images[0], probabilities=True)
+    assert all(score == probability for _, score, probability in answer)
     probabilities = exported.encode_image(images)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
     assert "reason_head" not in str(exported.variables.keys()) and "objective" not in exported.variables["params"]
@@ -159,7 +161,7 @@ def test_classes_may_be_fewer_than_those_of_the_data(base_config, tmp_path):
     base_config.batch_size, base_config.eval.sets.test.data = 8, ""
     assert train(base_config, tmp_path / "run")
     assert Predictor.restore(tmp_path / "run").class_names == ("red", "blue")
-    assert read_json(tmp_path / "run" / "data.json")[0]["samples"] == 12
+    assert read_json(tmp_path / "run" / "data.json", list)[0]["samples"] == 12
 
 
 def test_what_a_classifier_cannot_learn_from_is_refused(base_config, generation_0, finished_workdir, tmp_path):

@@ -1,15 +1,21 @@
 """What a run reports: metrics, throughput against given clocks, traces, and unreadable samples."""
 
 import contextlib
+import fcntl
 import gzip
+import io
 import json
 import logging
+import os
 import struct
+import sys
+import termios
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tests.testing.faults import small_disk
@@ -29,6 +35,60 @@ def test_a_reporter_keeps_earlier_lines_and_drops_later_and_broken_ones(tmp_path
         reporter.write(5, {"loss": 1.5, "grad_norm": float("inf")})
     assert read_metrics(tmp_path) == [{"step": 2, "loss": 3.0}, {"step": 5, "loss": 1.5, "grad_norm": None}]
     assert sorted(entry.name.partition(".")[0] for entry in tmp_path.iterdir()) == ["events", "metrics"]
+
+
+def read_events(folder):
+    """The events in TensorBoard's file."""
+    (path,) = folder.glob("events.out.tfevents.*")
+    data = path.read_bytes()
+    while data:  # length u64, its checksum u32, a protocol buffer, its checksum u32
+        (length,) = struct.unpack_from("<Q", data)
+        yield Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+
+
+def test_tensorboard_has_the_metrics_and_the_figures_of_predictions(tmp_path):
+    (tmp_path / "predictions").mkdir()
+    for name, side in (("5.png", 8), ("5-pets.png", 9), ("50.png", 10)):
+        Image.new("RGB", (side, side), "red").save(tmp_path / "predictions" / name)
+    with contextlib.closing(Reporter(tmp_path, 0, 10)) as reporter:
+        reporter.write(5, {"train/learning_rate": 0.25, "eval/test/hit@1": 0.5})
+        reporter.write_figures(5)
+    events = {value.tag: (event.step, value) for event in read_events(tmp_path) for value in event.summary.value}
+    assert events.keys() == {"train/learning_rate", "eval/test/hit_at_1", "predictions", "predictions/pets"}
+    assert events["train/learning_rate"][1].simple_value == 0.25
+    step, value = events["predictions/pets"]
+    assert (step, value.image.width) == (5, 9)
+    with Image.open(io.BytesIO(value.image.encoded_image_string)) as image:
+        assert image.size == (9, 9) and image.getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_a_figure_that_cannot_be_read_is_left_out_with_a_warning(tmp_path, caplog):
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "5.png").write_bytes(b"no image")
+    with contextlib.closing(Reporter(tmp_path, 0, 10)) as reporter:
+        reporter.write_figures(5)
+        reporter.write(5, {"loss": 1.5})
+    assert f"{tmp_path}/predictions/5.png cannot be read, and is not shown" in caplog.text
+    assert [value.tag for event in read_events(tmp_path) for value in event.summary.value] == ["loss"]
+
+
+def test_the_bar_moves_from_the_first_step_in_a_terminal_of_unknown_width(tmp_path, monkeypatch):
+    ours, theirs = os.openpty()  # its width is 0
+    os.set_blocking(ours, False)
+    with open(theirs, "w", buffering=1) as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with contextlib.closing(Reporter(tmp_path, 0, 1_000)) as reporter:
+            reporter.bar.mininterval = 0
+            reporter.step(1)
+            shown = os.read(ours, 1 << 16).decode()
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+            reporter.step(3)
+            narrower = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "| 1/1000" in shown and "| 3/1000" in narrower
+    widths = [max(len(line.rstrip()) for line in text.split("\r")) for text in (shown, narrower)]
+    assert 70 < widths[0] <= 80 and 40 < widths[1] <= 50
 
 
 def test_a_reporter_that_is_not_active_writes_nothing(tmp_path):
@@ -83,12 +143,7 @@ def test_events_have_the_curves_and_hide_those_of_later_steps(tmp_path):
     events = Events(tmp_path, 3)
     events.write(4, {"eval/hit@1": 0.5, "loss": 2.0})
     events.close()
-    (path,) = tmp_path.glob("events.out.tfevents.*")
-    data, found = path.read_bytes(), []
-    while data:  # length u64, its checksum u32, a protocol buffer, its checksum u32
-        (length,) = struct.unpack_from("<Q", data)
-        found.append(Event.FromString(data[12 : 12 + length]))
-        data = data[16 + length :]
+    found = list(read_events(tmp_path))
     assert found[0].file_version == "brain.Event:2" and found[2].session_log.status == SessionLog.START
     assert found[2].step == 4
     curves = {event.summary.value[0].tag: event.summary.value[0].simple_value for event in found[3:]}
@@ -142,7 +197,10 @@ def test_between_reports_nothing_waits_for_the_devices(tiny_config, tmp_path, mo
     monkeypatch.setattr(
         checkpoint, "save", lambda manager, state, *args, **kwargs: save(manager, read(state), *args, **kwargs)
     )
-    monkeypatch.setattr(OnDevice, "failed_step", property(lambda self: self.value.failed_step), raising=False)
+    for field in ("failed_step", "step"):  # read by reports and saves
+        monkeypatch.setattr(
+            OnDevice, field, property(lambda self, field=field: getattr(self.value, field)), raising=False
+        )
     loop.train(tiny_config, tmp_path)
     assert averaged == [3, 3]
 

@@ -10,6 +10,7 @@ import tarfile
 
 import pytest
 
+from tests.testing.runs import read_metrics
 from tests.testing.shards import write_tar
 from zslflax.data.sources.shapes import ensure_shards
 from zslflax.data.sources.shard_patterns import expand_patterns
@@ -63,9 +64,29 @@ def test_a_run_resumes_on_the_same_data_alone_unless_told(sharded_config, tmp_pa
         train(sharded_config, workdir)
 
 
+def test_a_run_resumes_for_more_steps_and_from_another_path_to_the_same_data(sharded_config, tmp_path, caplog):
+    workdir = tmp_path / "run"
+    assert train(sharded_config, workdir)
+    (tmp_path / "shards").rename(tmp_path / "moved")
+    sharded_config.data.train = (f"{tmp_path}/moved/*.tar",)
+    sharded_config.steps, sharded_config.eval.every = 4, 4
+    with caplog.at_level(logging.INFO):
+        assert train(sharded_config, workdir)
+    assert "the run is now 4 steps long instead of 2" in caplog.text and "another" not in caplog.text
+    assert read_metrics(workdir)[-1]["step"] == 4
+    sharded_config.steps = 3
+    with pytest.raises(UserError, match="steps: 4 there, 3 now"):
+        check_config(sharded_config, workdir)
+    sharded_config.steps = 4
+    (workdir / "data.json").unlink()  # without it nothing tells that the data is the same
+    sharded_config.data.train = (f"{tmp_path}/shards/*.tar",)
+    with pytest.raises(UserError, match="data.train: "):
+        check_config(sharded_config, workdir)
+
+
 def test_messages_about_the_config_hide_passwords(tiny_config, trained_workdir):
-    tiny_config.data.train = ("https://me:pa55@example.org/0.tar?signature=pa55",)
-    with pytest.raises(UserError, match="data.train: .*https://example.org/0.tar") as caught:
+    tiny_config.model.image.pretrained = "https://me:pa55@example.org/0.tar?signature=pa55"
+    with pytest.raises(UserError, match="model.image.pretrained: .*https://example.org/0.tar") as caught:
         check_config(tiny_config, trained_workdir)
     assert "pa55" not in str(caught.value)
 

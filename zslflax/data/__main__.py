@@ -1,7 +1,7 @@
 """Says what a data source holds.
 
-python -m zslflax.data 'shards/{00000..00099}.tar'
-python -m zslflax.data pairs.csv --picture=pairs.png
+zslflax data 'shards/{00000..00099}.tar'
+zslflax data pairs.csv --picture=pairs.png
 """
 
 import argparse
@@ -21,7 +21,7 @@ log = logging.getLogger("zslflax")
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser("python -m zslflax.data", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("zslflax data", description=__doc__.partition("\n")[0])
     parser.add_argument("source", help="as in the config's data.train or eval.sets.NAME.data")
     parser.add_argument(
         "--split", choices=("train", "test"), help="default: train where there are captions, or else test"

@@ -1,14 +1,13 @@
 """A trained classifier as notebooks and applications use it: a `Predictor` with classes of its own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from zslflax.errors import UserError, nearest_names
-from zslflax.inference.image_input import ImageInput
-from zslflax.inference.predictor import Predictor, as_list
+from zslflax.inference.predictor import Images, Names, Predictor, as_list
 
 
 class Classifier(Predictor):
@@ -29,11 +28,11 @@ class Classifier(Predictor):
         """The classes, in the order of the probabilities."""
         return tuple(self.config.model.class_names)
 
-    def encode_image(self, images: ImageInput | Iterable[ImageInput]) -> np.ndarray:
+    def encode_image(self, images: Images) -> np.ndarray:
         """Returns the probabilities of the classes for images, as `Predictor.encode_image` takes them: fp32 [b, c]."""
         return np.asarray(jax.nn.softmax(super().encode_image(images)))
 
-    def image_outputs(self, images: ImageInput | Iterable[ImageInput]) -> dict[str, np.ndarray]:
+    def image_outputs(self, images: Images) -> dict[str, np.ndarray]:
         """Returns "features", of the image tower, fp32 [b, f], and "logits" of the classes, fp32 [b, c]."""
         outputs = super().image_outputs(images)
         return {"features": outputs["features"], "logits": outputs["embedding"]}
@@ -53,20 +52,23 @@ class Classifier(Predictor):
             )
         return np.eye(len(index), dtype=np.float32)[[index[text] for text in texts]]
 
-    def class_embeddings(
-        self, class_names: str | Sequence[str], templates: str | Sequence[str] | None = None
-    ) -> np.ndarray:
+    def class_embeddings(self, class_names: Names, templates: Names | None = None) -> np.ndarray:
         """Returns the rows of `encode_text`; templates are not used."""
         return self.encode_text(as_list(class_names))
 
+    def probabilities(self, image_emb: np.ndarray, class_emb: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Returns the scores, which are probabilities already."""
+        return scores
+
     def classify(
         self,
-        images: ImageInput | Iterable[ImageInput],
-        class_names: str | Sequence[str] | None = None,
+        images: Any,
+        class_names: Any = None,
         *,
-        templates: str | Sequence[str] | None = None,
+        templates: Any = None,
         top_k: int = 5,
-    ) -> list[list[tuple[str, float]]]:
+        probabilities: bool = False,
+    ) -> Any:
         """Returns for each image the `top_k` most probable classes, best first, with their probabilities.
 
         Args:
@@ -74,8 +76,10 @@ class Classifier(Predictor):
             class_names: some of the classes; default: all.
             templates: not used.
             top_k: number of class names per image.
+            probabilities: gives the probability twice, in place of the similarity too.
         """
-        return super().classify(images, self.class_names if class_names is None else class_names, top_k=top_k)
+        class_names = self.class_names if class_names is None else class_names
+        return super().classify(images, class_names, top_k=top_k, probabilities=probabilities)
 
     def text_encoder_identity(self) -> dict[str, Any]:
         """There is no text encoder."""

@@ -1,6 +1,6 @@
 """The format of an exported model: a folder that predicts without its run, without pickles and without Orbax.
 
-`model.safetensors` has the variables, `config.json` the sizes and the prompts, `README.md` is the model card, and
+`zslflax.safetensors` has the variables, `config.json` the sizes and the prompts, `README.md` is the model card, and
 `text_encoder/` has the tokenizer. `image_encoder/` has the config.json of an image tower that has no name. A workdir
 has these two folders as well.
 """
@@ -27,34 +27,10 @@ from zslflax.models.import_weights.locate import locate
 TEXT_FOLDER = "text_encoder"  # in workdirs and exports: the tokenizer, and the config.json of a pretrained text encoder
 IMAGE_FOLDER = "image_encoder"  # likewise: the config.json of an image tower whose files describe it
 IDENTITY = "identity.json"  # in TEXT_FOLDER: `Tokenizer.identity`
-WEIGHTS = "model.safetensors"
-EVAL_FIELDS = (
-    "templates",
-    "resize_factor",
-    "interpolation",
-    "batch_size",
-)  # fields of `config.eval` that a prediction depends on
-CARD = """\
----
-library_name: zslflax
-pipeline_tag: zero-shot-image-classification
----
-
-# {name}
-
-A zero-shot image classifier: it chooses among any class names, without having been trained on labels for them. The
-{image} image tower (images of {size} × {size} pixels) and a text tower were trained with zslflax into one embedding
-space of {width} dimensions (objective {objective}, step {step}).
-
-```python
-from zslflax import Predictor
-
-predictor = Predictor.restore("this folder, or its id on the Hugging Face Hub")
-predictor.classify("image.jpg", ["a cat", "a dog"])
-```
-
-Prompts: {templates}. `{weights}` has the weights, `config.json` the sizes and prompts, `text_encoder/` the tokenizer.
-"""
+# Not model.safetensors: transformers would read a file of that name, find none of its tensors, and use random ones.
+WEIGHTS = "zslflax.safetensors"
+# Fields of `config.eval` that a prediction depends on.
+EVAL_FIELDS = ("templates", "resize_factor", "interpolation", "batch_size")
 
 
 CLASSIFIER_CARD = """\
@@ -87,21 +63,22 @@ class SavedModel(NamedTuple):
     step: int
 
 
-def save_model(folder: Path, config: ConfigDict, variables: dict[str, Any], step: int) -> None:
-    """Writes model.safetensors, config.json and README.md, each atomically.
+def save_model(folder: Path, config: ConfigDict, variables: dict[str, Any], step: int, card: str) -> None:
+    """Writes zslflax.safetensors, config.json and README.md, each atomically.
 
     The name of a tensor is its path, such as params/image/projection/kernel; the metadata has a hash of them all. The
-    config has only the fields that
-    prediction needs: nothing about the data or about the folders of the machine that trained the model.
+    config has only the fields that prediction needs: nothing about the data or about the folders of the machine that
+    trained the model.
 
     Args:
         folder: exists.
         config: the whole config.
         variables: {"params", "batch_stats"}, arrays of any kind.
         step: of the checkpoint.
+        card: the text of README.md.
     """
     write_json(folder / "config.json", prediction_fields(config))
-    write_text(folder / "README.md", model_card(config, step))
+    write_text(folder / "README.md", card)
     if is_classifier(config):  # the heads of the objective are for training alone
         variables = {**variables, "params": {k: x for k, x in variables["params"].items() if k != "objective"}}
     tensors = {name: np.asarray(x, order="C") for name, x in flatten_dict(variables, sep="/").items()}
@@ -128,21 +105,6 @@ def prediction_fields(config: ConfigDict) -> dict[str, Any]:
         "objective": config.objective.to_dict() | {"sentences": ""},
         "eval": {name: config.eval[name] for name in EVAL_FIELDS},
     }
-
-
-def model_card(config: ConfigDict, step: int) -> str:
-    """Returns the text of README.md."""
-    return (CLASSIFIER_CARD if is_classifier(config) else CARD).format(
-        name=config.name,
-        image=config.model.image.name or "ViT",
-        size=config.model.image.size,
-        objective=config.objective.name,
-        step=step,
-        width=config.model.embed_dim,
-        classes=len(config.model.class_names),
-        templates=", ".join(f'"{template}"' for template in config.eval.templates),
-        weights=WEIGHTS,
-    )
 
 
 def read_saved_config(folder: Path) -> ConfigDict:

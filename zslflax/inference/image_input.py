@@ -1,6 +1,7 @@
 """Reads images in all forms that users have them: files, bytes, PIL images and arrays."""
 
 import io
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,15 +11,17 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from zslflax.data import images
+from zslflax.data.addresses import is_http, without_credentials
 from zslflax.errors import UserError
 from zslflax.files import local_path, read_bytes
+from zslflax.inference.image_urls import fetch_image
 
 # One image, as `read_image` takes it. A PyTorch tensor is accepted too, and is not named because it isn't imported.
 ImageInput = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | jax.Array
 CHANNELS = (1, 3, 4)
 
 
-def read_image(image: ImageInput) -> np.ndarray:
+def read_image(image: ImageInput, allow_urls: bool = False) -> np.ndarray:
     """Converts an image to uint8 [h, w, 3] (RGB). Transparent pixels become white; EXIF orientation is applied.
 
     >>> read_image(np.zeros((20, 30), np.uint8)).shape
@@ -27,12 +30,16 @@ def read_image(image: ImageInput) -> np.ndarray:
     Args:
         image: a path, the bytes of a file, an open binary file, a PIL image of any mode, or an array [h, w], [h, w, 1],
             [h, w, 3] or [h, w, 4] of NumPy, jax or PyTorch: uint8, or floating-point numbers in [0, 1].
+        allow_urls: whether a string may be an http(s) address, whose image is then fetched.
 
     Raises:
         MissingFileError: there is no such file.
         BadSample: the file is not an image, or is damaged.
-        UserError: the array has another shape, type or range.
+        UserError: the array has another shape, type or range, or an address is not allowed.
+        StorageError: an address cannot be read.
     """
+    if isinstance(image, str) and is_http(image):
+        return read_image_url(image, allow_urls)
     if isinstance(image, (str, Path)):
         return read_image_file(local_path(image, "the image"))
     if isinstance(image, (bytes, bytearray, memoryview)):
@@ -56,6 +63,20 @@ def read_image_file(path: Path) -> np.ndarray:
         return images.decode(read_bytes(path, images.MAX_FILE_BYTES), apply_orientation=True)
     except images.BadSample as error:
         raise images.BadSample(f"{path}: {error}") from error
+
+
+def read_image_url(url: str, allow_urls: bool) -> np.ndarray:
+    """Fetches and decodes the image at an http(s) address; errors name the address."""
+    if not allow_urls:
+        raise UserError(
+            f"the image is an address, {without_credentials(url)}, and this program fetches nothing unless it is "
+            "allowed: Predictor.restore(…, allow_urls=True), or --allow-urls"
+        )
+    data = fetch_image(url, images.MAX_FILE_BYTES)
+    try:
+        return images.decode(data, apply_orientation=True)
+    except images.BadSample as error:
+        raise images.BadSample(f"{without_credentials(url)}: {error}") from error
 
 
 def to_numpy(image: Any) -> np.ndarray:
@@ -137,15 +158,18 @@ def find_images(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def expand_folders(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """Yields paths of images; a folder stands for the images below it.
+def expand_folders(paths: Iterable[str | Path]) -> Iterator[str | Path]:
+    """Yields paths of images; a folder stands for the images below it. An http(s) address stays as it is.
 
     Raises:
         UserError: a folder has no image.
     """
     for given in paths:
+        if isinstance(given, str) and is_http(given):
+            yield given
+            continue
         path = local_path(given, "the image")
-        if not path.is_dir():
+        if not os.path.isdir(path):  # unlike Path.is_dir, it is False for names that are too long
             yield path
             continue
         found = False
@@ -154,3 +178,12 @@ def expand_folders(paths: Iterable[str | Path]) -> Iterator[Path]:
             yield found_path
         if not found:
             raise UserError(f"{path} has no image ({', '.join(images.IMAGE_EXTENSIONS)})")
+
+
+def with_folders_expanded(given: Iterable[Any]) -> Iterator[Any]:
+    """Yields images as `read_image` takes them; the path of a folder stands for the images below it."""
+    for image in given:
+        if isinstance(image, (str, Path)):
+            yield from expand_folders([image])
+        else:
+            yield image

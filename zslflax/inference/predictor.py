@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,12 +22,26 @@ from zslflax.files import hash_arrays, local_path, storage_errors
 from zslflax.inference.class_cache import ClassCache
 from zslflax.inference.class_embeddings import cached_class_embeddings
 from zslflax.inference.export import IMAGE_FOLDER, TEXT_FOLDER, save_image_encoder, save_model, save_text_encoder
-from zslflax.inference.image_input import ImageInput, describe_array, is_array, is_one_image, read_image, to_numpy
+from zslflax.inference.image_input import (
+    ImageInput,
+    describe_array,
+    is_array,
+    is_one_image,
+    read_image,
+    to_numpy,
+    with_folders_expanded,
+)
+from zslflax.inference.model_card import CardFacts, model_card
+from zslflax.inference.probabilities import class_probabilities
 from zslflax.inference.prompts import read_class_names, read_templates
 from zslflax.inference.restore import restore_model
 from zslflax.inference.top_k import top_k_or_all
 from zslflax.models.build import text_config
 from zslflax.models.two_tower import TwoTower
+
+Images = ImageInput | Iterable[ImageInput]
+Names = str | Sequence[str]
+CHUNK = 1_024  # preprocessed images that are in memory at once
 
 
 class Predictor:
@@ -52,6 +67,7 @@ class Predictor:
         text_features: the features of recent texts; None for a `Classifier`.
         class_cache: the class embeddings on disk. Only `restore` enables it: class embeddings of a model in training
             would never be used again.
+        allow_urls: whether images may be http(s) addresses.
     """
 
     def __init__(
@@ -65,6 +81,7 @@ class Predictor:
     ):
         self.config, self.model, self.tokenizer, self.step = config, model, tokenizer, step
         self.variables, self.class_cache = distributed.replicate(variables), ClassCache()
+        self.allow_urls = False
         if text_features is None and tokenizer is not None:
             text_features = TextFeatures(model, self.variables, DEFAULT_CAPACITY)
         self.text_features = text_features
@@ -84,7 +101,13 @@ class Predictor:
 
     @classmethod
     def restore(
-        cls, source: str | Path, *, step: int | None = None, use: str = "teacher", cache: str | None = None
+        cls,
+        source: str | Path,
+        *,
+        step: int | None = None,
+        use: str = "teacher",
+        cache: str | None = None,
+        allow_urls: bool = False,
     ) -> "Predictor":
         """Loads a trained model; the number and kind of devices that trained it do not matter.
 
@@ -97,6 +120,7 @@ class Predictor:
                 folder has only one model.
             cache: folder of class embeddings, "" for none; default: ~/.cache/zslflax/classes, or none where the run
                 had none. A model's config never names the folder.
+            allow_urls: whether images may be http(s) addresses, which are then fetched.
 
         Raises:
             MissingFileError: there is no model, or no complete checkpoint of that step.
@@ -110,19 +134,30 @@ class Predictor:
         predictor = (Classifier if restored.tokenizer is None else cls)(*restored)
         cache = restored.config.eval.class_cache if cache is None else cache
         predictor.class_cache = ClassCache(cache, predictor.text_encoder_identity)
+        predictor.allow_urls = allow_urls
         return predictor
 
-    def export(self, folder: str | Path) -> None:
+    def export(self, folder: str | Path, *, onnx: bool = False, facts: CardFacts | None = None) -> None:
         """Writes the model into a new folder that `restore` reads and that can be uploaded to the Hugging Face Hub.
 
         The folder has the weights (safetensors), config.json with the prompts, the tokenizer and a model card.
+
+        Args:
+            folder: new, or empty.
+            onnx: whether to write both towers as ONNX as well, see `zslflax.inference.onnx_export`.
+            facts: what the model card says beyond the config.
 
         Raises:
             FolderExistsError: the folder exists and is not empty.
             UserError: the folder is an address, such as gs://bucket/folder.
             StorageError: the folder cannot be made.
+            MissingLibraryError: a library that `onnx` needs is not installed.
         """
         folder = local_path(folder, "the folder of the export")
+        if onnx:
+            from zslflax.inference.onnx_export import export_onnx, import_onnx_libraries
+
+            import_onnx_libraries()  # an error comes before anything is written
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -130,30 +165,34 @@ class Predictor:
         if self.tokenizer is not None:
             save_text_encoder(self.config, self.tokenizer, folder / TEXT_FOLDER)
         save_image_encoder(self.config, folder / IMAGE_FOLDER)
-        save_model(folder, self.config, jax.device_get(self.variables), self.step)
+        card = model_card(self.config, self.step, facts, onnx)
+        save_model(folder, self.config, jax.device_get(self.variables), self.step, card)
+        if onnx:
+            export_onnx(self.config, self.variables, folder)
 
-    def encode_image(self, images: ImageInput | Iterable[ImageInput]) -> np.ndarray:
+    def encode_image(self, images: Images) -> np.ndarray:
         """Embeds images, as unit vectors fp32 [b, d].
 
         Args:
-            images: one image or several of any sizes: paths, bytes or open files, PIL images of any mode, or arrays
-                (NumPy, jax, PyTorch) [h, w], [h, w, 3] or [h, w, 4], uint8 or floating-point numbers in [0, 1].
-                Transparent pixels become white, and EXIF orientation is applied. Or an array uint8 [b, s, s, 3] of
-                preprocessed images. There may be none.
+            images: one image, or several of any sizes in a sequence or an iterator: paths, bytes or open files, PIL
+                images of any mode, or arrays (NumPy, jax, PyTorch) [h, w], [h, w, 3] or [h, w, 4], uint8 or
+                floating-point numbers in [0, 1]. With `allow_urls` also http(s) addresses. Transparent pixels become
+                white, and EXIF orientation is applied. A folder stands for the images below it, in the order of
+                `find_images`. Or an array uint8 [b, s, s, 3] of preprocessed images. There may be none.
 
         Raises:
             MissingFileError: a file does not exist.
             UserError: a file is not an image or is damaged, or an array has another shape or type.
         """
-        return self._apply_in_batches(self._encode_image, self._preprocess_all(images))
+        return self._apply_to_images(self._encode_image, images)
 
-    def image_outputs(self, images: ImageInput | Iterable[ImageInput]) -> dict[str, np.ndarray]:
+    def image_outputs(self, images: Images) -> dict[str, np.ndarray]:
         """Returns the outputs of the image side for images, as `encode_image` takes them.
 
         Returns:
             "features", of the image tower, fp32 [b, f], and "embedding", unit vectors in the joint space, fp32 [b, d].
         """
-        features = self._apply_in_batches(self._image_features, self._preprocess_all(images))
+        features = self._apply_to_images(self._image_features, images)
         return {"features": features, "embedding": self.project_image(features)}
 
     def project_image(self, features: np.ndarray) -> np.ndarray:
@@ -167,14 +206,19 @@ class Predictor:
         features = self.text_features(*self.tokenizer(texts)) if texts else np.empty((0, 1), np.float32)
         return self._apply_in_batches(self._project_text, features)
 
+    @overload
     def classify(
-        self,
-        images: ImageInput | Iterable[ImageInput],
-        class_names: str | Sequence[str],
-        *,
-        templates: str | Sequence[str] | None = None,
-        top_k: int = 5,
-    ) -> list[list[tuple[str, float]]]:
+        self, images: Images, class_names: Names, *, templates: Names | None = None, top_k: int = 5
+    ) -> list[list[tuple[str, float]]]: ...
+
+    @overload
+    def classify(
+        self, images: Images, class_names: Names, *, templates: Names | None = None, top_k: int = 5, probabilities: bool
+    ) -> list[list[tuple[str, float, float]]]: ...
+
+    def classify(
+        self, images: Any, class_names: Any, *, templates: Any = None, top_k: int = 5, probabilities: bool = False
+    ) -> Any:
         """Returns for each image the `top_k` best class names (at most all), best first, with cosine similarities.
 
         Args:
@@ -182,25 +226,31 @@ class Predictor:
             class_names: any words, as a sequence; or a string: a file with one a line, or "a cat,a dog".
             templates: prompts with `{}` in place of the class name; default: `eval.templates` of the config.
             top_k: number of class names per image.
+            probabilities: gives (name, similarity, probability) instead of (name, similarity); see
+                `zslflax.inference.probabilities.class_probabilities`.
 
         Raises:
             MissingFileError: a file does not exist.
             UserError: an image, class name or template cannot be used; a string is neither a file nor a list.
         """
         class_names = as_list(class_names)
-        class_emb = self.class_embeddings(class_names, templates)
-        scores, ids = top_k_or_all(self.encode_image(images), class_emb, top_k)
-        return [[(class_names[i], float(s)) for i, s in zip(*row)] for row in zip(ids, scores)]
+        class_emb, image_emb = self.class_embeddings(class_names, templates), self.encode_image(images)
+        scores, ids = top_k_or_all(image_emb, class_emb, top_k)
+        columns = [scores, self.probabilities(image_emb, class_emb, scores)] if probabilities else [scores]
+        return [[(class_names[i], *map(float, values)) for i, *values in zip(*row)] for row in zip(ids, *columns)]
+
+    def probabilities(self, image_emb: np.ndarray, class_emb: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Returns the probabilities [n, k] of cosine similarities [n, k], as `class_probabilities` defines them."""
+        objective_params = jax.device_get(self.variables["params"].get("objective", {}))
+        return class_probabilities(objective_params, image_emb, class_emb, scores)
 
     @overload
     def search(  # type: ignore[overload-overlap]  # a str is a sequence too
-        self, query: str, images: ImageInput | Iterable[ImageInput], *, top_k: int = 5
+        self, query: str, images: Images, *, top_k: int = 5
     ) -> list[tuple[int, float]]: ...
 
     @overload
-    def search(
-        self, query: Sequence[str], images: ImageInput | Iterable[ImageInput], *, top_k: int = 5
-    ) -> list[list[tuple[int, float]]]: ...
+    def search(self, query: Sequence[str], images: Images, *, top_k: int = 5) -> list[list[tuple[int, float]]]: ...
 
     def search(self, query: Any, images: Any, *, top_k: int = 5) -> Any:
         """Returns the `top_k` images (at most all) that fit a sentence best: their indices and cosine similarities.
@@ -220,9 +270,7 @@ class Predictor:
             answers = [[(int(i), float(s)) for i, s in zip(*row)] for row in zip(ids, scores)]
         return answers[0] if isinstance(query, str) else answers
 
-    def class_embeddings(
-        self, class_names: str | Sequence[str], templates: str | Sequence[str] | None = None
-    ) -> np.ndarray:
+    def class_embeddings(self, class_names: Names, templates: Names | None = None) -> np.ndarray:
         """Returns one unit embedding per class name, averaged over the prompt templates: fp32 [c, d].
 
         The arguments are those of `classify`.
@@ -238,8 +286,8 @@ class Predictor:
     def preprocess(self, image: ImageInput) -> np.ndarray:
         """Resizes and crops one image, as in `encode_image`, to the input of the image tower: uint8 [s, s, 3]."""
         size, evaluation = self.config.model.image.size, self.config.eval
-        resize = round(size * evaluation.resize_factor)
-        return resize_center_crop(read_image(image), size, resize, evaluation.interpolation)
+        image = read_image(image, self.allow_urls)
+        return resize_center_crop(image, size, round(size * evaluation.resize_factor), evaluation.interpolation)
 
     def text_encoder_identity(self) -> dict[str, Any]:
         """Returns what the embedding of a text depends on besides the text, as a JSON value, for `ClassCache`."""
@@ -253,8 +301,13 @@ class Predictor:
             "version": zslflax.__version__,
         }
 
-    def _preprocess_all(self, images: Any) -> np.ndarray:
-        """Converts the images that `encode_image` takes to uint8 [b, s, s, 3]."""
+    def _apply_to_images(self, function: Callable[..., jax.Array], images: Any) -> np.ndarray:
+        """Applies a mapped function to the images that `encode_image` takes."""
+        chunks = [self._apply_in_batches(function, chunk) for chunk in self._preprocessed_chunks(images)]
+        return np.concatenate(chunks) if chunks else np.empty((0, self.config.model.embed_dim), np.float32)
+
+    def _preprocessed_chunks(self, images: Any) -> Iterator[np.ndarray]:
+        """Yields the images that `encode_image` takes as uint8 [b, s, s, 3], `CHUNK` at a time."""
         size = self.config.model.image.size
         if is_array(images) and len(images.shape) > 3:
             images = to_numpy(images)
@@ -263,11 +316,13 @@ class Predictor:
                     f"expected preprocessed images uint8 [b, {size}, {size}, 3], found {describe_array(images)}; "
                     "pass images of other sizes or types as a list"
                 )
-            return images
+            yield images
+            return
         if is_one_image(images) or not hasattr(images, "__iter__"):
             images = [images]
-        preprocessed = [self.preprocess(image) for image in images]
-        return np.stack(preprocessed) if preprocessed else np.empty((0, size, size, 3), np.uint8)
+        remaining = iter(with_folders_expanded(images))
+        while chunk := list(itertools.islice(remaining, CHUNK)):
+            yield np.stack([self.preprocess(image) for image in chunk])
 
     def _apply_in_batches(self, function: Callable[..., jax.Array], array: np.ndarray) -> np.ndarray:
         """Applies a mapped function to [b, …] in batches of one of a few sizes, so that few shapes are compiled."""

@@ -1,4 +1,4 @@
-"""Lists the towers and models that there are: `python -m zslflax.models [WORD]`."""
+"""Lists the towers and models that there are: `zslflax models [WORD]`."""
 
 import argparse
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def format_section(title: str, rows: Sequence[Known]) -> str:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m zslflax.models", description=__doc__)
+    parser = argparse.ArgumentParser(prog="zslflax models", description=__doc__)
     parser.add_argument(
         "word", nargs="?", default="", metavar="WORD", help="Only lines with this word, such as dinov2."
     )

@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 log = logging.getLogger("zslflax")
 
 
 class Events:
-    """Writes curves for TensorBoard, in the caller's thread. After an error it warns once and writes nothing more.
+    """Writes curves and images for TensorBoard, in the caller's thread.
+
+    After an error it warns once and writes nothing more.
 
     tensorboardX's own writer has a thread. After an error that thread ends, and the next value waits for it for ever.
 
@@ -44,6 +48,15 @@ class Events:
             for name, value in values.items():
                 summary = self.library.scalar(name.replace("@", "_at_"), value)
                 self._write_event(step=step, wall_time=time.time(), summary=summary)
+            self.writer.flush()
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes an image, uint8 [h, w, 3]."""
+        if self.writer is None:
+            return
+        with self._given_up_on_error():
+            summary = self.library.image(name, image, dataformats="HWC")
+            self._write_event(step=step, wall_time=time.time(), summary=summary)
             self.writer.flush()
 
     def close(self) -> None:
@@ -83,8 +96,10 @@ def import_tensorboard() -> types.SimpleNamespace:
     try:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter
-        from tensorboardX.summary import scalar
+        from tensorboardX.summary import image, scalar
     finally:
         if hide_torch:
             del modules["torch"]
-    return types.SimpleNamespace(RecordWriter=RecordWriter, Event=Event, SessionLog=SessionLog, scalar=scalar)
+    return types.SimpleNamespace(
+        RecordWriter=RecordWriter, Event=Event, SessionLog=SessionLog, scalar=scalar, image=image
+    )

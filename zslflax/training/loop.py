@@ -18,6 +18,7 @@ from zslflax.inference.predictor import Predictor
 from zslflax.models.build import resolve_model
 from zslflax.training.classes import resolve_class_names
 from zslflax.training.metrics import BadSampleCounter, average
+from zslflax.training.optimizer import schedule
 from zslflax.training.preemption import StopRequest
 from zslflax.training.setup import Run, set_up
 from zslflax.training.startup import StartupTimes, process_age
@@ -109,6 +110,7 @@ def train_loop(run: Run, stop: StopRequest) -> tuple[int, bool]:
         run.profile.before(step, state)
         state, metrics = take_first_step(run, state, batch) if step == run.first_step + 1 else train_step(state, batch)
         run.profile.after(step, metrics)
+        run.reporter.step(step)
         run.recent_metrics.append(metrics)
         jax.block_until_ready(run.recent_metrics[-1 - STEPS_AHEAD : -STEPS_AHEAD])
         checkpoint.check_for_errors(run.checkpoints)
@@ -141,6 +143,7 @@ def report_and_save(run: Run, step: int, state: TrainState, watch: Stopwatch, st
     if not run.recent_metrics or not (saving or step % config.log_every == 0):
         return True
     results = average(run.recent_metrics) | watch.lap(run.train_step.flops)
+    results["train/learning_rate"] = float(schedule(config.optimizer, config.steps)(step - 1))
     run.reporter.progress(step, results["train/loss"], results["train/pairs_per_second"])
     raise_if_failed(run, state)
     if evaluating:
@@ -153,6 +156,8 @@ def report_and_save(run: Run, step: int, state: TrainState, watch: Stopwatch, st
         watch.start()
     with save_on_error(run, step, state):
         run.reporter.write(step, results)
+        if evaluating:
+            run.reporter.write_figures(step)
     run.recent_metrics.clear()
     if saving:
         checkpoint.save(run.checkpoints, state, results if evaluating else None)

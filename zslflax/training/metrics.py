@@ -4,7 +4,6 @@ import collections
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
+from PIL import Image
 
+from zslflax.cli import progress_bar
 from zslflax.errors import UserError
 from zslflax.files import storage_errors, write_text
 from zslflax.training.events import Events
+from zslflax.training.wandb_run import WandbRun
 
 log = logging.getLogger("zslflax")
 
@@ -35,13 +36,14 @@ class Reporter:
         step: the step at which the run starts. Later lines, of a run that was killed, are removed.
         steps: the step at which the run ends.
         active: False for processes that report nothing.
+        wandb: also gets the metrics and the figures of predictions.
 
     Raises:
         StorageError: metrics.jsonl cannot be written; also from the methods.
     """
 
-    def __init__(self, workdir: Path, step: int, steps: int, active: bool = True):
-        self.active = active
+    def __init__(self, workdir: Path, step: int, steps: int, active: bool = True, wandb: WandbRun | None = None):
+        self.active, self.wandb = active, wandb
         if not active:
             return
         self.path = workdir / "metrics.jsonl"
@@ -49,9 +51,7 @@ class Reporter:
         with storage_errors(self.path):
             self.file = open(self.path, "a", buffering=1, encoding="utf-8")
         self.events = Events(workdir, step)
-        self.bar = tqdm(
-            initial=step, total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0.1
-        )
+        self.bar = progress_bar(initial=step, total=steps, unit="step", smoothing=0.1)
         self.next_log_time = 0.0
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -62,6 +62,35 @@ class Reporter:
         with storage_errors(self.path):
             self.file.write(json.dumps({"step": step, **finite}) + "\n")
         self.events.write(step, {name: value for name, value in finite.items() if value is not None})
+        if self.wandb is not None:
+            self.wandb.log(step, finite)
+
+    def write_figures(self, step: int) -> None:
+        """Shows the figures that an evaluation has drawn, WORKDIR/predictions/STEP*.png, in TensorBoard.
+
+        A figure that cannot be read is left out with a warning.
+        """
+        if not self.active:
+            return
+        folder = self.path.parent / "predictions"
+        for path in [folder / f"{step}.png", *sorted(folder.glob(f"{step}-*.png"))]:
+            if not path.is_file():
+                continue
+            name = "predictions" + path.stem.removeprefix(str(step)).replace("-", "/", 1)
+            try:
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+            except OSError as error:
+                log.warning("%s cannot be read, and is not shown: %s", path, error)
+                continue
+            self.events.write_image(step, name, pixels)
+            if self.wandb is not None:
+                self.wandb.log_figure(step, name, path)
+
+    def step(self, step: int) -> None:
+        """Moves the progress bar; call it after each step."""
+        if self.active:
+            self.bar.update(step - self.bar.n)
 
     def progress(self, step: int, loss: float, pairs_per_second: float) -> None:
         """Updates the progress bar. Where standard error is not a terminal, logs a line at most every ten seconds."""
@@ -80,6 +109,8 @@ class Reporter:
             self.events.close()
             with storage_errors(self.path):
                 self.file.close()
+            if self.wandb is not None:
+                self.wandb.finish()
 
 
 def remove_lines_after(path: Path, step: int) -> None:

@@ -85,6 +85,8 @@ def frozen_until(params: Tree, freeze: tuple[tuple[str, int], ...]) -> dict[str,
 def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """The learning rate at each step: linear warm-up from 0, then a cosine to 0 at the last step, or drops.
 
+    In a trial run that is short, the warm-up is cut to half of the run.
+
     Args:
         config: the `optimizer` section of the config.
         steps: length of the run.
@@ -96,13 +98,23 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     >>> [round(float(rate(step)), 6) for step in (5, 10, 54, 55, 110)]
     [1.0, 2.0, 2.0, 0.2, 0.2]
     """
-    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    warmup_steps = warmup_length(config, steps)
+    warmup = optax.linear_schedule(0.0, config.learning_rate, warmup_steps)
     if config.drops:
-        factors = {round(share * steps) - config.warmup_steps: factor for share, factor in config.drops}
+        factors = {round(share * steps) - warmup_steps: factor for share, factor in config.drops}
         constant = optax.piecewise_constant_schedule(config.learning_rate, factors)
-        return optax.join_schedules([warmup, constant], [config.warmup_steps])
-    cosine = optax.cosine_decay_schedule(config.learning_rate, max(1, steps - config.warmup_steps))
-    return optax.join_schedules([warmup, cosine], [config.warmup_steps])
+        return optax.join_schedules([warmup, constant], [warmup_steps])
+    cosine = optax.cosine_decay_schedule(config.learning_rate, max(1, steps - warmup_steps))
+    return optax.join_schedules([warmup, cosine], [warmup_steps])
+
+
+def warmup_length(config: ConfigDict, steps: int) -> int:
+    """The steps of the warm-up: `config.warmup_steps`, or half of the run where that is shorter.
+
+    >>> warmup_length(ConfigDict({"warmup_steps": 50}), steps=20)
+    10
+    """
+    return min(config.warmup_steps, steps // 2)
 
 
 def build_optimizer(config: ConfigDict, params: Tree, steps: int) -> optax.GradientTransformation:

@@ -29,6 +29,7 @@ from zslflax.inference.export import IMAGE_FOLDER, TEXT_FOLDER, save_image_encod
 from zslflax.inference.model_checks import check_shapes
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
+from zslflax.inference.test_names import write_test_names
 from zslflax.losses import classification
 from zslflax.losses.classification import needs_labels
 from zslflax.losses.contrastive import init_params
@@ -42,11 +43,12 @@ from zslflax.training.evaluate import evaluate_state
 from zslflax.training.frozen_features import FrozenFeatures, open_features
 from zslflax.training.input import device_batches
 from zslflax.training.metrics import Profile, Reporter
-from zslflax.training.optimizer import build_optimizer, frozen_towers
+from zslflax.training.optimizer import build_optimizer, frozen_towers, warmup_length
 from zslflax.training.startup import StartupTimes
 from zslflax.training.step import TrainStep
 from zslflax.training.teacher import check_same_classes, load_fixed_teacher, without_shared_towers
 from zslflax.training.train_state import TrainState, create_train_state, towers
+from zslflax.training.wandb_run import WandbRun
 from zslflax.training.workdir import check_data, write_config, write_data
 
 log = logging.getLogger("zslflax")
@@ -114,6 +116,8 @@ def set_up(
         save_image_encoder(config, workdir / IMAGE_FOLDER)
     write_config(config, workdir)
     write_data(config.data.train, sources, workdir)
+    if distributed.is_main():
+        write_test_names(workdir, {s.name: s.label_space.class_names for s in test_sets if s.label_space is not None})
     log_setup(config, state, sources)
 
     fixed_teacher = distributed.replicate(without_shared_towers(fixed_teacher, state.frozen_params))
@@ -141,7 +145,13 @@ def set_up(
         ),
         evaluate=functools.partial(evaluate_state, predictor, test_sets, workdir, extra_metrics, features.of_images),
         checkpoints=checkpoints,
-        reporter=Reporter(workdir, first_step - len(recent_metrics), config.steps, main),
+        reporter=Reporter(
+            workdir,
+            first_step - len(recent_metrics),
+            config.steps,
+            main,
+            WandbRun(config, workdir) if main and config.wandb else None,
+        ),
         profile=Profile(profiled_steps(config) if main else None, workdir / "profile"),
         startup=startup,
     )
@@ -296,6 +306,12 @@ def log_setup(config: ConfigDict, state: TrainState, sources: Sequence[Source]) 
         text,
         config.objective.name,
     )
+    if (warmup := warmup_length(config.optimizer, config.steps)) < config.optimizer.warmup_steps:
+        log.info(
+            "the run is short: the warm-up takes %d steps, half of it, and not optimizer.warmup_steps = %d",
+            warmup,
+            config.optimizer.warmup_steps,
+        )
     log.info(
         "%s samples, batches of %d on %d %s device(s), %d steps",
         f"{sum(map(len, sources)):,}",

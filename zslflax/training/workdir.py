@@ -29,11 +29,13 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system wi
 
 # Fields, or beginnings of fields, that a resumed run may change: they change neither the state nor the sample order.
 CHANGEABLE = (
-    *("eval.", "log_every", "checkpoint.", "data.threads", "data.workers", "compilation"),
+    *("eval.", "log_every", "wandb", "checkpoint.", "data.threads", "data.workers", "compilation"),
     *("profile_steps", "model.image.remat", "model.text.remat"),
     # Thresholds that a stopped run may have to raise before it can continue.
     *("data.max_bad_fraction", "optimizer.max_nonfinite_steps", "data.request_timeout", "data.read_timeout"),
 )
+# Fields that say where the data is. `check_data` compares what is there, where an earlier start has described it.
+DATA_PLACES = ("data.train", "data.exclude", "data.tfds_dir", "data.shapes.root")
 
 
 @contextlib.contextmanager
@@ -91,8 +93,8 @@ def check_config(config: ConfigDict, workdir: Path, changed: bool = False) -> No
         changed: log the differences instead of raising.
 
     Raises:
-        UserError: a field differs that is not in `CHANGEABLE`, or config.json is of an older version. The message names
-            the fields, with both values or with their current names.
+        UserError: a field differs that a resumed run may not change, or config.json is of an older version. The message
+            names the fields, with both values or with their current names.
     """
     refuse_differences("config", lambda: config_differences(config, workdir), workdir, changed)
 
@@ -137,11 +139,19 @@ def config_differences(config: ConfigDict, workdir: Path) -> list[str]:
     path = workdir / "config.json"
     if not (path.exists() and checkpoint.complete_steps(workdir)):
         return []
-    current = from_json(to_json(config))  # with tuples for lists, as read_config returns them
+    current, before = from_json(to_json(config)), read_config(path)  # both with tuples for lists
+    changeable = CHANGEABLE + (DATA_PLACES if (workdir / DATA_FILE).exists() else ())
+    if config.steps > before.steps:
+        log.info(
+            "the run is now %d steps long instead of %d; the learning rate follows the cosine of the longer run",
+            config.steps,
+            before.steps,
+        )
+        before.steps = config.steps
     return [
         hide_credentials(f"{field}: {old!r} there, {new!r} now")
-        for field, old, new in compare(read_config(path), current)
-        if not field.startswith(CHANGEABLE)
+        for field, old, new in compare(before, current)
+        if not field.startswith(changeable)
     ]
 
 

