@@ -91,10 +91,14 @@ class TwoTower(nn.Module):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __call__(self, image: jax.Array, *text_and_mask: Any) -> tuple[jax.Array, ...]:
+    def __call__(
+        self, image: jax.Array, text: jax.Array | None = None, text_mask: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
         """Maps b images and, unless it is a classifier, b texts → unit vectors fp32 [b, d] of each."""
         image_emb = self.encode_image(image)
-        return (image_emb,) if self.text is None else (image_emb, self.encode_text(*text_and_mask))
+        if text is None or text_mask is None:
+            return (image_emb,)
+        return image_emb, self.encode_text(text, text_mask)
 
     def image_features(self, image: jax.Array, train: bool = False) -> jax.Array:
         """Maps uint8 [b, s, s, 3] → the output of the image tower, fp32 [b, f].
