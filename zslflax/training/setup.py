@@ -241,8 +241,8 @@ def copy_model(config: ConfigDict, variables: Tree) -> Tree:
     copied["params"] = towers(copied["params"])
     if is_classifier(config):
         check_same_classes(config, start, config.init_from)
-    shapes = [{name: x.shape for name, x in flatten_dict(tree, sep="/").items()} for tree in (variables, copied)]
-    check_shapes(*shapes, Path(config.init_from))
+    shapes_of = lambda tree: {name: x.shape for name, x in flatten_dict(tree, sep="/").items()}
+    check_shapes(shapes_of(variables), shapes_of(copied), Path(config.init_from))
     log.info("starting from step %d of %s", start.step, config.init_from)
     return copied
 
