@@ -45,7 +45,7 @@ def demo():
         ("model.image.schedule", ((16, 100), (24, 50)), "model.image.schedule is .*ascending steps"),
         ("model.image.schedule", ((64, 100),), "model.image.schedule is .*at most model.image.size, 32"),
         ("model.image.schedule", (16, 100), "model.image.schedule is .*expected pairs of pixels and a step"),
-        ("model.image.patch_drop", 1.0, "model.image.patch_drop is 1.0, expected 0"),
+        ("model.image.patch_drop", 1.0, "model.image.patch_drop is 1.0, expected a number from 0 to below 1"),
         ("data.workers", -2, "data.workers is -2, expected a number, 0 .automatic. or -1 .none."),
         ("data.threads", -1, "data.threads is -1, expected a number or 0"),
         ("data.max_bad_fraction", 5.0, "data.max_bad_fraction is 5.0, expected a share"),

@@ -47,6 +47,12 @@ CALLS = {
     "system",
     "popen",
 }
+# What a module may use, because it runs nothing that it reads.
+EXCEPTIONS = {
+    "cifar.py": ["pickle"],  # an unpickler that knows arrays alone; tests/data/sources/test_ready_sets.py
+    "commands.py": ["runpy"],  # runs modules of its own table
+    "peers.py": ["subprocess"],  # prints a line when the process is gone
+}
 ARGUMENTS = {"allow_pickle": True, "trust_remote_code": True, "shell": True, "weights_only": False}
 
 
@@ -72,7 +78,7 @@ def is_safe_value(keyword: ast.keyword) -> bool:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_no_module_unpickles_evaluates_or_unpacks_what_it_reads(path):
-    assert find_forbidden(path.read_text()) == []
+    assert find_forbidden(path.read_text()) == EXCEPTIONS.get(path.name, [])
 
 
 @pytest.mark.parametrize(

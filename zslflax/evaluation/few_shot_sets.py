@@ -105,7 +105,7 @@ def embed_views(predictor: Predictor, source: Source, num_views: int, seed: int 
         progress, per_chunk = Progress("few-shot images", "images", len(indices)), max(1, CHUNK // (1 + num_views))
         numbers = np.split(np.arange(len(indices)), np.arange(per_chunk, len(indices), per_chunk))
         with ThreadPoolExecutor(choose_threads(0)) as pool:
-            for rows, images in load_ahead(pool, lambda row: load(indices[row]), numbers):
+            for rows, images in load_ahead(pool, lambda row: load(int(indices[row])), numbers):
                 readable = [image is not None for image in images]
                 if any(readable):
                     pixels = np.concatenate([image for image in images if image is not None])
