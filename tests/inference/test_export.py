@@ -104,7 +104,7 @@ def test_a_changed_or_unidentified_tokenizer_is_refused(finished_workdir, export
 
 
 def test_folders_without_a_model_missing_steps_and_damaged_files_are_refused(exported, finished_workdir, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no config.json: expected the --workdir of a training run, or an exp"):
+    with pytest.raises(FileNotFoundError, match="no config.json: expected the --workdir of a training run, an expo"):
         Predictor.restore(tmp_path)
     with pytest.raises(FileNotFoundError, match="no complete checkpoint of step 2; found steps 3, 6"):
         Predictor.restore(finished_workdir, step=2)
@@ -117,6 +117,10 @@ def test_folders_without_a_model_missing_steps_and_damaged_files_are_refused(exp
     with pytest.raises(ValueError, match="zslflax.safetensors is no safetensors file, or is cut off or damaged"):
         Predictor.restore(folder)
     save_file({"x": np.zeros(1)}, folder / export.WEIGHTS)
-    (folder / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(ValueError, match="config.json is not a config of zslflax; found the fields model_type"):
-        Predictor.restore(folder)
+    for config, message in (
+        ('{"hidden_size": 8}', "config.json is not a config of zslflax; found the fields hidden_size"),
+        ('{"model_type": "resnet"}', "copy has model_type 'resnet'; expected a model with an image and a text tower"),
+    ):
+        (folder / "config.json").write_text(config)
+        with pytest.raises(ValueError, match=message):
+            Predictor.restore(folder)

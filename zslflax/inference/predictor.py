@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -293,9 +294,10 @@ class Predictor:
         """Returns what the embedding of a text depends on besides the text, as a JSON value, for `ClassCache`."""
         assert self.tokenizer is not None
         params = flatten_dict(jax.device_get(self.variables["params"]["text"]), sep="/")
+        sizes = dataclasses.asdict(text_config(self.config.model.text))
         return {
             "weights": hash_arrays(params),
-            "sizes": dataclasses.asdict(text_config(self.config.model.text)),
+            "sizes": json.loads(json.dumps(sizes)),  # JSON has no tuples
             "compute_dtype": self.config.compute_dtype,
             "tokenizer": self.tokenizer.identity,
             "version": zslflax.__version__,
