@@ -21,6 +21,7 @@ export XLA_FLAGS="${XLA_FLAGS:-} --xla_cpu_enable_concurrency_optimized_schedule
 
 # The first signal is passed on as SIGTERM: the run saves and stops, and is waited for. The second one ends it at once.
 signals=0 pids=()
+# shellcheck disable=SC2329  # the traps below call it
 stop() {
     signals=$((signals + 1))
     if ((signals == 1)); then

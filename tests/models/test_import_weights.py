@@ -297,6 +297,7 @@ def test_locate_downloads_from_the_hub_without_pytorch_files(tmp_path, monkeypat
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    (tmp_path / "model.safetensors").touch()
     asked = []
 
     def download(name, allow_patterns):

@@ -78,7 +78,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_config, damaged_shard, tmp_p
         assert min(line["train/pairs"] for line in read_metrics(resumed)) < c.batch_size
 
 
-def test_a_run_writes_metrics_pictures_and_a_model_that_can_be_restored(trained_workdir):
+def test_a_run_writes_metrics_pictures_and_a_model_that_can_be_restored(tiny_config, trained_workdir):
     workdir = trained_workdir
     assert json.loads((workdir / "config.json").read_text())["name"] == "tiny"
     assert list(workdir.glob("events.out.tfevents.*"))
