@@ -98,7 +98,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with lock_workdir(tmp_path / "run"):
-        assert (tmp_path / "run" / "checkpoints").is_dir()
+        assert (tmp_path / "run" / "lock").is_file()
     assert f"the file system of {tmp_path}/run has no locks ([Errno {number}]" in caplog.text
 
 

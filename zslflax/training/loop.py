@@ -25,7 +25,7 @@ from zslflax.training.startup import StartupTimes, process_age
 from zslflax.training.step import Metrics
 from zslflax.training.stopwatch import Stopwatch
 from zslflax.training.train_state import TrainState
-from zslflax.training.workdir import check_config, lock_workdir
+from zslflax.training.workdir import check_config, check_writable, lock_workdir
 
 log = logging.getLogger("zslflax")
 # Steps that may be dispatched before an earlier one is done. Each holds its batch in device memory. With several CPU
@@ -66,6 +66,7 @@ def train(
     config.model = resolve_model(config.model)
     with lock_workdir(workdir):
         check_config(config, workdir, changed)
+        check_writable(workdir)
         with checkpoint.open_manager(workdir, config.eval.best_metric) as checkpoints:
             run = set_up(
                 config,

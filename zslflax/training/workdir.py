@@ -48,8 +48,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 
     Raises:
         UserError: another run holds the lock; in all processes.
-        StorageError: the workdir or its folder of checkpoints cannot be created or written; in all processes as a
-            UserError.
+        StorageError: the workdir cannot be created or written; in all processes as a UserError.
     """
     with contextlib.ExitStack() as stack:
         if not distributed.on_main(lambda: acquire_lock(workdir, stack)):
@@ -74,12 +73,20 @@ def acquire_lock(workdir: Path, stack: contextlib.ExitStack) -> bool:
             log.warning(
                 "the file system of %s has no locks (%s): a second run in it would not be noticed", workdir, error
             )
-    folder = workdir / checkpoint.FOLDER
+    return True
+
+
+def check_writable(workdir: Path) -> None:
+    """Creates the folder of checkpoints, and raises a StorageError in all processes if it cannot be written or read."""
+    distributed.on_main(lambda: probe_folder(workdir / checkpoint.FOLDER))
+
+
+def probe_folder(folder: Path) -> None:
+    """Raises a StorageError if a folder cannot be made, written or read."""
     with storage_errors(folder):
         folder.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".writable-", dir=folder):
-            next(folder.iterdir())  # it can be read, too
-    return True
+            next(folder.iterdir())
 
 
 def check_config(config: ConfigDict, workdir: Path, changed: bool = False) -> None:
