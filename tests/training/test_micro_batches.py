@@ -73,7 +73,7 @@ def test_duplicates_are_found_in_the_whole_batch(variables):
     packed = pack_batches(map(dict, batches), rows=2, width=8, parts=N // FEW)
     for wanted, (state, metrics) in zip(whole, run(few, variables, packed, devices=2), strict=True):
         assert metrics.pop("truncated") == 0.0
-        assert_equal((state, metrics), wanted)
+        assert_equal((state, metrics), wanted, tolerance=1e-4)  # rounding of packed rows, chunks and micro-batches
     negative = run(make_config(), variables, BATCHES)
     assert abs(negative[0][1]["loss"] - whole[0][1]["loss"]) > 1e-3
 

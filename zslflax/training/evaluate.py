@@ -143,7 +143,9 @@ def measure(
         workdir: the results are written into its folder `evaluation`.
         model: the name in the log.
     """
-    step, features_of = predictors[""].step, open_kept_features(predictors[""], config)
+    step = predictors[""].step
+    for predictor in predictors.values():  # each takes kept features of texts; those of images are the same for all
+        features_of = open_kept_features(predictor, config)
     data = {test_set.name: describe_test_set(test_set, config) for test_set in test_sets}
     for name, described in data.items():
         log.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in described.items()))
