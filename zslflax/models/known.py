@@ -23,6 +23,7 @@ IMAGE_TOWERS = (
     Known("resnet34", 21.3, ("microsoft/resnet-34", "timm/resnet34.tv_in1k")),
     Known("resnet50", 23.5, ("microsoft/resnet-50", "timm/resnet50.tv_in1k", "timm/resnet50.fb_swsl_ig1b_ft_in1k")),
     Known("resnet101", 42.5, ("microsoft/resnet-101", "timm/resnet101.tv_in1k")),
+    Known("resnet12", 12.4),
     Known("resnet_nano", 0.3),
     Known("resnet18d", 11.2, ("timm/resnet18d.ra2_in1k",)),
     Known("resnet34d", 21.3, ("timm/resnet34d.ra2_in1k",)),
