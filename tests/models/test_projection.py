@@ -95,7 +95,9 @@ def test_another_width_needs_a_projection():
 
 
 def test_another_kind_is_refused():
-    with pytest.raises(UserError, match="model.image.projection is 'conv'; expected linear, linear_no_bias, mlp or none"):
+    with pytest.raises(
+        UserError, match="model.image.projection is 'conv'; expected linear, linear_no_bias, mlp or none"
+    ):
         build_two_tower(model_config(image="conv"))
 
 
