@@ -49,19 +49,28 @@ class CheckpointManager(ocp.CheckpointManager):
     samples: Sequence[str] | None = None
 
 
-def create_manager(workdir: str | Path, best_metric: str = "") -> CheckpointManager:
-    """A manager of the checkpoints in `workdir`/checkpoints, which saves in the background.
-
-    It keeps the newest two, and the one with the highest value of `best_metric` if that is given.
+def check_path(workdir: str | Path) -> None:
+    """Refuses a path with one of [, ] and \\: Orbax takes it for a pattern, saves there and can never restore.
 
     Raises:
-        UserError: the path has one of [, ] and \\: Orbax takes it for a pattern, saves and can never restore.
+        UserError: the path has one.
     """
     if unsafe := sorted(set(str(Path(workdir).absolute())) & set("[]\\")):
         raise UserError(
             f"{workdir} has {' and '.join(unsafe)} in its path: checkpoints that are saved there cannot be read again; "
             "choose a --workdir without [, ] and \\"
         )
+
+
+def create_manager(workdir: str | Path, best_metric: str = "") -> CheckpointManager:
+    """A manager of the checkpoints in `workdir`/checkpoints, which saves in the background.
+
+    It keeps the newest two, and the one with the highest value of `best_metric` if that is given.
+
+    Raises:
+        UserError: as `check_path`.
+    """
+    check_path(workdir)
     kept: list[Any] = [checkpoint_managers.LatestN(2)]
     best_fn = None
     if best_metric:

@@ -64,6 +64,7 @@ def train(
     config = config.copy_and_resolve_references()
     config.model.class_names = resolve_class_names(config)
     config.model = resolve_model(config.model)
+    checkpoint.check_path(workdir)
     with lock_workdir(workdir):
         check_config(config, workdir, changed)
         check_writable(workdir)
