@@ -2,7 +2,7 @@
 
     python -m zslflax.main --config=configs/distil_prompts.py --config.data.train='images/{00000..00099}.tar' \
         --config.model.class_names=classes.txt --config.teacher.workdir=runs/photos
-    python -m zslflax.predict --workdir=runs/distil_prompts --export=classifier
+    zslflax export classifier --workdir=runs/distil_prompts
 
 The teacher is any trained model, as `Predictor.restore` takes it. Its soft labels are the softmax of its similarities
 to the class names in the templates of `eval.templates`. With `--config.objective.sentences=sentences.json`, which has
