@@ -2,9 +2,9 @@
 
     python -m zslflax.main --config=configs/distil_prompts.py --config.data.train='images/{00000..00099}.tar' \
         --config.model.class_names=classes.txt --config.teacher.workdir=runs/photos
-    python -m zslflax.predict --workdir=runs/distil_prompts --export=classifier
+    zslflax export classifier --workdir=runs/distil_prompts
 
-The teacher is any trained model, as `Predictor.restore` takes it. Its soft labels are the softmax of its similarities
+The teacher is any model with a text tower that `Predictor.restore` takes. Its soft labels are the softmax of its similarities
 to the class names in the templates of `eval.templates`. With `--config.objective.sentences=sentences.json`, which has
 sentences about each class, the student also learns the teacher's similarities to all sentences (Vöge, Gurgul and
 Lessmann 2024, arXiv 2403.15886, in text). `FILE:labels` trains the same student on true labels, for comparison.

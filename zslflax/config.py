@@ -63,9 +63,8 @@ def model_fields() -> ConfigDict:
     c.class_names = ()
     c.image = ConfigDict()
     # Tower: resnet18|34|50|101|12|_nano, resnet18d|34d|50d|101d, convnext_tiny|_small|_base|_large, mobilenet_v2,
-    # efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4,
-    # dinov2_s14|_b14|_l14, dinov2_s14_reg|…; "": the one that config.json of image.pretrained describes, CLIP's or
-    # SigLIP's.
+    # efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4, dinov2_s14|_b14|_l14, dinov2_s14_reg|…; "": the one that
+    # config.json of image.pretrained describes, CLIP's or SigLIP's.
     c.image.name = "resnet50"
     # Output of a ViT: cls (the class token) | mean (of the patches) | cls_mean (both, dino.txt) | map (SigLIP's
     # attention pool); "": the tower's own.

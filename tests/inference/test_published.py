@@ -67,6 +67,8 @@ def test_an_exported_model_is_the_same(published, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "moved")
     predictor = Predictor.restore(moved, cache="")
     predictor.export(tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "This is a published model" in card and "trained with zslflax" not in card
     shutil.rmtree(moved)
     again = Predictor.restore(tmp_path / "exported", cache="")
     np.testing.assert_array_equal(again.encode_image(IMAGES), predictor.encode_image(IMAGES))

@@ -33,28 +33,6 @@ WEIGHTS = "zslflax.safetensors"
 EVAL_FIELDS = ("templates", "resize_factor", "interpolation", "batch_size")
 
 
-CLASSIFIER_CARD = """\
----
-library_name: zslflax
-pipeline_tag: image-classification
----
-
-# {name}
-
-An image classifier of {classes} classes. The {image} image tower (images of {size} × {size} pixels) and its linear head
-were trained with zslflax (objective {objective}, step {step}).
-
-```python
-from zslflax import Predictor
-
-classifier = Predictor.restore("this folder, or its id on the Hugging Face Hub")
-classifier.classify("image.jpg")
-```
-
-`{weights}` has the weights, `config.json` the sizes and the names of the classes.
-"""
-
-
 class SavedModel(NamedTuple):
     """A model on disk: the config, {"params", "batch_stats"} as NumPy arrays, and the step of the checkpoint."""
 

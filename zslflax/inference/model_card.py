@@ -36,8 +36,8 @@ CARD = """\
 """
 ZERO_SHOT = """\
 A zero-shot image classifier: it chooses among any class names, without having been trained on labels for them. The
-{image} image tower (images of {size} × {size} pixels) and a text tower were trained with zslflax into one embedding
-space of {width} dimensions (objective {objective}, step {step}).
+{image} image tower (images of {size} × {size} pixels) and a text tower share an embedding space of {width} dimensions.
+{origin}
 
 ## Use
 
@@ -51,6 +51,8 @@ predictor.search("a cat on a sofa", ["one.jpg", "two.jpg"])
 
 Prompts: {templates}. `zslflax.safetensors` has the weights, `config.json` the sizes and prompts, `text_encoder/` the
 tokenizer. The weights have zslflax's names: transformers and open_clip do not load them.{onnx}"""
+TRAINED = "They were trained with zslflax (objective {objective}, step {step})."
+PUBLISHED = "This is a published model, which zslflax has exported without training it."
 CLASSIFIER = """\
 An image classifier of {classes} classes. The {image} image tower (images of {size} × {size} pixels) and its linear head
 were trained with zslflax (objective {objective}, step {step}).
@@ -130,7 +132,7 @@ def model_card(config: ConfigDict, step: int, facts: CardFacts | None = None, on
 
     Args:
         config: the whole config.
-        step: of the checkpoint.
+        step: of the checkpoint; 0 of a published model.
         facts: what else is known.
         onnx: whether the folder has the towers as ONNX.
     """
@@ -143,6 +145,7 @@ def model_card(config: ConfigDict, step: int, facts: CardFacts | None = None, on
     model = (CLASSIFIER if classifier else ZERO_SHOT).format(
         image=config.model.image.name or "ViT",
         size=size,
+        origin=TRAINED.format(objective=config.objective.name, step=step) if step else PUBLISHED,
         objective=config.objective.name,
         step=step,
         width=config.model.embed_dim,

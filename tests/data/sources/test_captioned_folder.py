@@ -85,6 +85,13 @@ def test_images_beside_captions_may_have_any_extension_or_none(tmp_path, format)
     assert source.excluded == {"no_image": 1}
 
 
+def test_a_folder_may_have_the_name_of_a_published_test_set(tmp_path, monkeypatch):
+    write(tmp_path / "pets/a.jpg", jpeg(0))
+    write(tmp_path / "pets/a.txt", "a cat")
+    monkeypatch.chdir(tmp_path)
+    assert open_source("pets", DATA, "train")[0]["text"] == ("a cat",)
+
+
 def test_several_captions_in_a_text_file(tmp_path):
     write(tmp_path / "a.jpg", jpeg(0))
     write(tmp_path / "a.txt", "a cat\na pet\n")

@@ -50,9 +50,9 @@ def open_source(spec: str, data_config: ConfigDict, split: str, captions: bool =
         captions_per_line=data_config.captions_per_line,
         limits=ReadLimits(data_config.request_timeout, data_config.read_timeout),
     )
-    prefix, _, location = spec.partition(":")
-    if location.startswith("//"):
-        prefix, location = "", spec  # an address
+    prefix, colon, location = spec.partition(":")
+    if not colon or location.startswith("//"):
+        prefix, location = "", spec  # a path, or an address
     if prefix == "shapes" or spec == "shapes":
         return open_shapes(data_config, split)
     if prefix == "tfds":
