@@ -8,7 +8,8 @@ The teacher is any model with a text tower that `Predictor.restore` takes. Its s
 similarities to the class names in the templates of `eval.templates`. With
 `--config.objective.sentences=sentences.json`, which has sentences about each class, the student also learns the
 teacher's similarities to all sentences (Vöge, Gurgul and Lessmann 2024, arXiv 2403.15886, in text). `FILE:labels`
-trains the same student on true labels, for comparison."""
+trains the same student on true labels, for comparison.
+"""
 
 from ml_collections import ConfigDict
 
