@@ -23,8 +23,10 @@ def test_batches_are_on_the_devices_before_they_are_used():
     with distributed.prefetch_to_devices(source(), size=2) as batches:
         arrays, errors = next(batches)
         deadline = time.monotonic() + 30
-        while drawn != [0, 1, 2]:  # two wait on the devices
-            assert len(drawn) < 3 and time.monotonic() < deadline
+        while len(drawn) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert drawn == [0, 1, 2]  # two wait on the devices
         assert errors == ("none",)
         assert len(arrays["image"].sharding.device_set) == 4 and arrays["image"].shape == (4, 2)
         assert [int(arrays["image"][0, 0]) for arrays, _ in batches] == [1, 2, 3]
