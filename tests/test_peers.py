@@ -76,7 +76,7 @@ def test_a_process_says_so_before_the_loss_of_process_0_aborts_it(start):
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_the_others_have_the_reason_of_a_process_that_fails(start, failing):
-    processes = start(2)
+    processes = start(2, poll_seconds=1.0)
     processes[failing].stdin.write("fail\n")
     processes[failing].stdin.flush()
     reason = f"zslflax: process {failing} of 2 has failed: zslflax: its own reason. This process ends too."
