@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zslflax.models.resnet import KAIMING
+from zslflax.models.resnet import KAIMING, batch_norm
 
 Padding = list[tuple[int, int]]  # zeros before and after each side of an image
 
@@ -196,14 +196,7 @@ class MobileNet(nn.Module):
             train: whether to normalise by the statistics of the batch, which then also update the running averages.
         """
         stages, eps, tensorflow_padding = self.variant
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=eps,
-            dtype=self.dtype,
-            axis_name=self.axis_name if train else None,
-        )
+        norm = batch_norm(self.dtype, self.axis_name, train, eps)
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
         padding = paddings(x, 3, 2, tensorflow_padding)
         x = nn.relu6(norm(name="stem_bn")(conv(32, (3, 3), 2, padding, name="stem_conv")(x.astype(self.dtype))))

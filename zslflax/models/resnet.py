@@ -1,5 +1,6 @@
 """ResNet v1.5 (He et al. 2015, with the stride in the 3×3 convolution), the image tower of the paper; and ResNet-D."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,25 @@ RESNETS = {  # name: (blocks in each stage, whether they are bottlenecks)
 RESNET_DS = {f"{name}d": sizes for name, sizes in RESNETS.items()}  # ResNet-D (He et al. 2018, arXiv 1812.01187)
 
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015b, as in torchvision
+
+
+def batch_norm(dtype: Any, axis_name: str | None, train: bool, epsilon: float = 1e-5) -> Callable[..., nn.Module]:
+    """Creates the batch normalisations of a tower, from the name of each.
+
+    Args:
+        dtype: of the computation.
+        axis_name: the mapped axis over which training synchronises batch statistics; None for no synchronisation.
+        train: whether to normalise by the statistics of the batch, which then also update the running averages.
+        epsilon: added to the variance.
+    """
+    return partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=epsilon,
+        dtype=dtype,
+        axis_name=axis_name if train else None,
+    )
 
 
 class StemConv(nn.Module):
@@ -130,14 +150,7 @@ class ResNet(nn.Module):
             x: pixels with the mean subtracted and divided by the standard deviation.
             train: whether to normalise by the statistics of the batch, which then also update the running averages.
         """
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            axis_name=self.axis_name if train else None,
-        )
+        norm = batch_norm(self.dtype, self.axis_name, train)
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
         x = x.astype(self.dtype)
         if self.deep:

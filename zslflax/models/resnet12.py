@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zslflax.models.resnet import KAIMING
+from zslflax.models.resnet import KAIMING, batch_norm
 
 RESNET12S = {"resnet12": (64, 160, 320, 640)}  # channels of the stages (RFS, arXiv 2003.11539; SKD, arXiv 2006.09785)
 SLOPE = 0.1  # of LeakyReLU below 0
@@ -89,14 +89,7 @@ class ResNet12(nn.Module):
             x: pixels with the mean subtracted and divided by the standard deviation.
             train: whether to normalise by the statistics of the batch, which then also update the running averages.
         """
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            axis_name=self.axis_name if train else None,
-        )
+        norm = batch_norm(self.dtype, self.axis_name, train)
         block, x = nn.remat(Block) if self.remat else Block, x.astype(self.dtype)
         for i, width in enumerate(self.widths):
             x = block(width, i >= 2, self.dtype, norm, name=f"layer{i + 1}")(x)
