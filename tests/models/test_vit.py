@@ -9,7 +9,7 @@ import pytest
 
 from tests.testing.training import make_config
 from zslflax.errors import UserError
-from zslflax.models.build import build_two_tower
+from zslflax.models.build import build_classifier, build_two_tower
 from zslflax.models.import_weights.load import load_image_tower, load_variables, resize_positions
 from zslflax.models.import_weights.transformer_layouts import HF_VIT, TIMM_VIT
 from zslflax.models.vit import VITS, ViT, drop_patches, interpolate_positions
@@ -298,3 +298,11 @@ def test_only_a_vit_takes_the_field():
     config.model.image.name = "resnet_nano"
     with pytest.raises(UserError, match="patch_drop is 0.5, but resnet_nano has no patches"):
         build_two_tower(config.model)
+
+
+def test_a_classifier_takes_it_as_two_towers_do():
+    config = make_config(model__image__name="vit_nano4", model__image__patch_drop=0.5, model__class_names=("a", "b"))
+    assert build_classifier(config.model).image.tower.patch_drop == 0.5
+    config.model.image.name = "resnet_nano"
+    with pytest.raises(UserError, match="patch_drop is 0.5, but resnet_nano has no patches"):
+        build_classifier(config.model)

@@ -45,18 +45,7 @@ def build_two_tower(config: ConfigDict, *, dtype: Any = jnp.float32, axis_name: 
             f"model.text.max_tokens is {config.text.max_tokens}; the encoder has {bert.max_tokens} positions, "
             f"nearest that works: {bert.max_tokens}"
         )
-    image: Any
-    if config.image.name:
-        image = image_tower(config.image.name, dtype, axis_name, config.image.remat, config.image.pool)
-    else:
-        image = described_tower(config.image, dtype)
-    if config.image.patch_drop:
-        if not isinstance(image, ViT):
-            raise UserError(
-                f"model.image.patch_drop is {config.image.patch_drop}, but {config.image.name} has no patches; set it "
-                "to 0, or model.image.name to a ViT"
-            )
-        image = image.clone(patch_drop=config.image.patch_drop)
+    image = configured_tower(config.image, dtype, axis_name)
     example = jnp.zeros((1, config.image.size, config.image.size, 3))
     image_width = lambda: jax.eval_shape(image.init_with_output, jax.random.key(0), example)[0].shape[-1]
     return TwoTower(
@@ -78,9 +67,29 @@ def build_classifier(config: ConfigDict, *, dtype: Any = jnp.float32, axis_name:
         UserError: there is no such image tower.
     """
     config = resolve_model(config, check=False)
-    tower = image_tower(config.image.name, dtype, axis_name, config.image.remat, config.image.pool)
+    tower = configured_tower(config.image, dtype, axis_name)
     head = ProjectedTower(tower, nn.Dense(len(config.class_names)), unit=False)
     return TwoTower(image=head, text=None, mean=tuple(config.image.mean), std=tuple(config.image.std))
+
+
+def configured_tower(config: ConfigDict, dtype: Any, axis_name: str | None) -> Any:
+    """Builds the image tower that the `model.image` section of a config names or whose files describe it.
+
+    Raises:
+        UserError: there is no such tower, or it has not what the section asks of it.
+    """
+    if config.name:
+        tower = image_tower(config.name, dtype, axis_name, config.remat, config.pool)
+    else:
+        tower = described_tower(config, dtype)
+    if not config.patch_drop:
+        return tower
+    if not isinstance(tower, ViT):
+        raise UserError(
+            f"model.image.patch_drop is {config.patch_drop}, but {config.name} has no patches; set it to 0, or "
+            "model.image.name to a ViT"
+        )
+    return tower.clone(patch_drop=config.patch_drop)
 
 
 def example_inputs(model: TwoTower, config: ConfigDict) -> tuple[jax.ShapeDtypeStruct, ...]:

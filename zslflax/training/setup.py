@@ -111,8 +111,9 @@ def set_up(
         teacher_model, fixed_teacher, teacher_features = load_fixed_teacher(config, model, tokenizer, sources)
         state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints)
     first_step = int(state.step)
-    if tokenizer is not None and distributed.is_main() and (changed or first_step == 0):
-        save_text_encoder(config, tokenizer, workdir / TEXT_FOLDER)
+    if distributed.is_main() and (changed or first_step == 0):
+        if tokenizer is not None:
+            save_text_encoder(config, tokenizer, workdir / TEXT_FOLDER)
         save_image_encoder(config, workdir / IMAGE_FOLDER)
     write_config(config, workdir)
     write_data(config.data.train, sources, workdir)
