@@ -1,12 +1,12 @@
 """A small local server with the addresses of the Hugging Face Hub, from and to which its own client copies models."""
 
 import base64
-import contextlib
 import hashlib
 import http.server
 import json
 import re
-import threading
+
+from tests.testing.range_server import running
 
 SHA = "c0ffee" + 34 * "0"  # of the only commit
 CONVERTED_SHA = "decade" + 34 * "0"  # of the pull request that adds safetensors
@@ -122,14 +122,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@contextlib.contextmanager
 def serve(root):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.root, server.given, server.made, server.tokens, server.refuses = root, [], [], [], False
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    """Serves the models below a folder within a context."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.root, server.given, server.made, server.tokens, server.refuses = root, [], [], [], False
+    return running(server)

@@ -117,10 +117,15 @@ class Server(http.server.ThreadingHTTPServer):
         return f'"{path.stat().st_mtime_ns}"'
 
 
-@contextlib.contextmanager
 def serve(root: Path):
+    """Serves a folder within a context."""
+    return running(Server(root))
+
+
+@contextlib.contextmanager
+def running(server: http.server.ThreadingHTTPServer):
     """Runs a server within a context."""
-    with Server(root) as server:
+    with server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen
+from ml_collections import ConfigDict
 
 from zslflax import distributed
 from zslflax.cli import Progress
@@ -68,6 +69,13 @@ class Views:
         rng = np.random.default_rng([VIEW_STREAM, self.seed, index, view])
         crop = images.random_resized_crop(image, self.size, rng, self.scale)
         return images.flip(crop) if self.flip and rng.random() < 0.5 else crop
+
+
+def evaluation_view(config: ConfigDict) -> Views:
+    """The centre crop of evaluation, by the whole config."""
+    size = config.model.image.size
+    resize, interpolation = round(size * config.eval.resize_factor), config.eval.interpolation
+    return Views(1, size, resize, interpolation=interpolation)
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from zslflax.cli import Progress
 from zslflax.config import default_config
-from zslflax.data.image_features import Views, load_ahead
+from zslflax.data.image_features import Views, evaluation_view, load_ahead
 from zslflax.data.images import BadSample
 from zslflax.data.preprocess import record_image
 from zslflax.data.sources.base import Source
@@ -85,9 +85,8 @@ def embed_views(predictor: Predictor, source: Source, num_views: int, seed: int 
         num_views: v, random crops that may be mirrored; 0 for none.
         seed: of the random crops.
     """
-    size = predictor.config.model.image.size
-    centre = Views(1, size, round(size * predictor.config.eval.resize_factor))
-    augmented = Views(num_views, size, scale=(CROP_SCALE, 1.0), flip=True, seed=seed)
+    centre = evaluation_view(predictor.config)
+    augmented = Views(num_views, centre.size, scale=(CROP_SCALE, 1.0), flip=True, seed=seed)
     if num_views == 1:  # `Views` of one view are centre crops
         raise UserError("expected 0 augmented views, for the shots as they are, or at least 2; found 1")
     indices, labels = single_labels(source)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 import zslflax
 from zslflax import distributed
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
-from zslflax.data.images import resize_center_crop
+from zslflax.data.image_features import evaluation_view
 from zslflax.data.text import Tokenizer
 from zslflax.errors import FolderExistsError, UserError
 from zslflax.files import hash_arrays, local_path, storage_errors
@@ -286,9 +286,7 @@ class Predictor:
 
     def preprocess(self, image: ImageInput) -> np.ndarray:
         """Resizes and crops one image, as in `encode_image`, to the input of the image tower: uint8 [s, s, 3]."""
-        size, evaluation = self.config.model.image.size, self.config.eval
-        image = read_image(image, self.allow_urls)
-        return resize_center_crop(image, size, round(size * evaluation.resize_factor), evaluation.interpolation)
+        return evaluation_view(self.config)(read_image(image, self.allow_urls), index=0, view=0)
 
     def text_encoder_identity(self) -> dict[str, Any]:
         """Returns what the embedding of a text depends on besides the text, as a JSON value, for `ClassCache`."""

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from zslflax.config import default_config
 from zslflax.errors import UserError
 from zslflax.files import read_json
+from zslflax.models.build import example_inputs
 from zslflax.models.import_weights.architecture import (
     CLIP_IMAGE_DEFAULTS,
     CLIP_TEXT_DEFAULTS,
@@ -99,9 +100,8 @@ def load_published(folder: Path, config: ConfigDict, model: TwoTower) -> Values:
         MissingFileError: there are no weights; the message says how to convert files in PyTorch's own format.
         UserError: the weights are not those of the model.
     """
-    size, tokens = config.model.image.size, config.model.text.max_tokens
-    inputs = ((1, size, size, 3), np.uint8), ((1, tokens), np.int32), ((1, tokens), np.bool_)
-    shapes: Any = jax.eval_shape(model.init, jax.random.key(0), *(jax.ShapeDtypeStruct(*x) for x in inputs))["params"]
+    size = config.model.image.size
+    shapes: Any = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model, config.model))["params"]
     image = load_image_tower(folder, "", {"params": shapes["image"]["tower"]}, size)["params"]
     text = load_text_tower(folder, {"params": shapes["text"]["tower"]})["params"]
     params: Values = {"image": {"tower": image}, "text": {"tower": text}, "objective": {}}

@@ -69,7 +69,8 @@ def label_losses(
     label, rotations = targets.label, outputs.logits.shape[1]
     assert label is not None
     labels = jnp.broadcast_to(label[:, None], (len(label), rotations))
-    losses = {"label_loss": cross_entropy_with_label(outputs.logits, labels).mean(axis=1)}
+    label_loss = optax.softmax_cross_entropy_with_integer_labels(outputs.logits, labels)
+    losses = {"label_loss": label_loss.mean(axis=1)}
     losses |= {"accuracy": is_best(outputs.logits[:, 0], label), "loss": losses["label_loss"]}
     if config.rotation_weight:
         logits = dense(params["rotation_head"], outputs.logits)  # (b, 4, 4)
@@ -224,11 +225,6 @@ def init_dense(key: jax.Array, inputs: int, outputs: int) -> Params:
 def dense(params: Params, x: jax.Array) -> jax.Array:
     """A linear layer of the last axis."""
     return x @ params["kernel"] + params["bias"]
-
-
-def cross_entropy_with_label(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """−log softmax_label(logits): fp32 [..., c], int32 [...] → fp32 [...]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
 
 
 def is_best(logits: jax.Array, label: jax.Array) -> jax.Array:

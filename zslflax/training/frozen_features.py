@@ -16,7 +16,7 @@ import zslflax
 from zslflax import distributed
 from zslflax.data.feature_files import FLOAT_TYPES, TextFile, folder_path, open_folder
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
-from zslflax.data.image_features import FrozenImageTower, ImageFeatures, Views, log_size
+from zslflax.data.image_features import FrozenImageTower, ImageFeatures, Views, evaluation_view, log_size
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
 from zslflax.errors import StorageError, UserError
@@ -171,13 +171,6 @@ def open_kept_features(predictor: Predictor, config: ConfigDict) -> Callable[[So
 def copied(variables: Tree) -> Tree:
     """A copy of variables on all local devices: the train step donates the state's own."""
     return distributed.replicate(jax.tree.map(jnp.copy, variables))
-
-
-def evaluation_view(config: ConfigDict) -> Views:
-    """The centre crop of evaluation."""
-    size = config.model.image.size
-    resize, interpolation = round(size * config.eval.resize_factor), config.eval.interpolation
-    return Views(1, size, resize, interpolation=interpolation)
 
 
 def training_views(config: ConfigDict) -> Views:

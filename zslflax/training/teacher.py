@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from zslflax.data.image_features import ImageFeatures, log_size
+from zslflax.data.image_features import ImageFeatures, evaluation_view, log_size
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
 from zslflax.errors import UserError
@@ -17,7 +17,7 @@ from zslflax.losses import classification
 from zslflax.models.partition import Tree, partition
 from zslflax.models.two_tower import TwoTower
 from zslflax.training.classes import read_sentences
-from zslflax.training.frozen_features import evaluation_view, open_image_tower
+from zslflax.training.frozen_features import open_image_tower
 from zslflax.training.train_state import towers
 
 log = logging.getLogger("zslflax")

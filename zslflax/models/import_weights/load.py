@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -37,7 +36,7 @@ from zslflax.models.import_weights.transformer_layouts import (
 )
 from zslflax.models.mobilenet import MOBILENETS
 from zslflax.models.resnet import RESNET_DS, RESNETS
-from zslflax.models.vit import DINOV2, VITS
+from zslflax.models.vit import DINOV2, VITS, interpolate_positions
 
 log = logging.getLogger("zslflax")
 
@@ -205,12 +204,9 @@ def resize_positions(table: np.ndarray, side: int, antialias: bool = True, token
         )
     if old == side:
         return table
-    grid = table[:, tokens:].reshape(1, old, old, -1)
     if antialias:
-        shape = (1, side, side, grid.shape[-1])
-        grid = np.asarray(jax.image.resize(jnp.asarray(grid), shape, "cubic", antialias=True))
-    else:
-        grid = interpolate_bicubic(grid, side)
+        return np.array(interpolate_positions(jnp.asarray(table), (side, side), tokens))
+    grid = interpolate_bicubic(table[:, tokens:].reshape(1, old, old, -1), side)
     return np.concatenate([table[:, :tokens], grid.reshape(1, side**2, -1)], axis=1)
 
 
