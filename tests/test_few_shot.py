@@ -59,6 +59,13 @@ def test_a_contrastive_run_is_measured_by_its_features_and_embeddings(run, finis
     assert "features/2-shot/logistic" in format_metrics(found)
 
 
+def test_images_are_resized_as_in_evaluation(tiny_config, finished_workdir, colour_folder):
+    predictor = Predictor.restore(finished_workdir)
+    predictor.config.eval.interpolation = "bicubic"
+    embedded = embed_views(predictor, open_labelled(f"folder:{colour_folder}"), num_views=0)
+    np.testing.assert_allclose(embedded.centre["embedding"], predictor.encode_image(colour_folder), atol=1e-5)
+
+
 def test_classes_and_shots_as_they_are(run):
     found = run("--ways=2", "--shots=1", "--episodes=20", "--classes=red,blue", "--views=0", "--use=student")
     assert found["embedding/1-shot/centroid"] > 0.7  # of two very different colours
