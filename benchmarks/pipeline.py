@@ -144,8 +144,7 @@ class CodecTransform:
         self.rng = np.random.default_rng(0)
 
     def __call__(self, data: bytes) -> np.ndarray:
-        image = images.random_resized_crop(images.decode(data), CROP, self.rng, SCALE, RATIO)
-        return images.flip(image) if self.rng.random() < 0.5 else image
+        return images.random_resized_crop(images.decode(data), CROP, self.rng, SCALE, RATIO, flip=0.5)
 
 
 class PillowTransform:

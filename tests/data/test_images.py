@@ -1,5 +1,6 @@
 """Decoding against Pillow, resampling against Pillow and plain averages, and crops by their invariants."""
 
+import functools
 import io
 import struct
 import zlib
@@ -214,8 +215,17 @@ def test_images_of_one_pixel_are_cropped(shape):
         assert result.shape == (16, 16, 3) and (result == 77).all()
 
 
-def test_flip_mirrors_left_to_right():
-    np.testing.assert_array_equal(images.flip(smooth_image())[:, 0], smooth_image()[:, -1])
+@pytest.mark.parametrize("size", [16, 40, 64])  # smaller than the image, as large, and larger
+def test_a_crop_is_mirrored_with_the_given_probability_and_written_where_it_is_asked_for(size):
+    crop = functools.partial(images.random_resized_crop, smooth_image(40, 40), size, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    upright, batch = crop(np.random.default_rng(0)), np.zeros((2, size, size, 3), np.uint8)
+    mirrored = crop(np.random.default_rng(0), flip=1.0, out=batch[1])
+    assert np.shares_memory(mirrored, batch) and not batch[0].any()
+    np.testing.assert_array_equal(batch[1], upright[:, ::-1])
+    crop(np.random.default_rng(0), out=batch[0])
+    np.testing.assert_array_equal(batch[0], upright)
+    draws = [bool((crop(np.random.default_rng(i), flip=0.5) == upright).all()) for i in range(200)]
+    assert 70 < sum(draws) < 130
 
 
 @pytest.mark.parametrize("shape", [(75, 100), (100, 75), (64, 64), (41, 97)])

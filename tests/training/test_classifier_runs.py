@@ -23,7 +23,7 @@ from zslflax.training.classes import resolve_class_names
 from zslflax.training.evaluate import evaluate_run
 from zslflax.training.input import host_batches, with_reasons
 from zslflax.training.loop import train
-from zslflax.training.setup import create_state
+from zslflax.training.setup import create_state, open_sources
 
 NAMES = sorted(COLOURS)
 
@@ -75,7 +75,7 @@ def test_two_generations(base_config, generation_0, tmp_path):
     assert read_json(generation_0 / "config.json")["model"]["class_names"] == NAMES
 
     config = later_generation(base_config, generation_0)
-    config.model.class_names = resolve_class_names(config)
+    config.model.class_names = resolve_class_names(config, open_sources(config))
     model, _ = build_model(config)
     start, _ = create_state(config, model, pretrained=True)
     saved = read_state(generation_0, 6)

@@ -66,3 +66,18 @@ def test_the_log_says_once_what_to_change_if_the_devices_wait(monkeypatch, caplo
     lap(5.0)
     (record,) = caplog.records
     assert "nothing to do for 25% of the time" in record.getMessage() and "data.workers" in record.getMessage()
+
+
+def test_the_log_names_the_features_while_they_are_computed(monkeypatch, caplog):
+    world = World(batch_at=0.0)
+    monkeypatch.setattr(stopwatch, "time", world)
+    caplog.set_level("INFO", logger="zslflax")
+    watch = Stopwatch(pairs=8)
+    for computing in (True, True, True, False, False):
+        world.batch_at = world.time + 5.0
+        watch.next(world, None)
+        world.time = watch.started + 10.0
+        watch.lap(step_flops=0, computing_features=computing)
+    features, pipeline = caplog.records
+    assert features.levelname == "INFO" and "zslflax features" in features.getMessage()
+    assert pipeline.levelname == "WARNING" and "data.workers" in pipeline.getMessage()

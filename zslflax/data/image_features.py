@@ -67,8 +67,7 @@ class Views:
         if self.count == 1:
             return images.resize_center_crop(image, self.size, self.resize, self.interpolation)
         rng = np.random.default_rng([VIEW_STREAM, self.seed, index, view])
-        crop = images.random_resized_crop(image, self.size, rng, self.scale)
-        return images.flip(crop) if self.flip and rng.random() < 0.5 else crop
+        return images.random_resized_crop(image, self.size, rng, self.scale, flip=0.5 * self.flip)
 
 
 def evaluation_view(config: ConfigDict) -> Views:

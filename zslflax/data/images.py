@@ -193,7 +193,9 @@ def available_formats() -> tuple[str, ...]:
     return tuple(format for format in FORMATS if format in Image.OPEN)
 
 
-def resample(image: np.ndarray, height: int, width: int, interpolation: str = "area") -> np.ndarray:
+def resample(
+    image: np.ndarray, height: int, width: int, interpolation: str = "area", out: np.ndarray | None = None
+) -> np.ndarray:
     """Resizes with antialiasing.
 
     Args:
@@ -201,14 +203,17 @@ def resample(image: np.ndarray, height: int, width: int, interpolation: str = "a
         height, width: of the result.
         interpolation: "area": averages areas of a side that shrinks, interpolates one that grows linearly; "bilinear",
             "bicubic": Pillow's, with which most towers are published, at several times the cost.
+        out: where the result is written, uint8 [height, width, 3]; None: a new array, or `image` of this size.
     """
+    size, shrunk = (height, width), (min(height, image.shape[0]), min(width, image.shape[1]))
     if interpolation != "area":
-        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[interpolation.upper()]))
-    shrunk_height, shrunk_width = min(height, image.shape[0]), min(width, image.shape[1])
-    if (shrunk_height, shrunk_width) != image.shape[:2]:
-        image = cv2.resize(image, (shrunk_width, shrunk_height), interpolation=cv2.INTER_AREA)
-    if (shrunk_height, shrunk_width) != (height, width):
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[interpolation.upper()]))
+    elif shrunk != image.shape[:2]:
+        image = cv2.resize(image, shrunk[::-1], dst=out if shrunk == size else None, interpolation=cv2.INTER_AREA)
+    if image.shape[:2] != size:
+        image = cv2.resize(image, size[::-1], dst=out, interpolation=cv2.INTER_LINEAR)
+    if out is not None and image is not out:
+        out[...] = image
     return image
 
 
@@ -218,6 +223,8 @@ def random_resized_crop(
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.0,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """A random part of an image, resized to a square; the distribution is torchvision's.
 
@@ -231,12 +238,20 @@ def random_resized_crop(
         rng: the source of randomness; its state advances.
         scale: bounds of the part's share of the image's area; the share is uniform.
         ratio: bounds of the part's width divided by its height; its logarithm is uniform.
+        flip: probability of mirroring the part left to right.
+        out: where the result is written, uint8 [size, size, 3]; None: a new array.
 
     Returns:
-        uint8 [size, size, 3].
+        uint8 [size, size, 3], `out` where it is given.
     """
+    out = np.empty((size, size, 3), np.uint8) if out is None else out
     top, left, height, width = sample_crop_box(image.shape[0], image.shape[1], rng, scale, ratio)
-    return resample(image[top : top + height, left : left + width], size, size)
+    part = image[top : top + height, left : left + width]
+    if flip and rng.random() < flip:
+        cv2.flip(resample(part, size, size), 1, dst=out)  # NumPy would take a tenth of the time of decoding
+    else:
+        resample(part, size, size, out=out)
+    return out
 
 
 def sample_crop_box(
@@ -257,11 +272,6 @@ def sample_crop_box(
     aspect = min(max(width / height, ratio[0]), ratio[1])
     w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def flip(image: np.ndarray) -> np.ndarray:
-    """Mirrors an image left to right."""
-    return cv2.flip(image, 1)  # NumPy would take a tenth of the time of decoding
 
 
 def resize_center_crop(image: np.ndarray, size: int, resize: int, interpolation: str = "area") -> np.ndarray:

@@ -117,7 +117,8 @@ class TrainTransform:
                     captions[i] = choose_caption(record, rng)
                 elif self.classes:
                     labels[i] = only_label(record, self.classes)
-                image[i] = self.augment(record_image(record), rng)
+                pixels, flip = record_image(record), 0.5 * self.flip
+                images.random_resized_crop(pixels, self.image_size, rng, self.crop_scale, flip=flip, out=image[i])
                 valid[i] = True
                 if self.with_ids:
                     image_id[i] = content_id(record["image"])
@@ -133,11 +134,6 @@ class TrainTransform:
         text_mask[:, 0] = True
         batch = Batch(image=image, text=text, text_mask=text_mask, valid=valid, errors=tuple(errors))
         return batch | {"image_id": image_id, "text_id": text_ids(text)} if self.with_ids else batch
-
-    def augment(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A random crop of an image, perhaps mirrored: uint8 [s, s, 3]."""
-        image = images.random_resized_crop(image, self.image_size, rng, scale=self.crop_scale)
-        return images.flip(image) if self.flip and rng.random() < 0.5 else image
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 
 from zslflax.config import is_classifier
 from zslflax.data.sources.base import Source
-from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import keep_classes
 from zslflax.errors import UserError, nearest_names
 from zslflax.files import read_json
@@ -15,8 +14,17 @@ from zslflax.inference.prompts import read_class_names
 from zslflax.losses import classification
 
 
-def resolve_class_names(config: ConfigDict) -> tuple[str, ...]:
+def needs_class_names(config: ConfigDict) -> bool:
+    """Whether a config leaves the names of a classifier's classes to its training data."""
+    return is_classifier(config) and not config.model.class_names
+
+
+def resolve_class_names(config: ConfigDict, sources: Sequence[Source] | None = None) -> tuple[str, ...]:
     """The names of a classifier's classes: of the config, of its file, or else of the training data; () for two towers.
+
+    Args:
+        config: the whole config.
+        sources: the training data, where `needs_class_names`.
 
     Raises:
         UserError: there are fewer than two names, one comes twice, or two towers are given names.
@@ -32,9 +40,9 @@ def resolve_class_names(config: ConfigDict) -> tuple[str, ...]:
     if len(names) == 1:
         names = tuple(read_class_names(names[0]))
     if not names:
-        spec = config.data.train[0]
-        names = tuple(open_source(spec, config.data, "train", captions=False).classes or ())
+        names = tuple(sources[0].classes or ()) if sources else ()
         if not names:
+            spec = config.data.train[0]
             raise UserError(f"the images of {spec} have no class names; give model.class_names, such as a file of them")
     if len(names) < 2:
         raise UserError(f"there is only one class, {names[0]!r}; a classifier needs at least two")

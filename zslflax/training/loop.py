@@ -16,11 +16,11 @@ from zslflax.data.sources.base import Source
 from zslflax.errors import NonFiniteError
 from zslflax.inference.predictor import Predictor
 from zslflax.models.build import resolve_model
-from zslflax.training.classes import resolve_class_names
+from zslflax.training.classes import needs_class_names, resolve_class_names
 from zslflax.training.metrics import BadSampleCounter, average
 from zslflax.training.optimizer import schedule
 from zslflax.training.preemption import StopRequest
-from zslflax.training.setup import Run, set_up
+from zslflax.training.setup import Run, open_sources, set_up
 from zslflax.training.startup import StartupTimes, process_age
 from zslflax.training.step import Metrics
 from zslflax.training.stopwatch import Stopwatch
@@ -62,7 +62,9 @@ def train(
     """
     startup = StartupTimes(process_age())
     config = config.copy_and_resolve_references()
-    config.model.class_names = resolve_class_names(config)
+    if sources is None and needs_class_names(config):
+        sources = open_sources(config)
+    config.model.class_names = resolve_class_names(config, sources)
     config.model = resolve_model(config.model)
     checkpoint.check_path(workdir)
     with lock_workdir(workdir):
@@ -144,7 +146,8 @@ def report_and_save(run: Run, step: int, state: TrainState, watch: Stopwatch, st
     saving = evaluating or step % config.checkpoint.every == 0
     if not run.recent_metrics or not (saving or step % config.log_every == 0):
         return True
-    results = average(run.recent_metrics) | watch.lap(run.train_step.flops)
+    rates = watch.lap(run.train_step.flops, computing_features=step * config.batch_size <= run.first_pass)
+    results = average(run.recent_metrics) | rates
     results["train/learning_rate"] = float(schedule(config.optimizer, config.steps)(step - 1))
     run.reporter.progress(step, results["train/loss"], results["train/pairs_per_second"])
     raise_if_failed(run, state)

@@ -65,6 +65,7 @@ class Run:
         recent_metrics: metrics of the steps since the last report, oldest first; the loop adds to them.
         train_step: (state, batch) → (state, metrics).
         batches: yields (batch on the devices, errors of unreadable samples), which it makes in a thread.
+        first_pass: the number of pairs in whose batches features of frozen towers are computed; 0 where none are.
         evaluate: state → metrics of the test sets.
         checkpoints: the workdir's manager.
         reporter: writes metrics and shows progress.
@@ -78,6 +79,7 @@ class Run:
     recent_metrics: list[dict[str, Any]]
     train_step: TrainStep
     batches: BackgroundIterator[tuple[dict[str, jax.Array], Any]]
+    first_pass: int
     evaluate: Callable[[TrainState], dict[str, float]]
     checkpoints: CheckpointManager
     reporter: Reporter
@@ -144,6 +146,7 @@ def set_up(
             features.images_from,
             teacher_features,
         ),
+        first_pass=sum(map(len, sources)) if features.text_frozen or features.train_images else 0,
         evaluate=functools.partial(evaluate_state, predictor, test_sets, workdir, extra_metrics, features.of_images),
         checkpoints=checkpoints,
         reporter=Reporter(
@@ -167,11 +170,15 @@ def check_teacher_needs_no_images(config: ConfigDict, features: FrozenFeatures, 
         )
 
 
+def open_sources(config: ConfigDict) -> list[Source]:
+    """Opens the sources that `config.data.train` names."""
+    captions = not is_classifier(config)
+    return [open_source(spec, config.data, "train", captions) for spec in config.data.train]
+
+
 def open_train_sources(config: ConfigDict, sources: Sequence[Source] | None = None) -> list[Source]:
     """Opens the training sources, or takes those that are given, without the samples that the config excludes."""
-    if sources is None:
-        captions = not is_classifier(config)
-        sources = [open_source(spec, config.data, "train", captions) for spec in config.data.train]
+    sources = open_sources(config) if sources is None else sources
     if len(sources) != len(config.data.train):
         raise UserError(f"there are {len(sources)} sources, but config.data.train names {len(config.data.train)}")
     sources = exclude_samples(sources, config.data.exclude)

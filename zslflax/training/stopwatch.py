@@ -13,6 +13,15 @@ log = logging.getLogger("zslflax")
 
 POLL_SECONDS = 0.001  # between two looks at whether the devices are done
 MUCH_WAITING = 0.1  # share of the time, above which the log says what to change
+READ_FASTER = (
+    "batches came late. Each of these helps: more CPU cores; another number of data.workers than the start of the log "
+    "says; more data.threads if the shards are remote, or local shards; images stored at the size that the crops need "
+    "(img2dataset resizes them)"
+)
+COMPUTING_FEATURES = (
+    "the features of the frozen towers are computed in the first pass over the data, and kept: later passes read them. "
+    "With a features.folder, the command zslflax features computes them before the run"
+)
 
 
 class Stopwatch:
@@ -23,7 +32,8 @@ class Stopwatch:
     """
 
     def __init__(self, pairs: int):
-        self.pairs, self.laps, self.warned = pairs, 0, False
+        self.pairs, self.laps = pairs, 0
+        self.warned: set[str] = set()  # causes that the log has named
         self.start()
 
     def start(self) -> None:
@@ -51,28 +61,25 @@ class Stopwatch:
         self.steps += 1
         return batch
 
-    def lap(self, step_flops: int) -> dict[str, float]:
+    def lap(self, step_flops: int, computing_features: bool = False) -> dict[str, float]:
         """Pairs per second, the share of the time in which the devices waited for data, and `flops.rates` of a device.
 
-        Logs once what to change if the devices wait for data. The first lap does not count: it has the start of the
-        pipeline in it.
+        Logs once why the devices wait for data, and what to change. The first lap does not count: it has the start of
+        the pipeline in it.
 
         Args:
             step_flops: floating-point operations of one device in a step.
+            computing_features: whether features of frozen towers are computed for these batches.
         """
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         rates = {"pairs_per_second": self.steps * self.pairs / elapsed, "waiting_for_data": self.waited / elapsed}
         rates |= flops.rates(self.steps * step_flops, elapsed, jax.local_devices()[0].device_kind)
         self.laps += 1
-        if self.laps > 1 and rates["waiting_for_data"] > MUCH_WAITING and not self.warned:
-            self.warned = True
-            log.warning(
-                "the devices had nothing to do for %.0f%% of the time, because batches came late. Each of these helps: "
-                "more CPU cores; another number of data.workers than the start of the log says; more data.threads if "
-                "the shards are remote, or local shards; images stored at the size that the crops need (img2dataset "
-                "resizes them)",
-                100 * rates["waiting_for_data"],
-            )
+        cause = COMPUTING_FEATURES if computing_features else READ_FASTER
+        if self.laps > 1 and rates["waiting_for_data"] > MUCH_WAITING and cause not in self.warned:
+            self.warned.add(cause)
+            level, share = logging.INFO if computing_features else logging.WARNING, 100 * rates["waiting_for_data"]
+            log.log(level, "the devices had nothing to do for %.0f%% of the time, because %s", share, cause)
         self.start()
         return {f"train/{name}": value for name, value in rates.items()}
 
