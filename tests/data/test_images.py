@@ -49,6 +49,26 @@ def test_jpegs_decode_like_pillow(kind):
     np.testing.assert_allclose(decoded.astype(int), decode_with_pillow(JPEGS[kind]), atol=2)
 
 
+@pytest.mark.parametrize(
+    ("min_side", "eighths"), [(0, 8), (62, 8), (61, 4), (47, 4), (46, 3), (32, 3), (31, 2), (17, 2), (16, 1), (5, 1)]
+)
+@pytest.mark.parametrize("shape", [(121, 180), (180, 121)])
+def test_a_large_jpeg_is_decoded_at_the_smallest_size_that_keeps_the_shorter_side(shape, min_side, eighths):
+    data = encode(smooth_image(*shape), "JPEG", quality=90)
+    decoded = images.decode(data, min_side=min_side)
+    assert decoded.shape[:2] == tuple(-(-side * eighths // 8) for side in shape)
+    averages = area_average(decode_with_pillow(data), *decoded.shape[:2])
+    assert np.abs(decoded - averages).mean() < 2
+
+
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.05, 0.5), (1.0, 1.0)])
+def test_no_crop_of_a_reduced_image_is_enlarged(scale):
+    rng, side = np.random.default_rng(0), images.min_side_for_crops(64, scale)
+    for shape in ((side, side), (side, 3 * side), (5 * side, side)):
+        boxes = [images.sample_crop_box(*shape, rng, scale, (3 / 4, 4 / 3)) for _ in range(500)]
+        assert min(min(height, width) for _, _, height, width in boxes) >= 64
+
+
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "WEBP"])
 def test_lossless_formats_decode_exactly(format):
     options = {"lossless": True} if format == "WEBP" else {}

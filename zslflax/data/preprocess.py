@@ -107,6 +107,7 @@ class TrainTransform:
         image, valid = allocate_images(len(samples), self.image_size)
         image_id, labels = np.zeros((len(samples), 2), np.uint32), np.full(len(samples), -1, np.int32)
         captions, errors = [""] * len(samples), []
+        min_side = images.min_side_for_crops(self.image_size, self.crop_scale)
         for i, (position, source, index) in enumerate(samples):
             rng = np.random.default_rng([AUGMENTATION_STREAM, self.seed, position])
             name = f"{type(self.sources[source]).__name__}:{index}"
@@ -117,7 +118,7 @@ class TrainTransform:
                     captions[i] = choose_caption(record, rng)
                 elif self.classes:
                     labels[i] = only_label(record, self.classes)
-                pixels, flip = record_image(record), 0.5 * self.flip
+                pixels, flip = record_image(record, min_side), 0.5 * self.flip
                 images.random_resized_crop(pixels, self.image_size, rng, self.crop_scale, flip=flip, out=image[i])
                 valid[i] = True
                 if self.with_ids:
@@ -291,10 +292,10 @@ def allocate_images(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.empty((count, size, size, 3), np.uint8), np.zeros(count, bool)
 
 
-def record_image(record: Record) -> np.ndarray:
-    """The pixels of a record's image, uint8 [height, width, 3]; decodes it where it is encoded."""
+def record_image(record: Record, min_side: int = 0) -> np.ndarray:
+    """The pixels of a record's image, uint8 [height, width, 3]; decodes it where it is encoded, as `images.decode`."""
     image = record["image"]
-    return image if isinstance(image, np.ndarray) else images.decode(image)
+    return image if isinstance(image, np.ndarray) else images.decode(image, min_side=min_side)
 
 
 def content_id(content: bytes | np.ndarray) -> np.ndarray:
