@@ -443,3 +443,10 @@ def test_only_errors_of_storage_become_a_storage_error(tmp_path, monkeypatch):
         with pytest.raises(expected, match=str(raised)), checkpoint.open_manager(tmp_path) as manager:
             close = failing_close(monkeypatch, manager, raised)
         close()
+
+
+def test_a_path_that_is_no_text_in_utf_8_is_refused_before_anything_is_written(tmp_path):
+    path = tmp_path / os.fsdecode(b"w\xf6rk")  # in Latin-1, or UTF-8 as Python's C locale reads it
+    with pytest.raises(UserError, match=r"w\\xf6rk', which is no text in UTF-8 here; set LC_ALL=C.UTF-8"):
+        checkpoint.create_manager(path)
+    assert not any(tmp_path.iterdir())

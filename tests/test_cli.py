@@ -64,3 +64,23 @@ def test_no_file_takes_the_place_of_a_closed_stream(tmp_path, shell):
     process.communicate(timeout=60)
     assert process.returncode == (0 if "full" not in shell else 120)  # Python's, where its own last flush fails
     assert (tmp_path / "file").read_text() == "content"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_names_are_printed_whatever_letters_standard_output_has(encoding, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    process = start("from zslflax import cli\nwith cli.exit_on_error(): print('caf\u00e9 \u9ce5')")
+    process.stdout.reconfigure(encoding=encoding)
+    output, errors = process.communicate(timeout=60)
+    expected = "caf\u00e9 \u9ce5".encode(encoding, "backslashreplace").decode(encoding)
+    assert (output.strip(), errors, process.returncode) == (expected, "", 0)
+
+
+def test_a_working_directory_that_was_removed_is_named(tmp_path):
+    command = "import pathlib\nfrom zslflax import cli\nwith cli.exit_on_error(): pathlib.Path('runs').absolute()"
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    process = start(f"import os; os.chdir({str(folder)!r}); os.rmdir({str(folder)!r})\n{command}")
+    _, errors = process.communicate(timeout=60)
+    expected = "zslflax: the working directory was removed; change to one that exists"
+    assert (errors.strip(), process.returncode) == (expected, 1)

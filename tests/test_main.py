@@ -113,14 +113,19 @@ def test_a_wrong_flag_ends_in_one_line(parse, arguments, config, message):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("x = 1\ndef (", "file.py, line 2: invalid syntax"), ("x = 1", "the file has no function get_config")],
+    [
+        ("x = 1\ndef (", "file.py, line 2: invalid syntax"),
+        ("x = 1", "the file has no function get_config"),
+        ("def get_config(): pass", "expected get_config() to return an ml_collections.ConfigDict, found None"),
+    ],
 )
 def test_a_config_file_that_is_no_config_ends_in_one_line(parse, tmp_path, monkeypatch, text, message):
     monkeypatch.delitem(sys.modules, "config_config", raising=False)  # of the last config file, which has the function
     (tmp_path / "file.py").write_text(text)
     with pytest.raises(SystemExit) as raised:
         parse("--config.steps=3", config=tmp_path / "file.py")
-    assert raised.value.code.startswith("zslflax: --config: ") and message in raised.value.code
+    assert raised.value.code.startswith("zslflax: ") and message in raised.value.code
+    assert "--config" in raised.value.code and "\n" not in raised.value.code
 
 
 def test_templates_from_a_file_are_saved_with_the_config(parse, tmp_path):

@@ -8,6 +8,7 @@ steps since the last report, and a hash of both. A checkpoint's step is what its
 import contextlib
 import logging
 import math
+import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -52,9 +53,19 @@ class CheckpointManager(ocp.CheckpointManager):
 def check_path(workdir: str | Path) -> None:
     """Refuses a path with one of [, ] and \\: Orbax takes it for a pattern, saves there and can never restore.
 
+    It also refuses one that is no text in UTF-8, as the letters of other languages are in Python's C locale: Orbax
+    cannot write there.
+
     Raises:
-        UserError: the path has one.
+        UserError: the path is such a one.
     """
+    try:
+        str(workdir).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"checkpoints cannot be saved in {os.fsencode(workdir)!r}, which is no text in UTF-8 here; set "
+            "LC_ALL=C.UTF-8 or PYTHONUTF8=1, or choose another --workdir"
+        ) from None
     if unsafe := sorted(set(str(Path(workdir).absolute())) & set("[]\\")):
         raise UserError(
             f"{workdir} has {' and '.join(unsafe)} in its path: checkpoints that are saved there cannot be read again; "

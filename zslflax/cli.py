@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
@@ -84,6 +85,8 @@ def exit_on_error() -> Iterator[None]:
     except KeyboardInterrupt:
         end_process("zslflax: interrupted", INTERRUPTED, limit)
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and not working_directory_exists():
+            end_process("zslflax: the working directory was removed; change to one that exists", 1, limit)
         of_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRORS
         if (isinstance(error, UserError) or of_machine) and not os.environ.get("ZSLFLAX_TRACEBACK"):
             end_process(f"zslflax: {error}", 1, limit)
@@ -115,6 +118,17 @@ def open_standard_streams() -> None:
     os.close(descriptor)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where names have letters that its encoding lacks
+
+
+def working_directory_exists() -> bool:
+    """Whether relative paths mean anything."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 class ExitLimit:

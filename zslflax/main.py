@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 from zslflax import config, distributed
 from zslflax.cli import exit_on_error, start_logging
 from zslflax.config_checks import check_devices, check_overrides, validate
-from zslflax.errors import nearest_names
+from zslflax.errors import UserError, nearest_names
 from zslflax.files import local_path
 from zslflax.inference.prompts import resolve_templates
 from zslflax.training.evaluate import evaluate_model, evaluate_run
@@ -101,6 +101,8 @@ class ConfigParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> ConfigDict:
         loaded: Any = self.parser.parse(argument)
+        if not isinstance(loaded, ConfigDict):
+            raise UserError(f"expected get_config() to return an ml_collections.ConfigDict, found {loaded!r}")
         field = r"\w+" if self.evaluating else "data"
         pattern = re.compile(rf"--?config\.eval\.sets\.([^.=]+)\.{field}(=|$)")
         names = [found[1] for argument in self.arguments if (found := pattern.match(argument))]

@@ -50,15 +50,15 @@ def test_jpegs_decode_like_pillow(kind):
 
 
 @pytest.mark.parametrize(
-    ("min_side", "eighths"), [(0, 8), (62, 8), (61, 4), (47, 4), (46, 3), (32, 3), (31, 2), (17, 2), (16, 1), (5, 1)]
+    ("min_side", "eighths"), [(0, 8), (61, 8), (60, 4), (46, 4), (45, 3), (31, 3), (30, 2), (16, 2), (15, 1), (5, 1)]
 )
-@pytest.mark.parametrize("shape", [(121, 180), (180, 121)])
+@pytest.mark.parametrize("shape", [(120, 184), (184, 120)])
 def test_a_large_jpeg_is_decoded_at_the_smallest_size_that_keeps_the_shorter_side(shape, min_side, eighths):
-    data = encode(smooth_image(*shape), "JPEG", quality=90)
+    smooth = np.array(Image.fromarray(smooth_image(8, 12)).resize(shape[::-1], Image.Resampling.BICUBIC))
+    data = encode(smooth, "JPEG", quality=90)
     decoded = images.decode(data, min_side=min_side)
     assert decoded.shape[:2] == tuple(-(-side * eighths // 8) for side in shape)
-    averages = area_average(decode_with_pillow(data), *decoded.shape[:2])
-    assert np.abs(decoded - averages).mean() < 2
+    np.testing.assert_allclose(decoded, area_average(decode_with_pillow(data), *decoded.shape[:2]), atol=5)
 
 
 @pytest.mark.parametrize("scale", [(0.2, 1.0), (0.05, 0.5), (1.0, 1.0)])
@@ -164,7 +164,7 @@ def area_average(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return (np.minimum(edges[1:], pixel + 1) - np.maximum(edges[:-1], pixel)).clip(0) * outputs / inputs
 
     rows, columns = overlaps(image.shape[0], height), overlaps(image.shape[1], width)
-    return np.einsum("yh,hwc,xw->yxc", rows, image, columns)
+    return np.einsum("yh,hwc,xw->yxc", rows, image, columns, optimize=True)
 
 
 @pytest.mark.parametrize("shape", [(7, 10), (37, 10), (7, 50), (36, 49), (37, 50), (1, 1)])

@@ -71,8 +71,8 @@ def decode(data: bytes, apply_orientation: bool = False, min_side: int = 0) -> n
         data: the contents of the file.
         apply_orientation: turn the image as its EXIF orientation says, as viewers show it. Training and evaluation
             ignore it, as torchvision and TensorFlow do.
-        min_side: pixels. A JPEG is decoded at 1/2, 3/8, 1/4 or 1/8 of its size where its shorter side keeps so many, which
-            takes half of the time for a photograph of a phone; 0: at its size.
+        min_side: pixels. A JPEG is decoded at 1/2, 3/8, 1/4 or 1/8 of its size where its shorter side keeps so many,
+            which takes half of the time for a photograph of a phone; 0: at its size.
 
     Returns:
         uint8 [height, width, 3].
