@@ -54,6 +54,14 @@ def test_the_card_has_licence_data_and_results(run_export, trained_workdir, tmp_
     assert "exported without results" in card and "has given none" in card and "has not described it" in card
 
 
+@pytest.mark.parametrize("folder", ["gs://bucket/model", "s3://bucket/model"])
+def test_an_address_is_refused_before_anything_starts(folder, run_export, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"FOLDER is '{folder}', an address"):
+        run_export(folder, workdir="nowhere")
+    assert not list(tmp_path.iterdir())
+
+
 PUSH = """
 import sys
 from zslflax.models import vit

@@ -59,6 +59,37 @@ def test_an_evaluation_takes_its_config_from_the_workdir_and_overrides_from_the_
     assert calls == 2 * [(tmp_path, {"eval.sets.pets.unseen": "cat"}, 3)]
 
 
+def test_another_model_is_evaluated_on_the_test_sets_of_the_command_or_of_a_config(
+    parse, main_without_set_up, monkeypatch, tmp_path
+):
+    calls = []
+    monkeypatch.setattr(main, "evaluate_model", lambda *arguments: calls.append(arguments))
+    monkeypatch.chdir(tmp_path)
+    arguments = "--mode=evaluate", "--model=some-org/clip", "--config.eval.sets.pets.data=pets:/data"
+    overrides = {"eval.sets.pets.data": "pets:/data"}
+    parse(*arguments, config=None)
+    assert main_without_set_up.main([]) == 0
+    assert calls == [("some-org/clip", tmp_path / "runs" / "clip", overrides, None)]
+    config = parse(*arguments, f"--workdir={tmp_path / 'other'}")
+    assert main_without_set_up.main([]) == 0
+    assert calls[1:] == [("some-org/clip", tmp_path / "other", overrides, config)]
+    assert config.eval.sets.test.data == "shapes"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model=clip"], "--model=clip is for --mode=evaluate"),
+        (["--model=clip", "--mode=evaluate", "--step=3"], "--step is that of a checkpoint of --workdir"),
+        (["--mode=evaluate", "--config.eval.sets.a.data=b"], "Give --workdir, a training run, or --model"),
+    ],
+)
+def test_flags_that_would_have_no_effect_or_lack_another_are_refused(parse, main_without_set_up, arguments, message):
+    parse(*arguments, config=None if "--mode=evaluate" in arguments else DEMO)
+    with pytest.raises(UserError, match=message):
+        main_without_set_up.main([])
+
+
 @pytest.mark.parametrize("objective", ["", "info_nce", "label_smoothing", "self_distillation", "otter", "sigmoid"])
 def test_the_argument_of_a_config_file_selects_the_objective(parse, objective):
     r50 = ROOT / "configs" / "r50_declutr.py"

@@ -31,7 +31,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("zslflax.main", "trains a model, or resumes a run that was stopped"),
-    "evaluate": Command("zslflax.main", "evaluates a checkpoint of a run", ("--mode=evaluate",)),
+    "evaluate": Command("zslflax.main", "evaluates a checkpoint of a run, or another model", ("--mode=evaluate",)),
     "predict": Command("zslflax.predict", "classifies images by any class names"),
     "search": Command("zslflax.search", "finds the images that fit a sentence"),
     "export": Command("zslflax.export", "writes a model into a folder"),
@@ -40,6 +40,7 @@ COMMANDS = {
     "noise": Command("zslflax.noise", "ranks the pairs of a dataset by how well they match"),
     "features": Command("zslflax.features", "computes the features of frozen towers before training"),
     "few-shot": Command("zslflax.few_shot", "measures how well a model tells new classes apart by a few images"),
+    "clip-benchmark": Command("zslflax.inference.clip_benchmark", "evaluates a model with CLIP_benchmark's own code"),
     "app": Command("zslflax.app", "serves a page in the browser that classifies and finds images"),
 }
 

@@ -262,15 +262,15 @@ def eval_set(
 
     Args:
         data: a source as in `data.train`, or labelled images: "FOLDER" with a subfolder for each class, "FILE.csv",
-            "open_images:FOLDER,LABELS.csv", "ml_images:FOLDER,LIST.txt" (`zslflax.data.sources.labelled`), or a
-            published test set, such as "food101:FOLDER" (`zslflax.data.sources.ready_sets`). Labels are class ids
-            where the source has ids, and otherwise indices into the class names.
+            or a published test set, such as "open_images:FOLDER" or "food101:FOLDER"
+            (`zslflax.data.sources.ready_sets`). Labels are class ids where the source has ids, and otherwise indices
+            into the class names.
         class_names: a file with one class name a line, or "cat,dog,…"; "" where the source, `classes` or `wordnet`
             gives the names.
         unseen: classes that are also reported separately, as names or ids in the form of `class_names`.
         synonyms: a second name of each class, in the form and order of `class_names`; evaluated separately.
         classes: files of class ids, separated by commas and merged by id, such as Open Images'
-            class-descriptions.csv (`zslflax.evaluation.class_lists`); "": the source's own classes.
+            class-descriptions.csv (`zslflax.data.sources.class_lists`); "": the source's own classes.
         wordnet: folder of the WordNet database, such as /usr/share/wordnet. It gives names to WordNet ids, and the
             hierarchy for hierarchical precision; "" for neither.
     """

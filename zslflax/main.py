@@ -39,7 +39,8 @@ MODEL = flags.DEFINE_string(
     "model",
     "",
     "With --mode=evaluate: a published CLIP or SigLIP or an exported model instead of the workdir's, as a folder or an "
-    "id on the Hugging Face Hub. Default of --workdir, where its predictions go: runs/<its name>.",
+    "id on the Hugging Face Hub, on the test sets of --config.eval.sets.NAME.data=… or --config. Its results go into "
+    "--workdir; default: runs/<its name>.",
 )
 CHANGED = flags.DEFINE_bool("changed", False, "Resume although the workdir's run had another config.")
 CONFIGS = Path(__file__).parent / "configs"  # what is shipped
@@ -142,19 +143,34 @@ def main(_: Any) -> int:
     run_config, evaluating = CONFIG.value, MODE.value == "evaluate"
     name = Path(MODEL.value).name or run_config.name
     workdir = local_path(WORKDIR.value or f"runs/{name}", "--workdir").absolute()
-    if evaluating and not MODEL.value:
+    if evaluating:
         distributed.initialize(run_config.compilation_cache)
-        config_flag: Any = flags.FLAGS["config"]
-        evaluate_run(workdir, config_flag.override_values, STEP.value)
+        evaluate(workdir)
         return 0
+    if MODEL.value:
+        raise UserError(
+            f"--model={MODEL.value} is for --mode=evaluate; a run starts with a model by --config.init_from"
+        )
     resolve_templates(run_config)
     validate(run_config)
     distributed.initialize(run_config.compilation_cache)
     check_devices(run_config, jax.device_count())
-    if evaluating:
-        evaluate_model(MODEL.value, run_config, workdir)
-        return 0
     return 0 if train(run_config, workdir, CHANGED.value) else STOPPED_STATUS.value
+
+
+def evaluate(workdir: Path) -> None:
+    """Evaluates the model of --model, or a checkpoint of the workdir."""
+    flag = flags.FLAGS["config"]
+    overrides = config_flags.get_override_values(flag)
+    given = CONFIG.value if config_flags.get_config_filename(flag) != config.__file__ else None
+    if MODEL.value:
+        if STEP.value is not None:
+            raise UserError("--step is that of a checkpoint of --workdir, and --model has none; give one of the two")
+        evaluate_model(MODEL.value, workdir, overrides, given)
+        return
+    if not WORKDIR.value and given is None:
+        raise UserError("what is to be evaluated? Give --workdir, a training run, or --model, another model")
+    evaluate_run(workdir, overrides, STEP.value)
 
 
 def run() -> None:

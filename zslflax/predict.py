@@ -1,7 +1,6 @@
-"""Classifies images with a trained model, or exports the model.
+"""Classifies images with a trained model.
 
 zslflax predict cat.jpg FOLDER --workdir=runs/demo --class-names="a cat,a dog"
-zslflax predict --workdir=runs/demo --export=FOLDER
 """
 
 import argparse
@@ -28,18 +27,15 @@ CHUNK = 64  # images that are in memory at once, unless they are drawn
 def main() -> None:
     args = parse_arguments()
     predictor = Predictor.restore(args.workdir, allow_urls=args.allow_urls)
-    if args.export:
-        predictor.export(args.export)
-    if args.images:
-        templates = read_templates(args.templates) if args.templates else None
-        class_names = read_class_names(args.class_names)
-        broken = classify_files(predictor, args.images, class_names, templates, args.top, args.png, args.json)
-        if broken:
-            sys.exit(f"zslflax: {broken} of the images could not be read; the others are answered")
+    templates = read_templates(args.templates) if args.templates else None
+    class_names = read_class_names(args.class_names)
+    broken = classify_files(predictor, args.images, class_names, templates, args.top, args.png, args.json)
+    if broken:
+        sys.exit(f"zslflax: {broken} of the images could not be read; the others are answered")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parses the command line; images and class names need each other."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser("zslflax predict", description=__doc__.partition("\n")[0])
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="a file, or a folder: the images below it")
     parser.add_argument("--workdir", required=True, help="a training run, an exported folder or a Hub id")
@@ -51,13 +47,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--png", metavar="FILE", help="draw the answers into this file instead of printing them")
     parser.add_argument("--json", action="store_true", help="print a JSON object per image, with probabilities")
     parser.add_argument("--allow-urls", action="store_true", help="an IMAGE may be an http(s) address, and is fetched")
-    parser.add_argument("--export", metavar="FOLDER", help="write the model into this new folder")
+    parser.add_argument("--export", help=argparse.SUPPRESS)  # what it was in 0.1.0
     args = parser.parse_args()
-    if bool(args.images) != bool(args.class_names) or not (args.images or args.export):
-        parser.error("give images and --class-names, or --export, or all of them")
-    for option in ("png", "export"):
-        if getattr(args, option):
-            setattr(args, option, local_path(getattr(args, option), f"--{option}"))
+    if args.export is not None:
+        parser.error(f"--export is a command of its own now: zslflax export {args.export} --workdir={args.workdir}")
+    if not (args.images and args.class_names):
+        parser.error("give images and --class-names")
+    if args.png:
+        args.png = local_path(args.png, "--png")
     return args
 
 

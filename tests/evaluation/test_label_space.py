@@ -58,6 +58,13 @@ def test_classes_get_their_names_from_files_wordnet_or_ids(tmp_path):
     assert read_label_space("x,y", source_classes=["n00000001", "n00000002"]).class_names == ["x", "y"]
     assert read_label_space(source_classes=["n00000001"], wordnet=WORDNET).class_names == ["animal, beast"]
     assert read_label_space("x,y").ids is None
+    source = {"source_classes": ["n00000003", "n00000002"], "source_names": ["sausage", "hound"]}
+    assert read_label_space(**source).class_names == ["sausage", "hound"]
+    two = write(tmp_path / "two.txt", b"n00000002\nn00000003\n")
+    assert read_label_space(classes=two, **source).class_names == ["hound", "sausage"]
+    assert read_label_space(classes=two, wordnet=WORDNET, **source).class_names == ["dog", "dog, frank"]
+    named = write(tmp_path / "named.txt", b"n00000002\tpuppy\n")
+    assert read_label_space(classes=f"{named},{two}", **source).class_names == ["puppy", "sausage"]
 
     for codes in (["n00000001", "cat"], ["/m/011k07", "cat"], ["0", "cat"]):
         with pytest.raises(ValueError, match=f"1 of 2 classes have no name, the first is '{codes[0]}'"):

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.testing.published import EMBED_DIM, SIZE, TEXTS, TOKENS, photo, save_clip, save_siglip, to_open_clip
+from zslflax.errors import UserError
 from zslflax.evaluation.test_sets import open_test_sets
 from zslflax.inference.predictor import Predictor
 from zslflax.training.evaluate import evaluate_model
@@ -92,6 +95,46 @@ def test_open_clips_folder_is_the_same_model(require, tmp_path):
     np.testing.assert_allclose(towers[1], towers[0], atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_openais_own_file_is_read_after_the_command_of_the_message(require, tmp_path):
+    """A TorchScript archive, as OpenAI published CLIP, beside the JSON files of the same model on the Hub."""
+    torch, safetensors = require("torch"), require("safetensors.torch")
+    save_clip(require, tmp_path / "hf", text_width=24)
+    to_open_clip(require, tmp_path / "hf", tmp_path / "open_clip")
+    weights = safetensors.load_file(tmp_path / "open_clip" / "open_clip_model.safetensors")
+    constants = {name: torch.tensor(8) for name in ("input_resolution", "context_length", "vocab_size")}
+    (tmp_path / "clip").mkdir()
+    for path in (tmp_path / "hf").glob("*.json"):
+        shutil.copy(path, tmp_path / "clip")
+    torch.jit.script(module_of(torch, weights | constants)).save(tmp_path / "clip" / "ViT-B-32.pt")
+    with pytest.raises(FileNotFoundError, match=r"own format only \(ViT-B-32.pt\); convert it once") as error:
+        Predictor.restore(tmp_path / "clip")
+    command = str(error.value).splitlines()[-1].strip()
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, timeout=120)
+    hf, converted = (Predictor.restore(tmp_path / name, cache="") for name in ("hf", "clip"))
+    np.testing.assert_allclose(converted.encode_text(TEXTS), hf.encode_text(TEXTS), atol=1e-6)
+    np.testing.assert_allclose(converted.encode_image(IMAGES), hf.encode_image(IMAGES), atol=1e-6)
+
+
+def module_of(torch, tensors):
+    """A PyTorch module that has tensors as buffers under their names, in modules inside of modules."""
+
+    class Node(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    root = Node()
+    for name, tensor in tensors.items():
+        *path, leaf = name.split(".")
+        node = root
+        for part in path:
+            if part not in node._modules:
+                node.add_module(part, Node())
+            node = node._modules[part]
+        node.register_buffer(leaf, tensor)
+    return root
+
+
 def test_what_is_not_computed_is_refused_by_field(require, published, tmp_path):
     folder, _ = published
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -132,7 +175,7 @@ def test_a_single_encoder_is_no_model(require, tmp_path):
 
 def test_a_published_model_is_evaluated_on_any_test_set(published, tiny_config, tmp_path):
     folder, _ = published
-    metrics = evaluate_model(str(folder), tiny_config, tmp_path / "runs")
+    metrics = evaluate_model(str(folder), tmp_path / "runs", config=tiny_config)
     [test_set] = open_test_sets(tiny_config)
     records = [test_set.source[i] for i in range(len(test_set.source))]
     predictor = Predictor.restore(folder, cache="")
@@ -141,6 +184,34 @@ def test_a_published_model_is_evaluated_on_any_test_set(published, tiny_config, 
     hits = [names.index(answer[0][0]) in record["label"] for answer, record in zip(answers, records)]
     assert metrics["eval/test/hit@1"] == pytest.approx(np.mean(hits))
     assert (tmp_path / "runs" / "evaluation" / "0.png").is_file()
+
+
+def test_overrides_alone_give_the_test_sets_and_the_model_the_prompts(published, colour_folder, tmp_path):
+    predictor = Predictor.restore(published[0], cache="")
+    predictor.config.eval.templates = ("the {} dog", "red {}")
+    predictor.export(tmp_path / "exported")
+    options = {
+        "eval.sets.colours.data": f"folder:{colour_folder}",
+        "eval.bootstrap_resamples": 0,
+        "eval.class_cache": "",
+    }
+    own = evaluate_model(str(tmp_path / "exported"), tmp_path / "run", options)
+    assert {name.split("/")[1] for name in own} == {"colours"}
+    prompts = {"eval.templates": ("the {} dog", "red {}")}
+    assert evaluate_model(str(published[0]), tmp_path / "run", options | prompts) == own
+    square = evaluate_model(str(published[0]), tmp_path / "run", options | prompts | {"eval.resize_factor": 2.0})
+    assert square != own
+    with pytest.raises(UserError, match="nothing to measure: give the data of a test set, such as --config.eval.sets"):
+        evaluate_model("no/such-model", tmp_path / "run", {"eval.templates": ("{}",)})
+    with pytest.raises(UserError, match="--config.model.image.size has no effect on no/such-model"):
+        evaluate_model("no/such-model", tmp_path / "run", {"model.image.size": 32})
+
+
+def test_the_card_of_a_model_of_the_hub_has_its_id_as_the_title(published, tmp_path):
+    folder = shutil.copytree(published[0], tmp_path / "hub" / "models--some-org--clip" / "snapshots" / "c0ffee")
+    Predictor.restore(folder, cache="").export(tmp_path / "exported")
+    assert "\n# some-org/clip\n" in (tmp_path / "exported" / "README.md").read_text()
+    assert Predictor.restore(tmp_path / "exported", cache="").config.name == "some-org/clip"
 
 
 def test_the_towers_alone_start_a_run_and_the_whole_model_teaches_it(require, tiny_config, tmp_path):

@@ -32,14 +32,14 @@ def main() -> None:
     parser.add_argument("--tfds-dir", default="", help="as the config's data.tfds_dir")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
+    path = args.picture and local_path(args.picture, "--picture")
     start_logging()
     source, split = open_either(args.source, args.split, args.captions_per_line, args.tfds_dir)
     summary = {"source": args.source, "split": split} | summarise_source(source, args.samples)
     print(
         json.dumps(summary, ensure_ascii=False) if args.json else f"{args.source}, {split}\n{format_summary(summary)}"
     )
-    if args.picture:
-        path = local_path(args.picture, "--picture")
+    if path:
         drawn = draw_examples(source)
         if drawn is None:
             raise UserError(f"none of ten samples of {args.source} can be read: there is nothing to draw")

@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from zslflax.data.sources.class_lists import read_classes
 from zslflax.errors import UserError, nearest_names
-from zslflax.evaluation.class_lists import read_classes
 from zslflax.evaluation.labels import Labels
 from zslflax.evaluation.wordnet import WordNet
 from zslflax.inference.prompts import read_class_names
@@ -96,7 +96,7 @@ def read_label_space(
 
     Args:
         class_names: as `read_class_names` takes them, in the order of the classes. "": the names in the file of
-            classes, or else in WordNet, or else the ids themselves, unless they are codes.
+            classes, or else those of the source, or in WordNet, or else the ids themselves, unless they are codes.
         unseen: some of the names, or of the ids, in the same form; "" for none.
         synonyms: in the form and order of `class_names`; "" for none.
         classes: the ids, as `read_classes` takes them; "": `source_classes`.
@@ -107,18 +107,19 @@ def read_label_space(
     Raises:
         UserError: the number of names and ids differ, a class has no name, or an unseen class is not among the classes.
     """
-    file_names: dict[str, str] = {}
+    known: dict[str, str] = {}
     ids = None if source_classes is None else list(source_classes)
+    if ids and source_names is not None and not (classes and wordnet):  # WordNet's names are of another form
+        known = dict(zip(ids, source_names))
     if classes:
         ids, file_names = read_classes(classes)
+        known |= file_names
     if class_names:
         names = read_class_names(class_names)
-    elif source_names is not None and not classes:
-        names = list(source_names)
     elif ids is None:
         raise UserError("expected names or classes, because the source's labels are only numbers")
     else:
-        names = names_of_ids(ids, file_names, wordnet)
+        names = names_of_ids(ids, known, wordnet)
     if ids is not None and len(names) != len(ids):
         raise UserError(
             f"expected a name for each of {len(ids)} classes ({', '.join(ids[:3])}, …), in their order, "

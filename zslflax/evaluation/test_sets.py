@@ -13,7 +13,7 @@ from zslflax.data.addresses import is_remote
 from zslflax.data.images import BadSample
 from zslflax.data.sources import shapes
 from zslflax.data.sources.base import Annotations, Source
-from zslflax.data.sources.labelled import LabelledImages
+from zslflax.data.sources.labelled import ClassTars, LabelledImages
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import whole_source
 from zslflax.data.sources.webdataset import WebDataset
@@ -102,7 +102,7 @@ def open_label_space(fields: ConfigDict, source: Source, wordnet: WordNet | None
             fields.synonyms,
             classes=fields.classes,
             source_classes=source.classes,
-            source_names=source.class_names if isinstance(source, LabelledImages) else None,
+            source_names=source.class_names if isinstance(source, (ClassTars, LabelledImages)) else None,
             wordnet=wordnet,
         )
     if fields.data == "shapes":

@@ -23,6 +23,7 @@ from zslflax.models.import_weights.architecture import (
 )
 from zslflax.models.import_weights.description import Resizing, read_pixel_statistics, read_resizing
 from zslflax.models.import_weights.load import load_image_tower, load_text_tower
+from zslflax.models.import_weights.locate import model_name
 from zslflax.models.import_weights.open_clip import OPEN_CLIP_CONFIG
 from zslflax.models.import_weights.reading import find_tensors, read_tensors
 from zslflax.models.two_tower import TwoTower
@@ -72,7 +73,7 @@ def published_config(folder: Path) -> ConfigDict:
     size: Any = image["image_size"]
     resizing = read_resizing(folder, Resizing(size, size if clip else 0, "bicubic"))
     statistics = read_pixel_statistics(folder)
-    config.name, config.compute_dtype = folder.name, "float32"
+    config.name, config.compute_dtype = model_name(folder), "float32"
     own = (CLIP_MEAN, CLIP_STD) if clip else ((0.5,) * 3, (0.5,) * 3)
     mean, std = (statistics.mean, statistics.std) if statistics else own
     config.model.image.update(name="", pretrained=str(folder), size=resizing.size, mean=mean, std=std)

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from zslflax import distributed
-from zslflax.config import eval_set, field_names
+from zslflax.config import default_config, eval_set, field_names
 from zslflax.config_checks import check_devices, check_eval, check_paths, get_field
 from zslflax.data.addresses import hide_credentials
 from zslflax.data.image_features import ImageFeatures
@@ -101,9 +101,7 @@ def evaluate_run(
     """
     config = read_run_config(workdir)
     override(config, overrides or {})
-    check_devices(config, jax.device_count())
-    test_sets = open_test_sets(config)
-    check_test_sets(test_sets)
+    test_sets = open_checked_test_sets(config)
     restore = functools.partial(Predictor.restore, workdir, cache=config.eval.class_cache)
     predictors = {"": restore(step=step)}
     if config.teacher.kind == "ema":
@@ -111,20 +109,56 @@ def evaluate_run(
     return measure(predictors, test_sets, config, workdir, workdir)
 
 
-def evaluate_model(model: str, config: ConfigDict, workdir: Path) -> dict[str, float]:
+def evaluate_model(
+    model: str, workdir: Path, overrides: Mapping[str, Any] | None = None, config: ConfigDict | None = None
+) -> dict[str, float]:
     """Evaluates an exported or published model, as `Predictor.restore` takes it, as `evaluate_run` does a checkpoint.
 
+    The model prepares images in its own way, unless an override of `eval.resize_factor` or `eval.interpolation` says
+    otherwise.
+
     Args:
-        model: prepares images in its own way.
-        config: gives the test sets and prompts.
+        model: a folder, or an id on the Hugging Face Hub.
         workdir: the folder in which evaluation/STEP.json is written.
+        overrides: values of fields of eval and data by name, such as {"eval.sets.test.data": "folder:pets"}.
+        config: gives test sets and prompts; None: the overrides alone give test sets, and the model the prompts.
+
+    Raises:
+        UserError: there is no such model, an override is none of an evaluation, or nothing can be measured.
     """
-    test_sets = open_test_sets(config)
-    check_test_sets(test_sets)
+    overrides = overrides or {}
+    if ignored := [field for field in overrides if not field.startswith(OVERRIDDEN)]:
+        raise UserError(
+            f"--config.{ignored[0]} has no effect on {model}, which is evaluated as it is; only fields of eval and "
+            "data, and features.folder, can be set"
+        )
+    from_model = ["resize_factor", "interpolation"] + (["templates"] if config is None else [])
+    config = default_config() if config is None else config.copy_and_resolve_references()
+    override(config, overrides)
+    test_sets = open_checked_test_sets(config)  # before the model, which may have to be downloaded
     predictor = Predictor.restore(model, cache=config.eval.class_cache)
-    config, own = config.copy_and_resolve_references(), predictor.config.eval
-    config.eval.update(resize_factor=own.resize_factor, interpolation=own.interpolation)
+    for field in from_model:
+        if f"eval.{field}" not in overrides:
+            config.eval[field] = predictor.config.eval[field]
     return measure({"": predictor}, test_sets, config, workdir, model)
+
+
+def open_checked_test_sets(config: ConfigDict) -> list[TestSet]:
+    """Opens the test sets of an evaluation, and checks their labels.
+
+    Raises:
+        UserError: there is none, or one cannot be used.
+    """
+    check_devices(config, jax.device_count())
+    test_sets = open_test_sets(config)
+    if not test_sets:
+        raise UserError(
+            "there is nothing to measure: give the data of a test set, such as "
+            "--config.eval.sets.pets.data=pets:FOLDER, or of several under names of your choice; docs/your-data.md "
+            "lists what is read"
+        )
+    check_test_sets(test_sets)
+    return test_sets
 
 
 def measure(
@@ -155,8 +189,6 @@ def measure(
     if not results:
         raise UserError(
             "nothing could be measured: none of eval.sets has images with captions, or with labels among its classes"
-            if test_sets
-            else "there is nothing to measure: give the data of a test set, such as eval.sets.test.data"
         )
     interval = ", ± half of the 95% interval" if config.eval.bootstrap_resamples else ""
     log.info("step %d of %s%s\n%s", step, model, interval, format_table(results))

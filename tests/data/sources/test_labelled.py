@@ -13,8 +13,9 @@ from tests.testing.shards import write_tar
 from zslflax.config import default_config
 from zslflax.data import images, pipeline
 from zslflax.data.images import BadSample
-from zslflax.data.sources.labelled import READERS, LabelledImages
+from zslflax.data.sources.labelled import LabelledImages
 from zslflax.data.sources.opening import open_source
+from zslflax.data.sources.ready_sets import READERS
 from zslflax.evaluation.label_space import read_label_space
 from zslflax.evaluation.metrics import zero_shot_metrics
 from zslflax.evaluation.results import flat_names
@@ -153,7 +154,7 @@ def test_open_images_distinguishes_labels_and_negatives(tmp_path, caplog):
         ("00075905539074f2.jpg", 100): set(),
     }
     assert [{source.classes[c] for c in no} for no in source.negatives] == [{"/m/015p6"}, set(), {"/m/04rky"}]
-    assert source.excluded == {"missing_images": 1, "disputed_labels": 1}
+    assert source.excluded == {"missing_images": 1, "disputed_labels": 1, "unnamed_labels": 0}
     assert "1 of 4 annotated images are not in" in caplog.text and "(ffffffffffffffff)" in caplog.text
     assert "1 labels of" in caplog.text and "count as neither" in caplog.text
 
@@ -177,8 +178,8 @@ def test_faulty_open_images(tmp_path):
         open_source(f"open_images:{tmp_path},none.csv", DATA, "test")
     with pytest.raises(FileNotFoundError, match="none is not a folder; expected open_images:FOLDER"):
         open_source("open_images:none,none.csv", DATA, "test")
-    with pytest.raises(ValueError, match="expected open_images:FOLDER,LABELS.csv, found"):
-        open_source(f"open_images:{tmp_path}", DATA, "test")
+    with pytest.raises(ValueError, match="expected open_images:FOLDER or open_images:FOLDER,LABELS.csv, found"):
+        open_source("open_images:none", DATA, "test")
     spec = open_images(tmp_path)
     write(tmp_path / "images" / "again" / "000595fe6fee6369.png", jpeg(1))
     with pytest.raises(ValueError, match="two files are called by the same image id: .*000595fe6fee6369"):

@@ -2,16 +2,18 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.testing.images import jpeg, write
+from tests.testing.shards import write_tar
 from zslflax.config import default_config, eval_set
 from zslflax.data import images
 from zslflax.data.sources.opening import open_source
-from zslflax.evaluation.test_sets import open_test_set
+from zslflax.evaluation.test_sets import open_test_set, true_labels
 
 DATA = default_config().data
 
@@ -164,6 +166,96 @@ def test_variants_of_imagenet(tmp_path):
     (tmp_path / "LOC_synset_mapping.txt").unlink()
     with pytest.raises(ValueError, match="numbers of ImageNet's classes: put LOC_synset_mapping.txt"):
         open_source(f"imagenet_v2:{folder}", DATA, "test")
+
+
+@pytest.mark.parametrize("kept_as", ["folders", "tars", "val"])
+def test_imagenet21k_has_a_class_for_each_id_whatever_its_name(tmp_path, kept_as):
+    for i, name in enumerate(("n02012849", "n03126707", "n01440764")):
+        if kept_as == "tars":
+            write_tar(tmp_path / f"winter21_whole/{name}.tar", [(f"{name}_{i}.JPEG", jpeg(50 * i))])
+        else:
+            folder = tmp_path / {"folders": "", "val": "imagenet21k_val"}[kept_as]
+            write(folder / name / f"{name}_{i}.JPEG", jpeg(50 * i))
+            write(tmp_path / "imagenet21k_train" / name / "x.JPEG", jpeg(0))  # of another split
+    spec = f"imagenet21k:{tmp_path}"
+    with pytest.raises(ValueError, match="3 of 3 classes have no name"):
+        open_test_set("test", eval_set(spec), DATA)
+    write(tmp_path / "words.txt", re.sub(r"(?m)^(\w+) ", r"\1\t", NAMES + "n00001740 entity\n"))
+    names = ["tench, Tinca tinca", "crane", "crane"]  # the bird and the machine
+    assert read(spec) == (names, ["tench, Tinca tinca", "crane", "crane"])
+    assert grey(open_source(spec, DATA, "test")) == [100, 0, 50]
+    test_set = open_test_set("test", eval_set(spec), DATA)
+    assert test_set.label_space.ids == ["n01440764", "n02012849", "n03126707"]
+
+
+def test_a_union_with_imagenet1k_has_each_id_once(tmp_path):
+    """A list of all classes to which those of ImageNet-1k are added by name has its twins twice: a right answer in the
+    other slot would be a miss."""
+    for name in ("n02012849", "n03126707"):
+        write(tmp_path / f"{name}/{name}_1.JPEG", jpeg(0))
+    write(tmp_path / "imagenet21k_wordnet_ids.txt", "n02012849\nn03126707\nn00001740\n")
+    write(tmp_path / "imagenet21k_wordnet_lemmas.txt", "crane\ncrane, lifting_device\nentity\n")
+    thousand = write(tmp_path / "1k.txt", "n01440764\nn02012849\n")
+    thousand_names = write(tmp_path / "LOC.txt", NAMES)
+    spec = f"imagenet21k:{tmp_path}"
+    assert read(spec)[0] == ["crane", "crane, lifting device"]
+    space = open_test_set("test", eval_set(spec, classes=f"{thousand_names},{thousand}"), DATA).label_space
+    assert space.ids == ["n01440764", "n01443537", "n02012849", "n03126707"]
+    some = write(tmp_path / "some.txt", "n03126707\nn02012849\n")  # ids alone take the source's names
+    space = open_test_set("test", eval_set(spec, classes=str(some)), DATA).label_space
+    assert space.class_names == ["crane, lifting device", "crane"]
+    with pytest.raises(FileNotFoundError, match="no folder or tar for each class, such as n01440764"):
+        open_source(f"imagenet21k:{tmp_path}/n02012849", DATA, "test")
+    write(tmp_path / "imagenet21k_wordnet_lemmas.txt", "crane\n")
+    with pytest.raises(ValueError, match="lemmas.txt has 1 lines and .*ids.txt has 3"):
+        open_source(spec, DATA, "test")
+
+
+VERDICTS = (
+    "ImageID,Source,LabelName,Confidence\n"
+    "00000000000000a1,verification,/m/01yrx,1\n00000000000000a1,verification,/m/0bt9lr,0\n"
+    "00000000000000b2,verification,/m/0bt9lr,1\n00000000000000b2,verification,/m/unnamed,1\n"
+    "00000000000000c3,verification,/m/01yrx,1\n"
+)
+DESCRIPTIONS = "/m/0bt9lr,Dog\n/m/01yrx,Cat\n/m/0c9ph5,Flower\n"
+
+
+@pytest.mark.parametrize("version", ["4", "7", "FiftyOne"])
+def test_open_images_in_its_own_files(tmp_path, version, caplog):
+    images, labels, names = {
+        "4": ("test", "test-annotations-human-imagelabels.csv", "class-descriptions.csv"),
+        "7": ("test", "csv/oidv7-test-annotations-human-imagelabels.csv", "csv/oidv7-class-descriptions.csv"),
+        "FiftyOne": ("test/data", "test/labels/classifications.csv", "test/metadata/classes.csv"),
+    }[version]
+    for i, name in enumerate(("00000000000000a1", "00000000000000b2")):
+        write(tmp_path / images / f"{name}.jpg", jpeg(50 * i))
+    write(tmp_path / "train/00000000000000a1.jpg", jpeg(200))
+    write(tmp_path / "validation-annotations-human-imagelabels.csv", VERDICTS)
+    write(tmp_path / "class-descriptions-boxable.csv", "/m/01yrx,Cat\n")
+    write(tmp_path / labels, VERDICTS)
+    spec = f"open_images:{tmp_path}"
+    with pytest.raises(ValueError, match="classes have no name, the first is '/m/01yrx'"):
+        open_test_set("test", eval_set(spec), DATA)
+    write(tmp_path / names, ("LabelName,DisplayName\n" if version == "7" else "") + DESCRIPTIONS)
+    assert read(spec) == (["Dog", "Cat", "Flower"], ["Cat", "Dog"])
+    source = open_source(spec, DATA, "test")
+    assert source.negatives == [(0,), ()] and grey(source) == [0, 50]
+    assert source.excluded == {"missing_images": 1, "disputed_labels": 0, "unnamed_labels": 1}
+    assert "1 of 3 annotated images are not in" in caplog.text
+    write(tmp_path / "oidv7-classes-trainable.txt", "/m/0c9ph5\n/m/0bt9lr\n")  # ids, which the source names
+    few = open_test_set("test", eval_set(spec, classes=str(tmp_path / "oidv7-classes-trainable.txt")), DATA)
+    assert few.label_space.class_names == ["Flower", "Dog"]
+    assert true_labels(few, range(2), source.labels).labels == [(), (1,)]
+
+
+def test_open_images_in_files_of_two_versions_or_none(tmp_path):
+    write(tmp_path / "test/00000000000000a1.jpg", jpeg(0))
+    with pytest.raises(FileNotFoundError, match=r"has no \*test-annotations-human-imagelabels.csv.*found: test"):
+        open_source(f"open_images:{tmp_path}", DATA, "test")
+    for name in ("test-annotations-human-imagelabels.csv", "oidv7-test-annotations-human-imagelabels.csv"):
+        write(tmp_path / name, VERDICTS)
+    with pytest.raises(ValueError, match="several files .*: oidv7-test-.*, test-.*; leave the one that is meant"):
+        open_source(f"open_images:{tmp_path}", DATA, "test")
 
 
 def karpathy(name: str, folder: str | None) -> str:

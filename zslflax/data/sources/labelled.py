@@ -1,24 +1,22 @@
-"""Labelled images in the formats of their datasets: folders and tars by class, Open Images, ML-Images."""
+"""Labelled images: the sources of the readers of datasets, folders and tars by class, and ML-Images."""
 
-import collections
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from zslflax.data.images import is_clutter
-from zslflax.data.sources.base import Annotations, Record, Source
+from zslflax.data.sources.base import Annotations, Record
 from zslflax.data.sources.image_files import (
     existing_keys,
     find_images,
     fingerprint_of_files,
     format_examples,
     read_image_file,
-    report_missing,
     sorted_by_id,
 )
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import local_path, read_columns, read_text
+from zslflax.files import local_path, read_text
 
 log = logging.getLogger("zslflax")
 
@@ -77,6 +75,7 @@ class ClassTars:
     Args:
         shards: of all tars that can be read.
         tars: all of them, in the order of the classes.
+        class_names: of the classes, where their ids are codes; or None.
 
     Attributes:
         classes: the tars' names without .tar.
@@ -84,8 +83,8 @@ class ClassTars:
 
     negatives: list[tuple[int, ...]] | None = None
 
-    def __init__(self, shards: WebDataset, tars: Sequence[Path]):
-        self.shards, self.excluded = shards, shards.excluded
+    def __init__(self, shards: WebDataset, tars: Sequence[Path], class_names: list[str] | None = None):
+        self.shards, self.excluded, self.class_names = shards, shards.excluded, class_names
         self.classes: list[str] | None = [tar.stem for tar in tars]
         class_of_tar = {str(tar): label for label, tar in enumerate(tars)}
         self.labels = [class_of_tar[path] for path in self.shards.paths]  # a tar that cannot be read is left out
@@ -131,44 +130,19 @@ def read_class_folders(folder: Path) -> LabelledImages:
     return LabelledImages(images, labels, [subfolder.name for subfolder in subfolders])
 
 
-def read_open_images(spec: str) -> LabelledImages:
-    """Reads "FOLDER,LABELS.csv": Open Images' human-verified labels of images FOLDER/…/IMAGEID.jpg.
-
-    LABELS.csv is a *-annotations-human-imagelabels.csv with the columns ImageID, LabelName (a MID) and Confidence: 1
-    for a label, 0 for a negative. Where people disagree about a label of an image, it counts as neither.
-    """
-    folder, file = existing_folder_and_file(spec, "open_images:FOLDER,LABELS.csv")
-    path_of_id: dict[str, str] = {}
-    for path in find_images(folder):
-        if (other := path_of_id.setdefault(Path(path).stem, path)) != path:
-            raise UserError(f"two files are called by the same image id: {other} and {path}")
-    # By image: the labels that people deny, and those that they affirm.
-    verdicts: dict[str, tuple[set[int], set[int]]] = collections.defaultdict(lambda: (set(), set()))
-    missing: set[str] = set()
-    label_of_mid: dict[str, int] = {}
-    for line, (image, mid, confidence) in read_columns(file, ("ImageID", "LabelName", "Confidence")):
-        if confidence not in ("0", "1", "0.0", "1.0"):
-            raise UserError(
-                f"{file}, line {line}: the confidence is {confidence!r}, expected a person's verdict, 1 or 0; "
-                "machine-generated labels cannot serve as ground truth"
-            )
-        if not image or not mid:
-            raise UserError(f"{file}, line {line}: the {'label' if image else 'image'} is empty")
-        label = label_of_mid.setdefault(mid, len(label_of_mid))
-        if image in path_of_id:
-            verdicts[image][confidence.startswith("1")].add(label)
-        else:
-            missing.add(image)
-    report_missing(len(missing), len(missing) + len(verdicts), sorted(missing), str(folder))
-    disputed = sum(len(denied & affirmed) for denied, affirmed in verdicts.values())
-    if disputed:
-        log.warning("%d labels of %s are both affirmed and denied, and count as neither", disputed, file)
+def labelled_images(
+    root: Path, pairs: Sequence[tuple[str, int]], classes: list[str], class_names: list[str] | None = None
+) -> LabelledImages:
+    """The images of a folder that exist, with a label each."""
+    paths = {path: root / path for path, _ in pairs}
+    present = set(existing_keys(paths, str(root)))
+    kept = [(path, label) for path, label in pairs if path in present]
     return LabelledImages(
-        [path_of_id[image] for image in verdicts],
-        [tuple(sorted(affirmed - denied)) for denied, affirmed in verdicts.values()],
-        list(label_of_mid),
-        negatives=[tuple(sorted(denied - affirmed)) for denied, affirmed in verdicts.values()],
-        excluded={"missing_images": len(missing), "disputed_labels": disputed},
+        [paths[path] for path, _ in kept],
+        [(label,) for _, label in kept],
+        classes,
+        excluded={"missing_images": len(paths) - len(present)} if len(present) < len(paths) else {},
+        class_names=class_names,
     )
 
 
@@ -196,9 +170,6 @@ def read_ml_images(spec: str) -> LabelledImages:
     present = existing_keys(paths, str(folder))
     missing = {"missing_images": len(paths) - len(present)}
     return LabelledImages([paths[i] for i in present], [labels[i] for i in present], excluded=missing)
-
-
-READERS: dict[str, Callable[[str], Source]] = {"open_images": read_open_images, "ml_images": read_ml_images}
 
 
 def parse_class(field: str, file: Path, line: int) -> int:

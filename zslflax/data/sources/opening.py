@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from zslflax.data.addresses import is_remote
 from zslflax.data.retries import ReadLimits
-from zslflax.data.sources import labelled, ready_sets, shapes
+from zslflax.data.sources import ready_sets, shapes
 from zslflax.data.sources.base import Source, SourceOptions
 from zslflax.data.sources.folders import open_folder, open_shards
 from zslflax.data.sources.hf_datasets import open_hf_dataset
@@ -20,7 +20,7 @@ from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import UserError
 from zslflax.files import check_local, expand_user, local_path
 
-LABELLED = labelled.READERS | ready_sets.READERS
+LABELLED = ready_sets.READERS
 TEXT_ENDINGS = (".csv", ".tsv", ".tab")
 
 
@@ -31,10 +31,9 @@ def open_source(spec: str, data_config: ConfigDict, split: str, captions: bool =
         spec: a folder, which is opened as what it holds (`zslflax.data.sources.folders`); a pattern of tar shards; a
             table, "FILE.csv", "FILE.tsv" or a pattern of parquet files, where "#image=COLUMN,caption=COLUMN" may follow
             (`zslflax.data.sources.table_columns`); "hf_dataset:NAME/CONFIG:SPLIT"; "tfds:NAME/SPLIT"; "shapes", the
-            built-in procedural source; or labelled images, "open_images:FOLDER,LABELS.csv" or
-            "ml_images:FOLDER,LIST.txt" (`zslflax.data.sources.labelled`), or a published test set, such as
-            "food101:FOLDER" (`zslflax.data.sources.ready_sets`). Prefixes say what a path is whose name does
-            not: "folder:", "csv:", "tsv:", "parquet:".
+            built-in procedural source; or a published test set, such as "open_images:FOLDER" or "food101:FOLDER"
+            (`zslflax.data.sources.ready_sets`). Prefixes say what a path is whose name does not: "folder:", "csv:",
+            "tsv:", "parquet:".
         data_config: the config's field `data`, for `tfds_dir`, `captions_per_line`, the timeouts and `shapes`.
         split: "train" or "test". For "shapes" it selects the data; other specs name their data, and must have
             captions for "train".

@@ -9,16 +9,12 @@ from zslflax.data.images import is_clutter
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.cifar import CifarImages
 from zslflax.data.sources.image_files import existing_keys, find_images
-from zslflax.data.sources.labelled import LabelledImages
-from zslflax.errors import MissingFileError, UserError
-from zslflax.files import local_path, read_columns, read_json, read_rows, read_text
+from zslflax.data.sources.imagenet import read_imagenet, read_imagenet21k
+from zslflax.data.sources.labelled import LabelledImages, labelled_images, read_ml_images
+from zslflax.data.sources.open_images import read_open_images
+from zslflax.errors import MissingFileError
+from zslflax.files import local_path, read_json, read_rows, read_text
 
-WORDNET_ID = re.compile(r"n\d{8}")
-IMAGENET_NAMES = "LOC_synset_mapping.txt"  # of the archive on Kaggle: lines "n01440764 tench, Tinca tinca"
-IMAGENET_FOLDERS: tuple[str, ...] = (
-    *("", "val", "validation", "ILSVRC/Data/CLS-LOC/val", "imagenet-r", "imagenet-a", "sketch"),
-    "imagenetv2-matched-frequency-format-val",
-)
 CAPTIONS_PER_IMAGE = 5  # the first ones; published recalls leave out further captions of COCO
 
 
@@ -38,7 +34,7 @@ def read_food101(spec: str) -> LabelledImages:
     of_class = read_json(root / "meta" / "test.json")
     classes = sorted(of_class)
     pairs = [(f"images/{image}.jpg", label) for label, name in enumerate(classes) for image in of_class[name]]
-    return labelled(root, pairs, list(map(plain_name, classes)))
+    return labelled_images(root, pairs, list(map(plain_name, classes)))
 
 
 def read_pets(spec: str) -> LabelledImages:
@@ -48,7 +44,7 @@ def read_pets(spec: str) -> LabelledImages:
     names = {int(row[1]): plain_name(row[0].rpartition("_")[0]).title() for _, row in rows}
     label_of = {number: label for label, number in enumerate(sorted(names))}
     pairs = [(f"images/{row[0]}.jpg", label_of[int(row[1])]) for _, row in rows]
-    return labelled(root, pairs, [names[number] for number in sorted(names)])
+    return labelled_images(root, pairs, [names[number] for number in sorted(names)])
 
 
 def read_flowers102(spec: str) -> LabelledImages:
@@ -64,7 +60,7 @@ def read_flowers102(spec: str) -> LabelledImages:
     classes = [str(number) for number in range(1, max(labels) + 1)]
     names = read_json(root / "cat_to_name.json") if (root / "cat_to_name.json").is_file() else {}
     pairs = [(f"jpg/image_{number:05}.jpg", labels[number - 1] - 1) for number in test]
-    return labelled(root, pairs, classes, [names[i] for i in classes] if names else None)
+    return labelled_images(root, pairs, classes, [names[i] for i in classes] if names else None)
 
 
 def read_caltech101(spec: str) -> LabelledImages:
@@ -75,7 +71,7 @@ def read_caltech101(spec: str) -> LabelledImages:
     classes = [name for name in folders if name != "BACKGROUND_Google"]
     images = [find_images(root / name) for name in classes]
     pairs = [(path, label) for label, paths in enumerate(images) for path in paths]
-    return labelled(root, pairs, list(map(plain_name, classes)))
+    return labelled_images(root, pairs, list(map(plain_name, classes)))
 
 
 def read_sun397(spec: str) -> LabelledImages:
@@ -93,72 +89,7 @@ def read_sun397(spec: str) -> LabelledImages:
         paths = [str(Path(path).relative_to(root)) for path in find_images(root)]
     folders = {path: f"/{Path(path).parent.as_posix()}" for path in paths}
     pairs = [(path, label_of[folder]) for path, folder in folders.items() if folder in label_of]
-    return labelled(root, pairs, [plain_name(class_id[3:]) for class_id in ids])
-
-
-def read_imagenet(spec: str) -> LabelledImages:
-    """Reads ImageNet's validation images, or ImageNet-V2, -R, -A or -Sketch, in class folders.
-
-    The folders are called by WordNet's ids; those of ImageNet-V2 by the numbers of the classes, in the order of ids.
-    The validation images may also be in one folder, with LOC_val_solution.csv. Names are the first ones that
-    LOC_synset_mapping.txt gives, in the folder or one of the two above it.
-    """
-    given = local_path(spec, "the source")
-    if not given.is_dir():
-        raise MissingFileError(f"there is no folder {given}")
-    names = imagenet_names(given)
-    ids = list(names)
-    root, folders = next(
-        ((given / name, found) for name in IMAGENET_FOLDERS if (found := class_folders(given / name))), (given, [])
-    )
-    if not folders:
-        return read_kaggle_imagenet(given, names)
-    if folders[0].isdigit():
-        if len(ids) <= int(folders[-1]):
-            raise UserError(
-                f"the folders of {root} are numbers of ImageNet's classes: put {IMAGENET_NAMES}, which lists them, "
-                f"into {given}"
-            )
-        classes = ids
-        label_of = {folder: int(folder) for folder in folders}
-    else:
-        classes, label_of = folders, {folder: label for label, folder in enumerate(folders)}
-    pairs = [(path, label_of[folder]) for folder in folders for path in find_images(root / folder)]
-    return labelled(root, pairs, classes, [names[i] for i in classes] if set(classes) <= set(names) else None)
-
-
-def imagenet_names(folder: Path) -> dict[str, str]:
-    """The first name of each of ImageNet's classes, by id, in the order of ids; {} where no file has them."""
-    places = [parent / IMAGENET_NAMES for parent in (folder, *list(folder.absolute().parents)[:2])]
-    file = next((place for place in places if place.is_file()), None)
-    lines = read_text(file).splitlines() if file else []
-    pairs = sorted(line.split(" ", 1) for line in lines if WORDNET_ID.match(line))
-    return {class_id: names.split(",")[0].strip() for class_id, names in pairs}
-
-
-def class_folders(folder: Path) -> list[str]:
-    """The subfolders that are called by WordNet's ids, or else those that are called by numbers, in order."""
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
-    by_id = sorted(name for name in names if WORDNET_ID.fullmatch(name))
-    return by_id or sorted((name for name in names if name.isdigit()), key=int)
-
-
-def read_kaggle_imagenet(folder: Path, names: dict[str, str]) -> LabelledImages:
-    """Reads ImageNet's validation images in one folder, whose classes LOC_val_solution.csv lists."""
-    solution = folder / "LOC_val_solution.csv"
-    if not (solution.is_file() and names):
-        raise MissingFileError(
-            f"{folder} has no class folders, such as val/n01440764, and not both LOC_val_solution.csv and "
-            f"{IMAGENET_NAMES} either"
-        )
-    images = next((folder / name for name in (*IMAGENET_FOLDERS[1:4], "") if (folder / name).is_dir()), folder)
-    label_of = {class_id: label for label, class_id in enumerate(names)}
-    rows = [row for _, row in read_columns(solution, ("ImageId", "PredictionString"))]
-    ids = {image: prediction.split(" ")[0] for image, prediction in rows}
-    if unknown := set(ids.values()) - set(names):
-        raise UserError(f"{solution} has the class {min(unknown)!r}, which {IMAGENET_NAMES} lacks")
-    pairs = [(f"{image}.JPEG", label_of[class_id]) for image, class_id in ids.items()]
-    return labelled(images, pairs, list(names), list(names.values()))
+    return labelled_images(root, pairs, [plain_name(class_id[3:]) for class_id in ids])
 
 
 def read_karpathy(file: Path, folders: Sequence[str]) -> LabelledImages:
@@ -221,10 +152,13 @@ READERS: dict[str, Callable[[str], Source]] = {
     "flowers102": read_flowers102,
     "food101": read_food101,
     "imagenet": read_imagenet,
+    "imagenet21k": read_imagenet21k,
     "imagenet_a": read_imagenet,
     "imagenet_r": read_imagenet,
     "imagenet_sketch": read_imagenet,
     "imagenet_v2": read_imagenet,
+    "ml_images": read_ml_images,
+    "open_images": read_open_images,
     "pets": read_pets,
     "sun397": read_sun397,
 }
@@ -243,22 +177,6 @@ def find_root(spec: str, *markers: str) -> Path:
             return candidate
     found = ", ".join(entry.name for entry in sorted(folder.iterdir())[:10]) if folder.is_dir() else "no folder"
     raise MissingFileError(f"{folder} has no {' or '.join(markers)}; found: {found or 'nothing'}")
-
-
-def labelled(
-    root: Path, pairs: Sequence[tuple[str, int]], classes: list[str], class_names: list[str] | None = None
-) -> LabelledImages:
-    """The images of a folder that exist, with a label each."""
-    paths = {path: root / path for path, _ in pairs}
-    present = set(existing_keys(paths, str(root)))
-    kept = [(path, label) for path, label in pairs if path in present]
-    return LabelledImages(
-        [paths[path] for path, _ in kept],
-        [(label,) for _, label in kept],
-        classes,
-        excluded={"missing_images": len(paths) - len(present)} if len(present) < len(paths) else {},
-        class_names=class_names,
-    )
 
 
 def captioned(root: Path, captions: dict[str, list[str]]) -> LabelledImages:

@@ -92,6 +92,19 @@ def safetensors_revision(name: str, folder: Path) -> str:
         return ""
 
 
+def model_name(folder: Path) -> str:
+    """Returns what the model in a folder is called: its id, if the folder is in the Hub's cache, or the folder's name.
+
+    >>> model_name(Path("hub/models--openai--clip-vit-base-patch32/snapshots/c0ffee"))
+    'openai/clip-vit-base-patch32'
+    >>> model_name(Path("models/clip"))
+    'clip'
+    """
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
 def locate_in_package(name: str) -> Path:
     """Returns the folder called `package:MODULE/FOLDER` of an installed package, without importing it."""
     module, _, rest = name.removeprefix("package:").partition("/")

@@ -13,12 +13,15 @@ from zslflax.files import open_tensors, read_json
 
 PYTORCH_FILES = ("*.bin", "*.pth", "*.pt", "*.pth.tar", "*.ckpt")
 CONVERT = (
-    "import sys, torch; from safetensors.torch import save_file; "
-    "weights = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+    "import sys, torch, zipfile; from safetensors.torch import save_file; path = sys.argv[1]; "
+    # TorchScript, in which OpenAI published CLIP, has constants beside its data.
+    "script = zipfile.is_zipfile(path) and any('constants.pkl' in n for n in zipfile.ZipFile(path).namelist()); "
+    "weights = torch.jit.load(path, map_location='cpu').state_dict() if script else "
+    "torch.load(path, map_location='cpu', weights_only=True); "
     # Training scripts, Lightning and others put the weights beside the optimiser's state.
     "weights = next((weights[key] for key in ('state_dict', 'model_state_dict', 'model') if key in weights), weights); "
-    "save_file({name: value.clone().contiguous() for name, value in weights.items() if torch.is_tensor(value)}, "
-    "sys.argv[2])"
+    "save_file({name.removeprefix('module.'): value.clone().contiguous() for name, value in weights.items() "
+    "if torch.is_tensor(value)}, sys.argv[2])"
 )
 
 

@@ -188,15 +188,17 @@ HF_CLIP_IMAGE = Layout(
 HF_CLIP_TEXT = Layout(
     "embeddings.token_embedding.weight", named(CLIP_TEXT_NAMES, "encoder.layers"), rf"vision_model\..+|{PROJECTIONS}"
 )
+# Sizes, which OpenAI's own files have beside the weights, and what both towers share.
+OPEN_CLIP_OTHERS = r"|logit_(scale|bias)|attn_mask|input_resolution|context_length|vocab_size"
 OPEN_CLIP_IMAGE = Layout(
     "ln_pre.weight",
     named(OPEN_CLIP_IMAGE_NAMES, "transformer.resblocks"),
-    r"transformer\..+|(positional|token)_embedding.*|ln_final\..+|(visual\.|text_)proj.*|logit_(scale|bias)|attn_mask",
+    r"transformer\..+|(positional|token)_embedding.*|ln_final\..+|(visual\.|text_)proj.*" + OPEN_CLIP_OTHERS,
 )
 OPEN_CLIP_TEXT = Layout(
     "ln_final.weight",
     named(OPEN_CLIP_TEXT_NAMES, "transformer.resblocks"),
-    r"visual\..+|text_projection|logit_(scale|bias)|attn_mask",
+    r"visual\..+|text_projection" + OPEN_CLIP_OTHERS,
 )
 WORDS = "embeddings.word_embeddings.weight"
 HF_BERT = Layout(WORDS, named(BERT_NAMES, "encoder.layer", ("query", "key", "value")))

@@ -9,6 +9,7 @@ from zslflax.files import read_rows
 
 SYNSET = re.compile(r"n\d{8} +\S")  # a WordNet id and a name
 OPEN_IMAGES = ["LabelName", "DisplayName"]
+ML_IMAGES_1 = re.compile(r"n\d{8}\t-?\d+")  # the first version: an id and the place of its parent
 ML_IMAGES = ["category_index", "category_id", "index_of_parent_category", "category name"]
 
 
@@ -22,6 +23,7 @@ def read_classes(spec: str) -> tuple[list[str], dict[str, str]]:
         ID NAME              with WordNet's ids: ImageNet's LOC_synset_mapping.txt
         NUMBER <tab> ID <tab> NUMBER <tab> NAME, with a header: Tencent ML-Images'
                              dictionary_and_semantic_hierarchy.txt, whose first number is the class's place
+        ID <tab> NUMBER <tab> NAME, with WordNet's ids: the same in its first version
         ID,NAME              in a .csv: Open Images' class-descriptions, with or without their header
 
     Returns:
@@ -60,6 +62,8 @@ def read_class_file(path: str) -> list[list[str]]:
             if row[0] != str(place):
                 raise UserError(f"{path}, line {number}: the class's number is {row[0]}, expected {place}")
         rows = [(number, row[1:2] + row[3:]) for number, row in rows]
+    elif rows and all(len(row) == 3 and ML_IMAGES_1.fullmatch("\t".join(row[:2])) for _, row in rows):
+        rows = [(number, [row[0], row[2]]) for number, row in rows]
     if not rows:
         raise UserError(f"{path} has no classes")
     fields = len(rows[0][1])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zslflax.evaluation.class_lists import read_classes
+from zslflax.data.sources.class_lists import read_classes
 from zslflax.evaluation.label_space import read_label_space
 
 ML_IMAGES = b"category_index\tcategory_id\tindex_of_parent_category\tcategory name\n"
@@ -28,6 +28,9 @@ def test_classes_are_read_in_the_format_of_each_dataset(tmp_path):
         ["n00002452", "n05220461"],
         {"n00002452": "thing", "n05220461": '"body" part, limb'},
     )
+    first = write(tmp_path / "first.txt", b"n00002452\t-1\tthing\nn05220461\t0\tbody part, limb\n")
+    names = {"n00002452": "thing", "n05220461": "body part, limb"}
+    assert read_classes(first) == (["n00002452", "n05220461"], names)
     # Open Images' class descriptions, which older versions have without a header.
     rows = b'/m/011k07,Tortoise\n/m/0_k,"Pot, ""iron"""\n/m/2,Tortoise\n'
     expected = (
