@@ -136,6 +136,9 @@ def objective_fields() -> ConfigDict:
     c.sinkhorn_regulariser = 0.15  # λ of otter, in units of similarity (OTTER's release)
     c.sinkhorn_iterations = 5  # Sinkhorn iterations of otter (OTTER's release)
     c.logit_bias = -10.0  # initial bias of sigmoid (SigLIP, arXiv 2303.15343)
+    # Weight of the squared distance to the embeddings of a fixed teacher, beside any loss of two towers; 0: none
+    # (CLIP-KD, arXiv 2307.12732: 2000, beside info_nce).
+    c.feature_weight = 0.0
     # γ of cross_entropy and logit_distillation (SKD, arXiv 2006.09785: 2 and 1); 0: images are not rotated.
     c.rotation_weight = 0.0
     c.temperature = 2.0  # T of logit_distillation (SKD's release)

@@ -132,6 +132,14 @@ def check_objective(config: ConfigDict) -> None:
         f"objective.max_similarities is {objective.max_similarities}, expected 0 (no chunks) or a positive number",
     )
     expect(0.0 <= teacher.ema_decay < 1.0, f"teacher.ema_decay is {teacher.ema_decay}, expected 0 ≤ decay < 1")
+    weight = objective.feature_weight
+    expect(weight >= 0, f"objective.feature_weight is {weight}, expected 0 or a positive weight")
+    expect(
+        weight == 0 or (teacher.kind == "checkpoint" and not is_classifier(config)),
+        f"objective.feature_weight is {weight}, which compares the embeddings of two towers with those of a fixed "
+        f"teacher, but objective.name is {objective.name} and teacher.kind {teacher.kind}; set teacher.kind to "
+        "checkpoint, or objective.feature_weight to 0",
+    )
     needs_teacher = (contrastive.OBJECTIVES | classification.OBJECTIVES)[objective.name].needs_teacher
     expect(
         not (needs_teacher and teacher.kind == "none"),

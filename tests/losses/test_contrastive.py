@@ -12,7 +12,7 @@ from zslflax.losses.contrastive import OBJECTIVES
 from zslflax.losses.pairs import Embeddings, Pairs, soft_label_columns
 
 pytestmark = pytest.mark.usefixtures("strict_types")
-N, D = 8, 5
+N, D, WIDE = 8, 5, 7
 ALL = np.ones(N, bool)
 
 
@@ -21,7 +21,7 @@ def pairs():
     """The student's embeddings, and the teacher's, which are wider."""
     rng = np.random.default_rng(0)
     random = lambda d: normalise(rng.normal(size=(N, d)))
-    return Embeddings(random(D), random(D)), Embeddings(random(7), random(7))
+    return Embeddings(random(D), random(D)), Embeddings(random(WIDE), random(WIDE))
 
 
 def softmax(x):
@@ -29,15 +29,28 @@ def softmax(x):
     return e / e.sum(axis=1, keepdims=True)
 
 
-def written_out(o, student, teacher, scale, soft_scale):
+def feature_distance(student, teacher, params):
+    """The squared distance of both modalities' embeddings, averaged over their elements."""
+    total = 0.0
+    for modality, x, target in zip(("image", "text"), student, teacher):
+        if x.shape != target.shape:
+            head = params["feature_heads"][modality]
+            x = x @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+            x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        total += np.mean((x - target) ** 2)
+    return total
+
+
+def written_out(o, student, teacher, params):
     """The objective of a batch in float64, written down from the papers."""
+    scale, soft_scale = (float(np.exp(params.get(name, 0.0))) for name in ("log_logit_scale", "log_soft_logit_scale"))
+    total = o.feature_weight * feature_distance(student, teacher, params) if o.feature_weight else 0.0
     v, t = (np.asarray(x, np.float64) for x in student)
     tv, tt = (np.asarray(x, np.float64) for x in teacher)
     n = len(v)
     if o.name == "sigmoid":
         z = 2 * np.eye(n) - 1
-        return np.sum(np.log1p(np.exp(-z * (scale * v @ t.T + o.logit_bias)))) / n
-    total = 0.0
+        return total + np.sum(np.log1p(np.exp(-z * (scale * v @ t.T + o.logit_bias)))) / n
     for s, cross in ((v @ t.T, tv @ tt.T), (t @ v.T, tt @ tv.T)):
         hard = np.eye(n)
         if o.name == "label_smoothing":
@@ -75,15 +88,17 @@ VARIANTS = [objective_config(name) for name in OBJECTIVES] + [
     objective_config(
         "otter", image_image_weight=0.0, text_text_weight=0.5, remove_diagonal=False, sinkhorn_iterations=2
     ),
+    objective_config("info_nce", feature_weight=20.0),
+    objective_config("self_distillation", feature_weight=3.0),
+    objective_config("sigmoid", feature_weight=3.0),
 ]
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda o: o.name)
 def test_loss_agrees_with_its_equation(config, pairs):
     losses, _, _ = run_objective(config, *pairs, ALL)
-    params = distinct_params(config)
-    scales = [float(np.exp(params.get(k, 0.0))) for k in ("log_logit_scale", "log_soft_logit_scale")]
-    np.testing.assert_allclose(losses["loss"].mean(), written_out(config, *pairs, *scales), rtol=2e-5)
+    expected = written_out(config, *pairs, distinct_params(config, D, WIDE))
+    np.testing.assert_allclose(losses["loss"].mean(), expected, rtol=2e-5)
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda o: o.name)

@@ -10,7 +10,7 @@ import numpy as np
 
 from zslflax.config import default_config, set_objective
 from zslflax.losses import contrastive
-from zslflax.losses.contrastive import OBJECTIVES
+from zslflax.losses.contrastive import needs_teacher
 from zslflax.losses.pairs import Embeddings, PairIds
 
 STEP = jnp.int32(3)
@@ -29,9 +29,9 @@ def normalise(x: np.ndarray) -> np.ndarray:
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def distinct_params(config: ml_collections.FrozenConfigDict) -> dict[str, jax.Array]:
+def distinct_params(config: ml_collections.FrozenConfigDict, width: int = 0, teacher_width: int = 0) -> dict[str, Any]:
     """An objective's initial parameters, with different scales for the hard and the soft term."""
-    params = contrastive.init_params(config)
+    params = contrastive.init_params(config, jax.random.key(3), width, teacher_width)
     scales = (name for name in params if name.endswith("logit_scale"))
     return params | {name: params[name] - 0.3 * i for i, name in enumerate(scales)}
 
@@ -70,10 +70,11 @@ def run_objective(
         The losses of all pairs [n], the gradients of the mean loss by `distinct_params`, and by the student's
         embeddings; NumPy.
     """
-    teacher = teacher if OBJECTIVES[config.name].needs_teacher else None
+    teacher = teacher if needs_teacher(config) else None
+    params = distinct_params(config, student.image.shape[1], teacher.image.shape[1] if teacher else 0)
     split = lambda tree: jax.tree.map(lambda x: jnp.asarray(x).reshape(devices, -1, *x.shape[1:]), tree)
     inputs = split((student, teacher, np.asarray(valid)) + ((ids,) if ids else ()))
-    losses, params_grads, emb_grads = mapped(config, devices, len(inputs))(distinct_params(config), *inputs)
+    losses, params_grads, emb_grads = mapped(config, devices, len(inputs))(params, *inputs)
     losses, emb_grads = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), (losses, emb_grads))
     return losses, jax.tree.map(np.asarray, params_grads), emb_grads
 

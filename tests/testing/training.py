@@ -20,6 +20,7 @@ from zslflax.training.step import train_step
 from zslflax.training.train_state import TrainState, create_train_state
 
 N, SIZE, TOKENS, STEPS = 8, 4, 6, 3  # pairs, pixels, tokens, length of the run
+WIDTH = 12  # of the embeddings
 BERT = BertConfig(vocab_size=40, width=16, layers=1, heads=2, hidden=32, positions=TOKENS, dropout=0.0)
 
 
@@ -33,11 +34,11 @@ class Perceptron(nn.Module):
         return nn.Dense(8)(nn.relu(x))
 
 
-def make_two_tower(image: nn.Module | None = None, bert: BertConfig = BERT) -> TwoTower:
+def make_two_tower(image: nn.Module | None = None, bert: BertConfig = BERT, width: int = WIDTH) -> TwoTower:
     """A two-tower model with a `Perceptron`, or another image tower."""
     image_side, text_side = (
-        ProjectedTower(image or Perceptron(), nn.Dense(12)),
-        ProjectedTower(Bert(bert), nn.Dense(12)),
+        ProjectedTower(image or Perceptron(), nn.Dense(width)),
+        ProjectedTower(Bert(bert), nn.Dense(width)),
     )
     return TwoTower(image_side, text_side, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
@@ -78,10 +79,16 @@ def make_config(objective: str = "self_distillation", **fields: Any) -> ConfigDi
 
 
 def make_state(
-    config: ConfigDict, variables: dict[str, Any], model: TwoTower = MODEL, devices: int = 1, steps: int = STEPS
+    config: ConfigDict,
+    variables: dict[str, Any],
+    model: TwoTower = MODEL,
+    devices: int = 1,
+    steps: int = STEPS,
+    teacher_width: int = WIDTH,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state before the first step, replicated, and the keyword arguments of `train_step`."""
-    params = {**variables["params"], "objective": contrastive.init_params(config.objective)}
+    objective_params = contrastive.init_params(config.objective, jax.random.key(2), WIDTH, teacher_width)
+    params = {**variables["params"], "objective": objective_params}
     tx, frozen = build_optimizer(config, params, steps), frozen_towers(params, config.freeze)
     ema = config.teacher.kind == "ema"
     state = create_train_state({**variables, "params": params}, tx, ema=ema, frozen=frozen)
@@ -111,7 +118,8 @@ def run_steps(
     teacher_model: TwoTower | None = None,
 ) -> list[tuple[TrainState, dict[str, np.ndarray]]]:
     """Takes a step for each batch; returns the states after each and their metrics, on the host."""
-    state, arguments = make_state(config, variables, model, devices, steps)
+    kernel = fixed_teacher["params"]["image"]["projection"]["kernel"] if fixed_teacher else np.empty((0, WIDTH))
+    state, arguments = make_state(config, variables, model, devices, steps, kernel.shape[1])
     step = map_step(arguments | {"teacher_model": teacher_model or model}, devices)
     history = []
     for batch in batches:

@@ -57,9 +57,9 @@ def save_model(folder: Path, config: ConfigDict, variables: dict[str, Any], step
     """
     write_json(folder / "config.json", prediction_fields(config))
     write_text(folder / "README.md", card)
-    if is_classifier(config):  # the heads of the objective are for training alone
-        variables = {**variables, "params": {k: x for k, x in variables["params"].items() if k != "objective"}}
-    tensors = {name: np.asarray(x, order="C") for name, x in flatten_dict(variables, sep="/").items()}
+    is_head = lambda name: name.startswith("params/objective/") and name.count("/") > 2  # used in training alone
+    arrays = flatten_dict(variables, sep="/")
+    tensors = {name: np.asarray(x, order="C") for name, x in arrays.items() if not is_head(name)}
     mode = (folder / "README.md").stat().st_mode
 
     def write_weights(partial: Path) -> None:

@@ -27,8 +27,8 @@ import optax
 from ml_collections import ConfigDict
 
 from zslflax.losses.contrastive import inner_products
+from zslflax.losses.heads import Params, dense, init_dense
 
-Params = dict[str, Any]
 ROTATIONS = 4
 
 
@@ -215,16 +215,6 @@ def init_params(config: ConfigDict, key: jax.Array, features: int, classes: int,
     if config.name == "prompt_distillation" and sentences:
         return {"reason_head": init_dense(key, features, sentences)}
     return {}
-
-
-def init_dense(key: jax.Array, inputs: int, outputs: int) -> Params:
-    """The parameters of a linear layer."""
-    return {"kernel": jax.nn.initializers.lecun_normal()(key, (inputs, outputs)), "bias": jnp.zeros(outputs)}
-
-
-def dense(params: Params, x: jax.Array) -> jax.Array:
-    """A linear layer of the last axis."""
-    return x @ params["kernel"] + params["bias"]
 
 
 def is_best(logits: jax.Array, label: jax.Array) -> jax.Array:

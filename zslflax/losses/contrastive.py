@@ -11,6 +11,9 @@ scale s̃ of its own:
     loss = α · L(y, s) + (1 − α) · L(ỹ, s̃),
 
 where ỹ are the teacher's soft labels. In code, an axis of size 2 holds the two directions. Everything is fp32.
+
+Every objective may add w · mean over pairs i of (‖v_i − ṽ_i‖² + ‖t_i − t̃_i‖²) / d, with w = `feature_weight` and the
+teacher's embeddings ṽ_i and t̃_i of width d: see `feature_loss`.
 """
 
 from collections.abc import Callable
@@ -22,6 +25,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from zslflax.losses.chunks import count_chunks, map_chunks, split
+from zslflax.losses.feature_distillation import feature_loss, init_heads
+from zslflax.losses.heads import Params
 from zslflax.losses.pairs import Embeddings, PairIds, Pairs, find_columns, soft_label_columns
 from zslflax.losses.sinkhorn import MASKED, column_potential
 
@@ -89,20 +94,37 @@ OBJECTIVES = {
 }
 
 
-def init_params(config: ConfigDict) -> dict[str, jax.Array]:
-    """The objective's own parameters, fp32 scalars: the log of each learnt logit scale, and the sigmoid's bias."""
+def needs_teacher(config: ConfigDict) -> bool:
+    """Whether the objective of a config's section `objective` learns from a teacher."""
+    return OBJECTIVES[config.name].needs_teacher or config.feature_weight > 0
+
+
+def init_params(config: ConfigDict, key: jax.Array | None = None, width: int = 0, teacher_width: int = 0) -> Params:
+    """The objective's own parameters: fp32 scalars, and the layers of `feature_loss` where the widths differ.
+
+    The scalars are the log of each learnt logit scale, and the sigmoid's bias.
+
+    Args:
+        config: the `objective` section of the config.
+        key: of the layers' random weights.
+        width, teacher_width: of the embeddings of student and teacher.
+    """
     objective = OBJECTIVES[config.name]
     init = {"log_logit_scale": config.log_logit_scale}
     if objective.needs_teacher:
         init["log_soft_logit_scale"] = config.log_logit_scale
     if objective.pairwise:
         init["logit_bias"] = config.logit_bias
-    return {name: jnp.asarray(value, jnp.float32) for name, value in init.items()}
+    params: Params = {name: jnp.asarray(value, jnp.float32) for name, value in init.items()}
+    if config.feature_weight and width != teacher_width:
+        assert key is not None
+        params["feature_heads"] = init_heads(key, width, teacher_width)
+    return params
 
 
 def pair_losses(
     config: ConfigDict,
-    params: dict[str, jax.Array],
+    params: Params,
     student: Embeddings,
     teacher: Embeddings | None,
     valid: jax.Array,
@@ -148,14 +170,19 @@ def pair_losses(
     if num_chunks > 1:
         row_losses = jax.checkpoint(row_losses, prevent_cse=False)  # keep no chunk's matrices for the gradient
     losses = map_chunks(row_losses, rows, num_chunks)
-    if not objective.needs_teacher:
-        return losses | {"loss": losses["hard_loss"]}
-    weight = soft_weight(config, step)
-    return losses | {"loss": (1.0 - weight) * losses["hard_loss"] + weight * losses["soft_loss"]}
+    losses["loss"] = losses["hard_loss"]
+    if objective.needs_teacher:
+        weight = soft_weight(config, step)
+        losses["loss"] = (1.0 - weight) * losses["hard_loss"] + weight * losses["soft_loss"]
+    if config.feature_weight:
+        assert teacher is not None
+        losses["feature_loss"] = feature_loss(params, student, teacher)
+        losses["loss"] += config.feature_weight * losses["feature_loss"]
+    return losses
 
 
 def softmax_losses(
-    config: ConfigDict, params: dict[str, jax.Array], batch: Pairs, potential: jax.Array, rows: Pairs
+    config: ConfigDict, params: Params, batch: Pairs, potential: jax.Array, rows: Pairs
 ) -> dict[str, jax.Array]:
     """The cross-entropies of a chunk of rows with their hard and soft targets, both directions averaged: fp32 [c]."""
     objective = OBJECTIVES[config.name]
@@ -180,7 +207,7 @@ def softmax_losses(
 
 
 def sigmoid_losses(
-    config: ConfigDict, params: dict[str, jax.Array], batch: Pairs, potential: jax.Array, rows: Pairs
+    config: ConfigDict, params: Params, batch: Pairs, potential: jax.Array, rows: Pairs
 ) -> dict[str, jax.Array]:
     """Σ_j −log σ(±(s · v_i·t_j + bias)), + on positives and − elsewhere (SigLIP, arXiv 2303.15343): fp32 [c].
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from zslflax.losses.contrastive import OBJECTIVES
+from zslflax.losses.contrastive import needs_teacher
 from zslflax.losses.pairs import Embeddings
 from zslflax.models.partition import MODALITIES, Tree
 from zslflax.models.two_tower import TwoTower
@@ -92,7 +92,7 @@ def no_grad_outputs(
         for modality in MODALITIES
         if modality in state.frozen_params or f"{modality}_features" in batch
     }
-    if not OBJECTIVES[config.objective.name].needs_teacher:
+    if not needs_teacher(config.objective):
         return features, None
     teacher = teacher_variables(state, fixed_teacher, config.teacher.batch_norm)
     own_towers = {m for m, params in fixed_teacher.get("params", {}).items() if "tower" in params}

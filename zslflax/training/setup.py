@@ -110,8 +110,8 @@ def set_up(
         test_sets = open_test_sets(config)
         check_test_sets(test_sets)
     with startup.phase("building the state"):
-        teacher_model, fixed_teacher, teacher_features = load_fixed_teacher(config, model, tokenizer, sources)
-        state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints)
+        teacher = load_fixed_teacher(config, model, tokenizer, sources)
+        state, tx, recent_metrics = create_or_restore_state(config, model, workdir, checkpoints, teacher.width)
     first_step = int(state.step)
     if distributed.is_main() and (changed or first_step == 0):
         if tokenizer is not None:
@@ -123,7 +123,7 @@ def set_up(
         write_test_names(workdir, {s.name: s.label_space.class_names for s in test_sets if s.label_space is not None})
     log_setup(config, state, sources)
 
-    fixed_teacher = distributed.replicate(without_shared_towers(fixed_teacher, state.frozen_params))
+    fixed_teacher = distributed.replicate(without_shared_towers(teacher.variables, state.frozen_params))
     features = open_features(config, model, tokenizer, state, sources, [test_set.source for test_set in test_sets])
     check_teacher_needs_no_images(config, features, fixed_teacher)
     text_features = text_features or features.text
@@ -135,7 +135,7 @@ def set_up(
         state=state,
         first_step=first_step,
         recent_metrics=recent_metrics,
-        train_step=TrainStep(fixed_teacher, model=model, teacher_model=teacher_model, tx=tx, config=config),
+        train_step=TrainStep(fixed_teacher, model=model, teacher_model=teacher.model, tx=tx, config=config),
         batches=device_batches(
             config,
             sources,
@@ -144,7 +144,7 @@ def set_up(
             text_features if features.text_frozen else None,
             features.train_images,
             features.images_from,
-            teacher_features,
+            teacher.features,
         ),
         first_pass=sum(map(len, sources)) if features.text_frozen or features.train_images else 0,
         evaluate=functools.partial(evaluate_state, predictor, test_sets, workdir, extra_metrics, features.of_images),
@@ -189,7 +189,7 @@ def open_train_sources(config: ConfigDict, sources: Sequence[Source] | None = No
 
 
 def create_or_restore_state(
-    config: ConfigDict, model: TwoTower, workdir: Path, checkpoints: CheckpointManager
+    config: ConfigDict, model: TwoTower, workdir: Path, checkpoints: CheckpointManager, teacher_width: int
 ) -> tuple[TrainState, optax.GradientTransformation, list[dict[str, Any]]]:
     """The state to start from. Its parameters come, in this order, from:
 
@@ -204,8 +204,8 @@ def create_or_restore_state(
         UserError: no checkpoint can be restored, or the newest one is beyond `config.steps`.
     """
     if checkpoints.latest_step() is None:
-        return *create_state(config, model, pretrained=True), []
-    state, tx = create_state(config, model, pretrained=False)
+        return *create_state(config, model, pretrained=True, teacher_width=teacher_width), []
+    state, tx = create_state(config, model, pretrained=False, teacher_width=teacher_width)
     state = restore_newest(checkpoints, state)
     step = int(state.step)
     log.info("resuming from step %d in %s", step, workdir)
@@ -215,7 +215,7 @@ def create_or_restore_state(
 
 
 def create_state(
-    config: ConfigDict, model: TwoTower, *, pretrained: bool
+    config: ConfigDict, model: TwoTower, *, pretrained: bool, teacher_width: int | None = None
 ) -> tuple[TrainState, optax.GradientTransformation]:
     """The state before the first step, replicated over this host's devices, and the optimiser.
 
@@ -223,6 +223,7 @@ def create_state(
         config: the whole config.
         model: the student's.
         pretrained: whether to import the model or the pretrained towers that the config names.
+        teacher_width: of the teacher's embeddings; None: as wide as the student's.
     """
     example = [jnp.ones(x.shape, x.dtype) for x in example_inputs(model, config.model)]
     for pixels, _ in config.model.image.schedule:
@@ -230,7 +231,7 @@ def create_state(
         jax.eval_shape(model.init, jax.random.key(0), image, *example[1:])  # raises an error where this size cannot be
     key, init = jax.random.key(config.seed), jitted_init(model)  # is traced once, for the shapes and for the arrays
     shapes: Tree = jax.eval_shape(init, key, *example)["params"]
-    objective_params = init_objective(config, jax.random.fold_in(key, 1), shapes)
+    objective_params = init_objective(config, jax.random.fold_in(key, 1), shapes, teacher_width)
     shapes = {**shapes, "objective": objective_params}
     tx = build_optimizer(config, shapes, config.steps)  # checks the patterns before any parameter is made
     variables: Any = init(key, *example)
@@ -249,16 +250,18 @@ def jitted_init(model: TwoTower) -> Any:
     return jax.jit(model.init)
 
 
-def init_objective(config: ConfigDict, key: jax.Array, shapes: Tree) -> Tree:
+def init_objective(config: ConfigDict, key: jax.Array, shapes: Tree, teacher_width: int | None = None) -> Tree:
     """The initial parameters of the objective.
 
     Args:
         config: the whole config.
         key: of random weights.
         shapes: of the model's parameters.
+        teacher_width: as `create_state` takes it.
     """
     if not is_classifier(config):
-        return init_params(config.objective)
+        width = config.model.embed_dim
+        return init_params(config.objective, key, width, teacher_width or width)
     features, classes = shapes["image"]["projection"]["kernel"].shape
     sentences = config.objective.sentences and read_sentences(config.objective.sentences, config.model.class_names)
     return classification.init_params(config.objective, key, features, classes, len(sentences))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,19 +23,39 @@ from zslflax.training.train_state import towers
 log = logging.getLogger("zslflax")
 
 
+class FixedTeacher(NamedTuple):
+    """A teacher that does not change during the run.
+
+    Attributes:
+        model: its `TwoTower`, or the student's for another kind of teacher.
+        variables: what the step needs of its variables, on the host; {} for another kind of teacher.
+        width: of its embeddings.
+        features: of each source's training images by its image tower, where it is the zero-shot teacher of a
+            classifier.
+    """
+
+    model: TwoTower
+    variables: Tree
+    width: int
+    features: list[ImageFeatures]
+
+
 def load_fixed_teacher(
     config: ConfigDict, model: TwoTower, tokenizer: Tokenizer | None, sources: Sequence[Source]
-) -> tuple[TwoTower, Tree, list[ImageFeatures]]:
-    """The teacher's model and, for teacher.kind "checkpoint", its variables on the host.
+) -> FixedTeacher:
+    """Loads the teacher of teacher.kind "checkpoint".
 
-    For other kinds these are the student's model and {}. A classifier's zero-shot teacher also has the features of the
-    training images.
+    Args:
+        config: the whole config.
+        model: the student's.
+        tokenizer: the student's; None for a classifier.
+        sources: of the training images.
 
     Raises:
         UserError: the teacher takes other tokens or images than the student.
     """
     if config.teacher.kind != "checkpoint":
-        return model, {}, []
+        return FixedTeacher(model, {}, config.model.embed_dim, [])
     teacher = Predictor.restore(config.teacher.workdir)
     check_kind(config, teacher)
     if tokenizer is not None:
@@ -47,10 +67,12 @@ def load_fixed_teacher(
             f"student of {config.model.image.size}; set model.image.size to the teacher's"
         )
     log.info("teacher: step %d of %s, fixed", teacher.step, config.teacher.workdir)
+    width = teacher.config.model.embed_dim
     if needs_centre_crop:
-        return teacher.model, *prompt_teacher(config, teacher, sources)
+        variables, features = prompt_teacher(config, teacher, sources)
+        return FixedTeacher(teacher.model, variables, width, features)
     variables = jax.device_get(teacher.variables)
-    return teacher.model, {**variables, "params": towers(variables["params"])}, []
+    return FixedTeacher(teacher.model, {**variables, "params": towers(variables["params"])}, width, [])
 
 
 def check_kind(config: ConfigDict, teacher: Predictor) -> None:
