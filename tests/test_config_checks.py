@@ -19,7 +19,7 @@ def demo():
         ("objective.duplicates", "ignore", "objective.duplicates is 'ignore'.*nearest: ignored"),
         ("objective.name", "info_nse", "objective.name is 'info_nse'.*nearest: info_nce"),
         ("objective.feature_weight", -1.0, "objective.feature_weight is -1.0, expected 0 or a positive weight"),
-        ("objective.feature_weight", 5.0, "embeddings .* of a fixed teacher, but .* teacher.kind ema; set teacher.kind"),
+        ("objective.feature_weight", 5.0, "of a fixed teacher, but .* teacher.kind ema; set teacher.kind"),
         ("objective.max_similarities", -1, "objective.max_similarities is -1"),
         ("micro_batch", -1, "micro_batch is -1"),
         ("profile_steps", "100-105", "profile_steps is '100-105', expected FIRST:LAST, two of the steps 1 to 1000"),
