@@ -215,6 +215,17 @@ def test_a_non_finite_step_changes_nothing(variables):
     jax.tree.map(np.testing.assert_array_equal, before.replace(failed_step=after.failed_step), after)
 
 
+@pytest.mark.parametrize("kind", ["ema", "none"])
+def test_an_update_that_overflows_changes_nothing_although_loss_and_gradient_are_finite(variables, kind):
+    c = make_config("info_nce", teacher__kind=kind, optimizer__lr_multipliers=((".*", 1e30),))
+    c.optimizer.learning_rate = 1e30
+    ((state, metrics),) = run_steps(c, variables, [make_batch(0)])
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert int(state.failed_step) == 0 and int(state.step) == 0
+    initial = {m: variables["params"][m] for m in ("image", "text")}
+    jax.tree.map(np.testing.assert_array_equal, {m: state.params[m] for m in initial}, initial)
+
+
 def test_dropout_differs_between_steps_and_devices_but_not_between_runs(variables):
     model = make_two_tower(bert=BertConfig(40, 16, 1, 2, 32, TOKENS, dropout=0.5))
     c = make_config("info_nce", optimizer__learning_rate=0.0)

@@ -124,8 +124,8 @@ def apply_gradients(
     if config.teacher.kind == "ema":
         average = functools.partial(update_ema, decay=config.teacher.ema_decay)
         teacher_params = average(state.teacher_params, towers(params), updates=new_state.step)
-        updates = updates_at_size(config.model.image.schedule, new_state.step)
-        teacher_batch_stats = average(state.teacher_batch_stats, batch_stats, updates=updates)
+        at_size = updates_at_size(config.model.image.schedule, new_state.step)
+        teacher_batch_stats = average(state.teacher_batch_stats, batch_stats, updates=at_size)
         new_state = new_state.replace(teacher_params=teacher_params, teacher_batch_stats=teacher_batch_stats)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
