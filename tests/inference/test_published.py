@@ -79,12 +79,17 @@ def test_an_exported_model_is_the_same(published, tmp_path):
     assert again.config.eval.resize_factor == predictor.config.eval.resize_factor
 
 
-def test_open_clips_folder_is_the_same_model(require, tmp_path):
+def test_open_clips_folder_is_the_same_model(require, tmp_path, caplog):
+    caplog.set_level("INFO", "zslflax")
     save_clip(require, tmp_path / "hf", text_width=24)
     to_open_clip(require, tmp_path / "hf", tmp_path / "open_clip")
     predictors = [Predictor.restore(tmp_path / name, cache="") for name in ("hf", "open_clip")]
     assert predictors[1].config.model.embed_dim == EMBED_DIM
     assert predictors[1].model.mean == (0.1, 0.2, 0.3)
+    read = [message for message in caplog.messages if "no part of the tower" in message]
+    assert len(read) == 4 and all(
+        "no head and 0 constant buffers; " in message for message in read
+    )  # and counts others
     text_emb = [predictor.encode_text(TEXTS) for predictor in predictors]
     np.testing.assert_allclose(text_emb[1], text_emb[0], atol=1e-6)
     pixels = np.stack([photo(32, 32, i) for i in range(3)])
