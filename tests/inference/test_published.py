@@ -112,6 +112,10 @@ def test_openais_own_file_is_read_after_the_command_of_the_message(require, tmp_
     for path in (tmp_path / "hf").glob("*.json"):
         shutil.copy(path, tmp_path / "clip")
     torch.jit.script(module_of(torch, weights | constants)).save(tmp_path / "clip" / "ViT-B-32.pt")
+    with pytest.raises(FileNotFoundError, match="ViT-B-32.pt' is a file; expected the folder of a model. A file of"):
+        Predictor.restore(str(tmp_path / "clip" / "ViT-B-32.pt"))
+    with pytest.raises(FileNotFoundError, match="has no config.json: .* needs config.json and the tokenizer"):
+        Predictor.restore(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"own format only \(ViT-B-32.pt\); convert it once") as error:
         Predictor.restore(tmp_path / "clip")
     command = str(error.value).splitlines()[-1].strip()
