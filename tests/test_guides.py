@@ -125,7 +125,7 @@ def test_the_commands_from_cc3m_to_the_papers_table(monkeypatch, tmp_path):
         if name == "train":
             validate(config)
             objectives.append(config.objective.name)
-            assert config.data.train == ("cc3m/{00000..00331}.tar",) and config.steps == 56_870
+            assert config.data.train == ("cc3m/{00000..00331}.tar",) and config.steps == 56_000
         else:
             assert set(config.eval.sets) == {"test", "open_images", "imagenet"}
     assert objectives == ["info_nce", "label_smoothing", "self_distillation", "otter"]

@@ -79,12 +79,17 @@ def test_an_exported_model_is_the_same(published, tmp_path):
     assert again.config.eval.resize_factor == predictor.config.eval.resize_factor
 
 
-def test_open_clips_folder_is_the_same_model(require, tmp_path):
+def test_open_clips_folder_is_the_same_model(require, tmp_path, caplog):
+    caplog.set_level("INFO", "zslflax")
     save_clip(require, tmp_path / "hf", text_width=24)
     to_open_clip(require, tmp_path / "hf", tmp_path / "open_clip")
     predictors = [Predictor.restore(tmp_path / name, cache="") for name in ("hf", "open_clip")]
     assert predictors[1].config.model.embed_dim == EMBED_DIM
     assert predictors[1].model.mean == (0.1, 0.2, 0.3)
+    read = [message for message in caplog.messages if "no part of the tower" in message]
+    assert len(read) == 4 and all(
+        "no head and 0 constant buffers; " in message for message in read
+    )  # and counts others
     text_emb = [predictor.encode_text(TEXTS) for predictor in predictors]
     np.testing.assert_allclose(text_emb[1], text_emb[0], atol=1e-6)
     pixels = np.stack([photo(32, 32, i) for i in range(3)])
@@ -107,6 +112,10 @@ def test_openais_own_file_is_read_after_the_command_of_the_message(require, tmp_
     for path in (tmp_path / "hf").glob("*.json"):
         shutil.copy(path, tmp_path / "clip")
     torch.jit.script(module_of(torch, weights | constants)).save(tmp_path / "clip" / "ViT-B-32.pt")
+    with pytest.raises(FileNotFoundError, match="ViT-B-32.pt' is a file; expected the folder of a model. A file of"):
+        Predictor.restore(str(tmp_path / "clip" / "ViT-B-32.pt"))
+    with pytest.raises(FileNotFoundError, match="has no config.json: .* needs config.json and the tokenizer"):
+        Predictor.restore(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"own format only \(ViT-B-32.pt\); convert it once") as error:
         Predictor.restore(tmp_path / "clip")
     command = str(error.value).splitlines()[-1].strip()

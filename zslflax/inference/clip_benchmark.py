@@ -62,7 +62,7 @@ class BenchmarkModel:
     def _to_torch(self, array: Any) -> Any:
         import torch  # CLIP_benchmark needs it, and this package does not
 
-        return torch.from_numpy(array).to(self.device)
+        return torch.tensor(array, device=self.device)
 
 
 class Preprocess:
@@ -79,7 +79,7 @@ class Preprocess:
         import torch
 
         # Without EXIF orientation, as other models see the images there, and as the evaluation of a run does.
-        return torch.from_numpy(self.view(np.array(to_rgb(image)), index=0, view=0))
+        return torch.tensor(self.view(np.array(to_rgb(image)), index=0, view=0))
 
 
 class Texts(list[str]):

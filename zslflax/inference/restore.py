@@ -35,7 +35,7 @@ from zslflax.inference.model_checks import (
 )
 from zslflax.inference.published import is_published, load_published, published_config
 from zslflax.models.build import build_classifier, build_two_tower, text_config
-from zslflax.models.import_weights.locate import locate
+from zslflax.models.import_weights.locate import WEIGHTS_ALONE, locate
 from zslflax.models.partition import combine
 from zslflax.models.two_tower import TwoTower
 
@@ -105,7 +105,7 @@ def check_has_config(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise MissingFileError(
             f"{folder} has no config.json: expected the --workdir of a training run, an exported model, or a published "
-            "CLIP or SigLIP"
+            f"CLIP or SigLIP. {WEIGHTS_ALONE}"
         )
 
 

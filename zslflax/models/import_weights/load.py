@@ -1,6 +1,7 @@
 """Loads published weights into the variables of a tower."""
 
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ def load_variables(
         if transforms and path[1:] in transforms:
             values[path] = transforms[path[1:]](value, layout)
     check_shapes(folder, targets, values, published)
-    log_unused(folder, needed, locations)
+    log_unused(folder, needed, locations, layout.others)
     return {**variables, **unflatten_dict(values)}
 
 
@@ -226,14 +227,22 @@ def interpolate_bicubic(grid: np.ndarray, side: int) -> np.ndarray:
     return np.einsum("ih,jw,bhwc->bijc", weights, weights, grid).astype(grid.dtype)
 
 
-def log_unused(folder: Path, needed: set[str], found: Collection[str]) -> None:
-    """Logs how many tensors were read and which ones were not."""
+def log_unused(folder: Path, needed: set[str], found: Collection[str], others: str) -> None:
+    """Logs how many tensors were read and which ones were not.
+
+    Args:
+        folder: of the checkpoint.
+        needed, found: names of tensors.
+        others: a regular expression of names that are of another tower, which are counted alone.
+    """
     unused = sorted(set(found) - needed)
-    heads = [name for name in unused if not BUFFERS.fullmatch(name)]
+    other_tower = {name for name in unused if re.fullmatch(others, name)}
+    heads = [name for name in unused if name not in other_tower and not BUFFERS.fullmatch(name)]
     log.info(
-        "%s: read %d tensors; no part of the tower: %s and %d constant buffers",
+        "%s: read %d tensors; no part of the tower: %s and %d constant buffers%s",
         folder,
         len(needed),
         ", ".join(heads) or "no head",
-        len(unused) - len(heads),
+        len(unused) - len(heads) - len(other_tower),
+        f"; {len(other_tower)} tensors are of the other tower" if other_tower else "",
     )

@@ -6,6 +6,11 @@ from pathlib import Path
 
 from zslflax.errors import MissingFileError
 
+WEIGHTS_ALONE = (
+    "A file of weights alone, such as OpenAI's ViT-B-32.pt, needs config.json and the tokenizer of its model beside "
+    "it; docs/towers.md says how to get them"
+)
+
 
 def locate(name: str) -> Path:
     """Returns the folder of a published model.
@@ -25,6 +30,8 @@ def locate(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise MissingFileError(f"{name!r} is a file; expected the folder of a model. {WEIGHTS_ALONE}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/")):
         raise MissingFileError(
             f"{name!r} is no folder here; expected a folder, package:MODULE/FOLDER or a Hub id such as "
