@@ -7,8 +7,9 @@
 The teacher is any model with a text tower that `Predictor.restore` takes. Its soft labels are the softmax of its
 similarities to the class names in the templates of `eval.templates`. With
 `--config.objective.sentences=sentences.json`, which has sentences about each class, the student also learns the
-teacher's similarities to all sentences (Vöge, Gurgul and Lessmann 2024, arXiv 2403.15886, in text). `FILE:labels`
-trains the same student on true labels, for comparison.
+teacher's similarities to all sentences (Vöge, Gurgul and Lessmann 2024, arXiv 2403.15886, in text). With
+`--config.objective.refine_weight=0.5`, the student's moving average refines the labels (MUST, arXiv 2206.02967).
+`FILE:labels` trains the same student on true labels, for comparison.
 """
 
 from ml_collections import ConfigDict

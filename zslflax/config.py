@@ -142,12 +142,19 @@ def objective_fields() -> ConfigDict:
     # γ of cross_entropy and logit_distillation (SKD, arXiv 2006.09785: 2 and 1); 0: images are not rotated.
     c.rotation_weight = 0.0
     c.temperature = 2.0  # T of logit_distillation (SKD's release)
+    # Number of eval.templates in which prompt_distillation's teacher gets the class names, chosen without labels
+    # (`zslflax.training.templates`); 0: all.
+    c.choose_templates = 0
     c.teacher_scale = 100.0  # s of prompt_distillation, of the teacher's cosine similarities (CLIP's largest)
     c.hard_labels = False  # whether prompt_distillation takes the teacher's best class for its probabilities
     c.min_confidence = 0.0  # smallest highest probability with which prompt_distillation uses a label of the teacher
     # JSON file of sentences that describe each class, {"cat": ["A cat has …"]}: the reasons of prompt_distillation.
     c.sentences = ""
     c.reasons_share = 1.0  # share of the images that have reasons
+    # Share that the student's own labels have in those of prompt_distillation, from step `refine_from` on: the labels
+    # that its moving average gives to the centre crop, where they have min_confidence (MUST, arXiv 2206.02967); 0: none
+    c.refine_weight = 0.0
+    c.refine_from = 1_000
     # λ of prompt_distillation, against the collapse of classes (MUST, arXiv 2206.02967, adds a term like this).
     c.fairness_weight = 0.0
     # Similarities that a device holds at a time. A larger matrix is computed in chunks of rows; 0: never in chunks.
@@ -292,6 +299,11 @@ def eval_set(
 def is_classifier(c: ConfigDict) -> bool:
     """Whether the model is a classifier: an image tower with a linear head, and no text tower."""
     return c.objective.name in classification.OBJECTIVES
+
+
+def keeps_average(c: ConfigDict) -> bool:
+    """Whether a run keeps the moving average of its student: as its teacher, or to refine its teacher's labels."""
+    return c.teacher.kind == "ema" or classification.refines_labels(c.objective)
 
 
 def set_objective(c: ConfigDict, name: str) -> None:

@@ -23,6 +23,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("micro_batch", "optimizer.warmup_steps", "optimizer.max_nonfinite_steps"),
     *("optimizer.weight_decay", "optimizer.clip_norm", "objective.soft_ramp_steps"),
+    *("objective.refine_from", "objective.choose_templates"),
     *("model.text.cached_captions", "eval.bootstrap_resamples"),
 )
 BELOW_ONE = (
@@ -140,6 +141,17 @@ def check_objective(config: ConfigDict) -> None:
         f"teacher, but objective.name is {objective.name} and teacher.kind {teacher.kind}; set teacher.kind to "
         "checkpoint, or objective.feature_weight to 0",
     )
+    for field in ("refine_weight", "choose_templates"):
+        expect(
+            not objective[field] or objective.name == "prompt_distillation",
+            f"objective.{field} is {objective[field]}, which only prompt_distillation has, but objective.name is "
+            f"{objective.name}; set it to 0",
+        )
+    expect(
+        not objective.refine_weight or objective.refine_from < config.steps,
+        f"objective.refine_from is {objective.refine_from}, but the run has {config.steps} steps; lower it, or set "
+        "objective.refine_weight to 0",
+    )
     needs_teacher = (contrastive.OBJECTIVES | classification.OBJECTIVES)[objective.name].needs_teacher
     expect(
         not (needs_teacher and teacher.kind == "none"),
@@ -167,7 +179,7 @@ def check_classifier(config: ConfigDict) -> None:
     )
     for field in ("rotation_weight", "fairness_weight"):
         expect(objective[field] >= 0, f"objective.{field} is {objective[field]}, expected 0 or a positive weight")
-    for field in ("min_confidence", "reasons_share"):
+    for field in ("min_confidence", "reasons_share", "refine_weight"):
         expect(0 <= objective[field] <= 1, f"objective.{field} is {objective[field]}, expected a share, from 0 to 1")
     expect(
         kind != "prompts" or bool(config.features.folder),

@@ -13,11 +13,12 @@ from tests.testing.shards import write_tar
 from zslflax import distributed
 from zslflax.config import default_config
 from zslflax.data import image_features, images, preprocess, storage
-from zslflax.data.image_features import FrozenImageTower, Views
+from zslflax.data.image_features import FrozenImageTower
 from zslflax.data.sources.labelled import LabelledImages
 from zslflax.data.sources.subset import Subset
 from zslflax.data.sources.tar_format import BLOCK
 from zslflax.data.sources.webdataset import WebDataset
+from zslflax.data.views import Views
 from zslflax.errors import StorageError
 from zslflax.models.build import build_two_tower
 

@@ -127,6 +127,19 @@ def test_hard_labels_and_the_confidence_threshold_equal_numpy():
     np.testing.assert_allclose(found["label_loss"], expected, rtol=1e-4)
 
 
+def test_refined_labels_equal_numpy():
+    rng = np.random.default_rng(2)
+    p, logits = (np.exp(log_softmax(rng.standard_normal((B, C)))), 2 * rng.standard_normal((B, C)).astype(np.float32))
+    average = np.exp(log_softmax(logits))
+    threshold = float(np.median(average.max(axis=1)))
+    config = objective_config("prompt_distillation", refine_weight=0.3, min_confidence=threshold)
+    labels, refined = classification.refined_labels(config, p, logits)
+    np.testing.assert_array_equal(refined, average.max(axis=1) >= threshold)
+    assert 0 < refined.sum() < B
+    np.testing.assert_allclose(labels, np.where(refined[:, None], 0.7 * p + 0.3 * average, p), rtol=1e-5)
+    np.testing.assert_allclose(labels.sum(axis=1), 1.0, rtol=1e-5)
+
+
 def test_the_fairness_term_is_of_the_global_batch():
     found, log_p, _, _ = prompt_case(fairness_weight=0.5)
     without, *_ = prompt_case()

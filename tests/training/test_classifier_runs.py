@@ -14,6 +14,8 @@ from tests.testing.runs import act_at_batch, assert_same_bits, assert_same_run, 
 from zslflax import checkpoint
 from zslflax.config import default_config
 from zslflax.config_checks import validate
+from zslflax.data.image_features import evaluation_view
+from zslflax.data.preprocess import record_image
 from zslflax.data.sources.opening import open_source
 from zslflax.files import read_json
 from zslflax.inference.classifier import Classifier
@@ -144,6 +146,39 @@ def test_a_student_of_prompts_learns_resumes_and_is_exported(base_config, finish
     assert metrics["eval/test/hit@1"] == pytest.approx(np.mean(answers == labels))
 
 
+def test_the_moving_average_refines_the_labels_and_is_what_the_run_ships(base_config, finished_workdir, tmp_path):
+    config = prompt_config(base_config, finished_workdir, tmp_path)
+    config.objective.sentences, config.objective.refine_weight, config.objective.refine_from = "", 0.5, 2
+    config.eval.templates, config.objective.choose_templates = ("a {} thing", "{}"), 1
+    assert train(config, tmp_path / "whole")
+    first, *_, last = read_metrics(tmp_path / "whole")
+    assert first["train/refined"] == 0.0 and last["train/refined"] == 1.0  # of steps 1 and 2, and with no threshold
+    assert {"eval/test/hit@1", "eval/test/student/hit@1"} <= last.keys()
+    saved = read_state(tmp_path / "whole", 6)
+    assert_same_bits(
+        Predictor.restore(tmp_path / "whole").variables["params"]["image"], saved["teacher_params"]["image"]
+    )
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for step in checkpoint.complete_steps(tmp_path / "parts"):
+        if step > 3:
+            shutil.rmtree(tmp_path / "parts" / checkpoint.FOLDER / str(step))
+    assert train(config, tmp_path / "parts")
+    assert_same_bits(saved, read_state(tmp_path / "parts", 6))
+
+
+def test_the_weak_view_is_the_crop_of_evaluation(base_config, finished_workdir, tmp_path):
+    config = prompt_config(base_config, finished_workdir, tmp_path)
+    source = open_source(config.data.train[0], config.data, "train", captions=False)
+    plain = next(host_batches(config, [source], None, 1, 0))
+    config.objective.refine_weight = 0.5
+    batch, view = next(host_batches(config, [source], None, 1, 0)), evaluation_view(config)
+    assert batch.keys() - plain.keys() == {"weak_image"}
+    np.testing.assert_array_equal(batch["image"], plain["image"])
+    wanted = [view(record_image(source[i]), i, 0) for i in batch["index"].tolist()]
+    np.testing.assert_array_equal(batch["weak_image"], np.stack(wanted))
+
+
 def test_a_share_of_the_images_has_reasons_always_the_same(base_config):
     base_config.objective.reasons_share = 0.25
     source = open_source(base_config.data.train[0], base_config.data, "train", captions=False)
@@ -194,4 +229,7 @@ def test_what_a_classifier_cannot_learn_from_is_refused(base_config, generation_
     (tmp_path / "few.json").write_text('{"red": ["red things"]}')
     few = str(tmp_path / "few.json")
     refused("no sentences for 3 of the 4 classes, such as 'blue'; nearest: red", prompts, objective__sentences=few)
+    refused("refine_weight is 2.0, expected a share", prompts, objective__refine_weight=2.0, objective__refine_from=0)
+    refused("refine_from is 1000, but the run has 6 steps", prompts, objective__refine_weight=0.5)
+    refused("choose_templates is 1, but eval.templates has 1", prompts, objective__choose_templates=1)
     refused("reasons_share is 2", prompts, objective__reasons_share=2.0)

@@ -22,6 +22,7 @@ from tests.testing.training import (
     split_batch,
 )
 from zslflax import distributed
+from zslflax.config import keeps_average
 from zslflax.losses import classification
 from zslflax.models.two_tower import ProjectedTower, TwoTower
 from zslflax.training.optimizer import build_optimizer, frozen_towers
@@ -33,6 +34,10 @@ CONFIGS = {
     "logit_distillation": dict(rotation_weight=1.0),
     "prompt_distillation": dict(fairness_weight=0.5, teacher_scale=5.0),
 }
+
+
+# Labels that the moving average of the student refines, of some images.
+REFINED = {"objective__refine_weight": 0.4, "objective__refine_from": 0, "objective__min_confidence": 0.35}
 
 
 class Plain(nn.Module):
@@ -58,6 +63,7 @@ def make_batch(seed: int) -> dict[str, np.ndarray]:
         "valid": valid,
         "teacher_features": rng.standard_normal((N, F)).astype(np.float32),
         "has_reasons": rng.random(N) < 0.5,
+        "weak_image": rng.integers(0, 256, (N, SIZE, SIZE, 3), dtype=np.uint8),
     }
 
 
@@ -87,7 +93,8 @@ def case(objective: str, tower: nn.Module, **fields: Any) -> tuple[ConfigDict, T
 def run_steps(objective: str, tower: nn.Module, devices: int = 1, **fields: Any) -> list[tuple[TrainState, dict]]:
     config, model, teacher_model, variables, teacher = case(objective, tower, **fields)
     tx, frozen = build_optimizer(config, variables["params"], STEPS), frozen_towers(variables["params"], config.freeze)
-    state = distributed.replicate(create_train_state(variables, tx, ema=False, frozen=frozen), devices)
+    state = create_train_state(variables, tx, ema=keeps_average(config), frozen=frozen)
+    state = distributed.replicate(state, devices)
     step = map_step(dict(model=model, teacher_model=teacher_model, tx=tx, config=config), devices)
     history = []
     for seed in range(2):
@@ -162,3 +169,54 @@ def test_a_frozen_tower_stays_and_the_heads_are_trained(objective):
     jax.tree.map(np.testing.assert_array_equal, state.frozen_params["image"]["tower"], jax.device_get(tower))
     trained = lambda params: jax.tree.leaves((params["image"]["projection"], params["objective"]))
     assert all(not np.array_equal(x, y) for x, y in zip(trained(state.params), trained(variables["params"])))
+
+
+@pytest.mark.parametrize("batch_norm", ["batch", "ema", "student"])
+def test_refined_labels_are_the_same_on_four_devices(batch_norm):
+    one, four = (
+        run_steps("prompt_distillation", Perceptron(), devices, teacher__batch_norm=batch_norm, **REFINED)
+        for devices in (1, 4)
+    )
+    for (state, metrics), (other, other_metrics) in zip(one, four, strict=True):
+        assert_close(state, other, atol=2e-5)
+        assert_close(metrics, other_metrics, atol=1e-5)
+        assert 0 < metrics["refined"] < 1
+
+
+def test_refined_labels_are_the_same_in_micro_batches():
+    whole, parts = (run_steps("prompt_distillation", Plain(), micro_batch=size, **REFINED)[-1] for size in (0, 2))
+    assert_close(whole, parts, atol=1e-5)
+    assert 0 < whole[1]["refined"] < 1
+
+
+def test_labels_are_refined_from_a_step_on_by_the_moving_average_on_the_weak_view():
+    """The labels of the second step in NumPy; the first step is that of a run that refines nothing."""
+    _, model, _, variables, teacher = case("prompt_distillation", Plain(), **REFINED)
+    (plain, plain_metrics), _ = run_steps("prompt_distillation", Plain(), objective__min_confidence=0.35)
+    (first, first_metrics), (_, metrics) = run_steps(
+        "prompt_distillation", Plain(), **REFINED | {"objective__refine_from": 1}
+    )
+    assert first_metrics["refined"] == 0.0 and first_metrics["loss"] == plain_metrics["loss"]
+    jax.tree.map(np.testing.assert_array_equal, first.params, plain.params)
+    assert plain.teacher_params == {}
+    average = lambda a, s: 2 / 11 * np.asarray(a) + 9 / 11 * s  # after the first update
+    expected = jax.tree.map(average, {"image": variables["params"]["image"]}, {"image": first.params["image"]})
+    assert_close(first.teacher_params, expected, atol=1e-6)
+
+    batch, softmax = make_batch(1), lambda x: np.asarray(jax.nn.softmax(jnp.asarray(x)))
+    logits = lambda params, images: np.asarray(model.apply({"params": params}, images, method="encode_image"))
+    emb = batch["teacher_features"] @ teacher["params"]["image"]["projection"]["kernel"]
+    p = softmax(5.0 * emb / np.linalg.norm(emb, axis=1, keepdims=True) @ teacher["class_emb"].T)
+    own = softmax(logits(first.teacher_params, batch["weak_image"]))
+    refined = own.max(axis=1) >= 0.35
+    label = np.where(refined[:, None], 0.6 * p + 0.4 * own, p)
+    log_p = np.log(softmax(logits({"image": first.params["image"]}, batch["image"])))
+    losses = (label.max(axis=1) >= 0.35) * -(label * log_p).sum(axis=1)
+    np.testing.assert_allclose(metrics["label_loss"], losses[batch["valid"]].mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["refined"], refined[batch["valid"]].mean(), rtol=1e-6)
+    assert 0 < metrics["refined"] < 1
+
+
+def test_a_frozen_tower_labels_the_weak_view_too():
+    state, metrics = run_steps("prompt_distillation", Perceptron(), freeze=(("image/tower", -1),), **REFINED)[-1]
+    assert "tower" not in state.teacher_params["image"] and 0 < metrics["refined"]

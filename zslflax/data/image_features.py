@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from zslflax import distributed
 from zslflax.cli import Progress
-from zslflax.data import images
 from zslflax.data.feature_files import (
     COMPUTED,
     FLOAT_TYPES,
@@ -30,6 +29,7 @@ from zslflax.data.images import BadSample
 from zslflax.data.preprocess import Batch, content_id, record_image
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.subset import Subset, whole_source
+from zslflax.data.views import Views
 from zslflax.data.workers import choose_threads
 from zslflax.errors import StorageError
 
@@ -37,37 +37,8 @@ log = logging.getLogger("zslflax")
 
 Tree = Any
 
-VIEW_STREAM = 2  # first entry of the random seeds, beside those in `preprocess`
 CPU_BATCH_SIZE, BATCH_SIZE = 32, 256  # images per device in a call; one shape, so that features never vary
 UNREADABLE_MESSAGE = "its image could not be read when its features were computed"
-
-
-@dataclasses.dataclass(frozen=True)
-class Views:
-    """How an image becomes the inputs of the tower: one crop in the centre, or several random ones.
-
-    Attributes:
-        count: V. View v of an image is a function of (seed, index of the image, v).
-        size: side of the square inputs, pixels.
-        resize, interpolation: of one view, those of `images.resize_center_crop`.
-        scale, flip, seed: of several views: bounds of a crop's share of the area, whether half of the crops are
-            mirrored, and the seed.
-    """
-
-    count: int
-    size: int
-    resize: int = 0
-    scale: tuple[float, float] = (1.0, 1.0)
-    flip: bool = False
-    seed: int = 0
-    interpolation: str = "area"
-
-    def __call__(self, image: np.ndarray, index: int, view: int) -> np.ndarray:
-        """A view of an image, uint8 [s, s, 3]."""
-        if self.count == 1:
-            return images.resize_center_crop(image, self.size, self.resize, self.interpolation)
-        rng = np.random.default_rng([VIEW_STREAM, self.seed, index, view])
-        return images.random_resized_crop(image, self.size, rng, self.scale, flip=0.5 * self.flip)
 
 
 def evaluation_view(config: ConfigDict) -> Views:

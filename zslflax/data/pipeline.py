@@ -22,6 +22,7 @@ from zslflax.data.preprocess import (
     Transform,
 )
 from zslflax.data.sources.base import Source
+from zslflax.data.views import Views
 from zslflax.data.workers import NO_WORKERS, WorkerPool, available_cores, choose_threads, choose_workers
 from zslflax.errors import UserError
 
@@ -50,6 +51,7 @@ def train_batches(
     with_ids: bool = False,
     local_processes: int = 1,
     classes: int = 0,
+    weak_view: Views | None = None,
 ) -> Generator[Batch]:
     """This host's share of an infinite sequence of training batches, from a step on.
 
@@ -73,6 +75,7 @@ def train_batches(
         workers: processes; 0: automatic (`workers.choose_workers`), -1: threads of this process.
         local_processes: processes of the run among which the cores of this process are shared.
         classes: number of classes, of which each image must have one; 0 where labels are not needed.
+        weak_view: without a tokenizer, of a second input of each image; None for one input.
         views: of each image, whose features are kept; images are then not read. 0: images are read.
         with_ids: whether the batches have the ids by which equal images and captions are found.
 
@@ -82,7 +85,7 @@ def train_batches(
         image is zeros and its text is padding; the first token is in `text_mask`, which keeps a mean over tokens
         finite. With `views`, there are `source`, `index` and `view` int64 [b] instead of `image`. With ids, there are
         `text_id` and, beside images, `image_id`, uint32 [b, 2]. Without a tokenizer, there are `label` int32 [b],
-        `source` and `index` int64 [b] instead of the text.
+        `source` and `index` int64 [b] instead of the text, and `weak_image` uint8 [b, s, s, 3] if there is a weak view.
 
     Raises:
         UserError: there are fewer samples than a batch has; the hosts cannot share a batch evenly; or, while
@@ -101,7 +104,8 @@ def train_batches(
         transform: Transform = CaptionTransform(tuple(sources), tokenizer, seed, views, with_ids)
     else:
         scale = crop_scale[0], crop_scale[1]
-        transform = TrainTransform(tuple(sources), tokenizer, image_size, seed, scale, flip, with_ids, classes)
+        options = with_ids, classes, weak_view
+        transform = TrainTransform(tuple(sources), tokenizer, image_size, seed, scale, flip, *options)
     order = TrainOrder(global_order(sizes, weights, seed), batch_size, per_host * process_index)
     steps = range(start_step, sys.maxsize // batch_size)
     cores = available_cores() / local_processes

@@ -10,6 +10,7 @@ import numpy as np
 from zslflax.data import images
 from zslflax.data.images import BadSample
 from zslflax.data.sources.base import Annotations, Record, Source
+from zslflax.data.views import Views
 
 ORDER_STREAM, AUGMENTATION_STREAM = 0, 1  # first entry of the random seeds, so that the two streams are independent
 MAX_TOKENIZED = 1 << 18  # samples whose tokens are kept in memory; about 120 MB at 32 tokens
@@ -22,6 +23,7 @@ class Batch(TypedDict, total=False):
 
     Attributes:
         image: uint8 [b, s, s, 3].
+        weak_image: uint8 [b, s, s, 3], the same images in another view.
         text: int32 [b, t], token ids; or, packed, int32 [rows, width]. In evaluation: b tuples of captions.
         text_mask: bool [b, t], False at padding.
         text_segment, text_position: int32 [rows, width], of packed text (`packing.pack`).
@@ -39,6 +41,7 @@ class Batch(TypedDict, total=False):
     """
 
     image: np.ndarray
+    weak_image: np.ndarray
     text: Any
     text_mask: np.ndarray
     text_segment: np.ndarray
@@ -86,6 +89,7 @@ class TrainTransform:
         flip: whether to mirror half of the images.
         with_ids: whether batches have the ids of images and captions.
         classes: number of classes, of which each image must have one; 0 where labels are not needed.
+        weak_view: of a second input of each image, without augmentation; None for one input.
     """
 
     sources: tuple[Source, ...]
@@ -96,18 +100,22 @@ class TrainTransform:
     flip: bool
     with_ids: bool = False
     classes: int = 0
+    weak_view: Views | None = None
 
     def __call__(self, samples: Sequence[tuple[int, int, int]]) -> Batch:
         """Loads samples, each given as (position in the global order, source, index in the source).
 
         Returns:
             `image`, `text`, `text_mask`, `valid` and `errors`; `image_id` and `text_id` if there are ids; without a
-            tokenizer `label`, `source` and `index` instead of the text and the ids.
+            tokenizer `label`, `source` and `index` instead of the text and the ids, and `weak_image` if there is a
+            weak view.
         """
         image, valid = allocate_images(len(samples), self.image_size)
+        weak_image, _ = allocate_images(len(samples), self.weak_view.size if self.weak_view else 0)
         image_id, labels = np.zeros((len(samples), 2), np.uint32), np.full(len(samples), -1, np.int32)
         captions, errors = [""] * len(samples), []
-        min_side = images.min_side_for_crops(self.image_size, self.crop_scale)
+        # The weak view is that of evaluation, of which no pixel may change.
+        min_side = 0 if self.weak_view else images.min_side_for_crops(self.image_size, self.crop_scale)
         for i, (position, source, index) in enumerate(samples):
             rng = np.random.default_rng([AUGMENTATION_STREAM, self.seed, position])
             name = f"{type(self.sources[source]).__name__}:{index}"
@@ -120,15 +128,19 @@ class TrainTransform:
                     labels[i] = only_label(record, self.classes)
                 pixels, flip = record_image(record, min_side), 0.5 * self.flip
                 images.random_resized_crop(pixels, self.image_size, rng, self.crop_scale, flip=flip, out=image[i])
+                if self.weak_view is not None:
+                    weak_image[i] = self.weak_view(pixels, index, 0)
                 valid[i] = True
                 if self.with_ids:
                     image_id[i] = content_id(record["image"])
             except BadSample as error:
                 errors.append((error.name or name, str(error)))
-        image[~valid] = 0
+        image[~valid] = weak_image[~valid] = 0
         if self.tokenizer is None:
             _, source_of, index_of = np.array(samples, np.int64).T
-            return Batch(image=image, label=labels, valid=valid, source=source_of, index=index_of, errors=tuple(errors))
+            batch = Batch(image=image, label=labels, valid=valid, errors=tuple(errors))
+            batch |= {"source": source_of, "index": index_of}
+            return batch if self.weak_view is None else batch | {"weak_image": weak_image}
         text, text_mask = self.tokenizer(captions)
         text = np.where(valid[:, None], text, self.tokenizer.identity["pad_id"]).astype(np.int32)
         text_mask = text_mask & valid[:, None]

@@ -14,8 +14,13 @@ and z̄ and v̄ are the teacher's. All are means over the images of a batch, in 
 SKD is Rajasegaran et al. 2020 (arXiv 2006.09785). `prompt_distillation` learns from a zero-shot teacher with unit
 embedding v̄ of the image: its labels p = softmax(s · v̄·c_j) over the embeddings of the class names, and its reasons
 q = softmax(s · v̄·u_k) over those of sentences that describe the classes, learnt by a second head on the features f
-(Vöge, Gurgul and Lessmann 2024, arXiv 2403.15886, in text). The last term keeps every class in use (Li et al. 2022,
-arXiv 2206.02967). The heads other than z belong to the objective, and are not part of the trained classifier.
+(Vöge, Gurgul and Lessmann 2024, arXiv 2403.15886, in text). The last term keeps every class in use, and with w =
+`refine_weight` above 0 the student's moving average z̃ refines the labels on a weakly augmented view x̂ of the image,
+both as in MUST (Li et al. 2022, arXiv 2206.02967):
+
+    p ← (1 − w) · p + w · softmax(z̃(x̂))
+
+The heads other than z belong to the objective, and are not part of the trained classifier.
 """
 
 from collections.abc import Callable
@@ -53,6 +58,7 @@ class Targets(NamedTuple):
         soft_labels: p, fp32 [b, c].
         reasons: q, fp32 [b, m].
         has_reasons: bool [b], whether the image has reasons.
+        refined: bool [b], whether the student's moving average has a share in p.
     """
 
     label: Any = None
@@ -60,6 +66,7 @@ class Targets(NamedTuple):
     soft_labels: Any = None
     reasons: Any = None
     has_reasons: Any = None
+    refined: Any = None
 
 
 def label_losses(
@@ -118,6 +125,8 @@ def prompt_losses(
         reason_loss = optax.kl_divergence(log_reasons, targets.reasons)
         both = config.alpha * label_loss + (1.0 - config.alpha) * reason_loss
         losses |= {"reason_loss": reason_loss, "loss": jnp.where(targets.has_reasons, both, label_loss)}
+    if targets.refined is not None:
+        losses["refined"] = targets.refined.astype(jnp.float32)
     if config.fairness_weight:
         losses["fairness_loss"] = jnp.broadcast_to(fairness(logits, valid, axis_name), label_loss.shape)
         losses["loss"] += config.fairness_weight * losses["fairness_loss"]
@@ -138,6 +147,26 @@ def prompt_targets(
     probabilities = lambda text_emb: jax.nn.softmax(config.teacher_scale * inner_products(teacher_emb, text_emb))
     reasons = None if sentence_emb is None else probabilities(sentence_emb)
     return Targets(soft_labels=probabilities(class_emb), reasons=reasons)
+
+
+def refined_labels(config: ConfigDict, p: jax.Array, average_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(1 − w) p + w softmax(z̃), where the softmax has `min_confidence`, and p elsewhere; w is `refine_weight`.
+
+    The moving average sees the crop of evaluation, and the student learns the label on its random crop. In MUST, whose
+    student starts as the zero-shot classifier, w is 1.
+
+    Args:
+        config: the `objective` section of the config.
+        p: the teacher's labels, fp32 [b, c].
+        average_logits: z̃, of the moving average, fp32 [b, c].
+
+    Returns:
+        The labels, fp32 [b, c], and whether they are refined, bool [b].
+    """
+    average = jax.nn.softmax(average_logits)
+    confident = jnp.max(average, axis=1) >= config.min_confidence
+    mixed = (1.0 - config.refine_weight) * p + config.refine_weight * average
+    return jnp.where(confident[:, None], mixed, p), confident
 
 
 class Objective(NamedTuple):
@@ -165,6 +194,11 @@ OBJECTIVES = {
 def needs_labels(config: ConfigDict) -> bool:
     """Whether the objective of a config's section `objective` learns from labels of the images."""
     return config.name in OBJECTIVES and OBJECTIVES[config.name].needs_labels
+
+
+def refines_labels(config: ConfigDict) -> bool:
+    """Whether the student's moving average has a share in the labels: see `refined_labels`."""
+    return config.name == "prompt_distillation" and config.refine_weight > 0
 
 
 def image_losses(

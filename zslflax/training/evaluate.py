@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from zslflax import distributed
-from zslflax.config import default_config, eval_set, field_names
+from zslflax.config import default_config, eval_set, field_names, keeps_average
 from zslflax.config_checks import check_devices, check_eval, check_paths, get_field
 from zslflax.data.addresses import hide_credentials
 from zslflax.data.image_features import ImageFeatures
@@ -104,7 +104,7 @@ def evaluate_run(
     test_sets = open_checked_test_sets(config)
     restore = functools.partial(Predictor.restore, workdir, cache=config.eval.class_cache)
     predictors = {"": restore(step=step)}
-    if config.teacher.kind == "ema":
+    if keeps_average(config):
         predictors["student"] = restore(step=predictors[""].step, use="student")
     return measure(predictors, test_sets, config, workdir, workdir)
 

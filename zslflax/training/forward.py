@@ -97,5 +97,10 @@ def no_grad_outputs(
     teacher = teacher_variables(state, fixed_teacher, config.teacher.batch_norm)
     own_towers = {m for m, params in fixed_teacher.get("params", {}).items() if "tower" in params}
     shared = {modality: x for modality, x in features.items() if modality not in own_towers}
-    by_batch = config.teacher.batch_norm == "batch" and not fixed_teacher and bool(teacher["batch_stats"])
+    by_batch = not fixed_teacher and normalises_by_batch(config, teacher)
     return features, embed(teacher_model, teacher, batch, shared, train=("image",) if by_batch else ())[0]
+
+
+def normalises_by_batch(config: ConfigDict, average: Tree) -> bool:
+    """Whether the image tower of the student's moving average normalises by the statistics of the batch."""
+    return config.teacher.batch_norm == "batch" and bool(average["batch_stats"])

@@ -17,15 +17,15 @@ from zslflax.config import is_classifier
 from zslflax.data import packing, pipeline
 from zslflax.data.caption_lengths import count_lengths
 from zslflax.data.features import TextFeatures
-from zslflax.data.image_features import ImageFeatures, with_image_features
+from zslflax.data.image_features import ImageFeatures, evaluation_view, with_image_features
 from zslflax.data.preprocess import Batch
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
-from zslflax.losses.classification import needs_labels
+from zslflax.losses.classification import needs_labels, refines_labels
 from zslflax.training.optimizer import FOREVER
 
 log = logging.getLogger("zslflax")
-REASONS_STREAM = 3  # first entry of the random seeds, beside those in `preprocess` and `image_features`
+REASONS_STREAM = 3  # first entry of the random seeds, beside those in `preprocess` and `views`
 
 
 def device_batches(
@@ -96,6 +96,7 @@ def host_batches(
         views=views,
         with_ids=config.objective.duplicates != "negative",
         classes=len(config.model.class_names) if needs_labels(config.objective) else 0,
+        weak_view=evaluation_view(config) if refines_labels(config.objective) else None,
     )
     full = config.model.image.size, config.steps
     sizes = [full] if views else [*config.model.image.schedule, full]

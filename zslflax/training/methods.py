@@ -4,16 +4,33 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from zslflax.config import is_classifier
 from zslflax.losses import classification
-from zslflax.losses.classification import Outputs, Targets, image_losses, num_rotations, prompt_targets, rotate
+from zslflax.losses.classification import (
+    Outputs,
+    Targets,
+    image_losses,
+    num_rotations,
+    prompt_targets,
+    refined_labels,
+    refines_labels,
+    rotate,
+)
 from zslflax.losses.contrastive import pair_losses
 from zslflax.losses.pairs import Embeddings, PairIds
 from zslflax.models.partition import MODALITIES, Tree
 from zslflax.models.two_tower import TwoTower
-from zslflax.training.forward import DeviceBatch, Rngs, embed, no_grad_outputs, tower_features
+from zslflax.training.forward import (
+    DeviceBatch,
+    Rngs,
+    embed,
+    no_grad_outputs,
+    normalises_by_batch,
+    tower_features,
+)
 from zslflax.training.train_state import TrainState, student_variables, teacher_variables
 
 Features = dict[str, jax.Array]  # outputs of towers that need no gradient, by modality
@@ -83,8 +100,29 @@ def classifier_targets(
         teacher_emb: Any = teacher_model.apply(projection, batch["teacher_features"], method="project_image")
         class_emb, sentence_emb = fixed_teacher["class_emb"], fixed_teacher.get("sentence_emb")
         targets = prompt_targets(objective, teacher_emb, class_emb, sentence_emb)
-        return features, targets._replace(has_reasons=batch["has_reasons"])
+        targets = targets._replace(has_reasons=batch["has_reasons"])
+        return features, with_refined_labels(state, model, config, batch, targets)
     return features, Targets(label=batch["label"])
+
+
+def with_refined_labels(
+    state: TrainState, model: TwoTower, config: ConfigDict, batch: DeviceBatch, targets: Targets
+) -> Targets:
+    """The targets, whose labels the student's moving average refines from step `objective.refine_from` on."""
+    objective, p = config.objective, targets.soft_labels
+    if not refines_labels(objective):
+        return targets
+
+    def refine() -> tuple[jax.Array, jax.Array]:
+        average, inputs = teacher_variables(state, None, config.teacher.batch_norm), {"image": batch["weak_image"]}
+        by_batch = normalises_by_batch(config, average)
+        features, _ = tower_features(model, average, inputs, "image", train=by_batch)
+        logits: Any = model.apply(average, features, method="project_image")
+        return refined_labels(objective, p, logits)
+
+    unrefined = p, jnp.zeros(len(p), bool)
+    labels, refined = jax.lax.cond(state.step >= objective.refine_from, refine, lambda: unrefined)
+    return targets._replace(soft_labels=labels, refined=refined)
 
 
 def compare_pairs(

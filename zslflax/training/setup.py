@@ -17,7 +17,7 @@ from zslflax import checkpoint, distributed
 from zslflax.background import BackgroundIterator
 from zslflax.checkpoint import CheckpointManager
 from zslflax.checkpoint_recovery import restore_newest
-from zslflax.config import is_classifier, profiled_steps
+from zslflax.config import is_classifier, keeps_average, profiled_steps
 from zslflax.data.features import TextFeatures
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
@@ -240,7 +240,7 @@ def create_state(
         variables = copy_model(config, variables) if config.init_from else import_towers(config, variables)
     variables["params"] = {**variables["params"], "objective": objective_params}
     frozen = frozen_towers(shapes, config.freeze)
-    state = create_train_state(variables, tx, ema=config.teacher.kind == "ema", frozen=frozen)
+    state = create_train_state(variables, tx, ema=keeps_average(config), frozen=frozen)
     return distributed.replicate(state), tx  # placed as the step returns it, or it would be compiled twice
 
 

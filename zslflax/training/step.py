@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from zslflax.config import keeps_average
 from zslflax.distributed import AXIS
 from zslflax.losses.chunks import map_chunks
 from zslflax.losses.contrastive import LOG_LOGIT_SCALE_RANGE
@@ -49,7 +50,8 @@ def train_step(
             packed instead (`data.packing`), each micro-batch by itself. A frozen tower's output `image_features` or
             `text_features` fp32 [b, f] may stand in for its input. `image_id` and `text_id` uint32 [b, 2] are there
             unless duplicates are negatives. A classifier takes `label` int32 [b] instead of the text, or
-            `teacher_features` fp32 [b, f] and `has_reasons` bool [b].
+            `teacher_features` fp32 [b, f] and `has_reasons` bool [b], and `weak_image` like `image` where it refines
+            its teacher's labels.
         model: the student's `TwoTower`.
         teacher_model: the teacher's; for the EMA the same.
         tx: the optimiser, from `build_optimizer`.
@@ -105,7 +107,7 @@ def apply_gradients(
     tx: optax.GradientTransformation,
     config: ConfigDict,
 ) -> tuple[TrainState, jax.Array]:
-    """Updates the student, then the EMA teacher; a non-finite update is left out.
+    """Updates the student, then its moving average; a non-finite update is left out.
 
     Args:
         state: before the step.
@@ -121,7 +123,7 @@ def apply_gradients(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = clip_logit_scales(optax.apply_updates(state.params, updates))
     new_state = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
-    if config.teacher.kind == "ema":
+    if keeps_average(config):
         average = functools.partial(update_ema, decay=config.teacher.ema_decay)
         teacher_params = average(state.teacher_params, towers(params), updates=new_state.step)
         at_size = updates_at_size(config.model.image.schedule, new_state.step)

@@ -18,6 +18,7 @@ from zslflax.models.partition import Tree, partition
 from zslflax.models.two_tower import TwoTower
 from zslflax.training.classes import read_sentences
 from zslflax.training.frozen_features import open_image_tower
+from zslflax.training.templates import choose_templates
 from zslflax.training.train_state import towers
 
 log = logging.getLogger("zslflax")
@@ -120,22 +121,22 @@ def prompt_teacher(
     crop of each image once.
 
     Raises:
-        UserError: a class has no sentence.
+        UserError: a class has no sentence, or there are too few templates to choose from.
     """
     variables = jax.device_get(teacher.variables)
-    params = variables["params"]["image"]
-    class_names = config.model.class_names
-    fixed = {
-        "params": {"image": {name: x for name, x in params.items() if name != "tower"}},
-        "class_emb": teacher.class_embeddings(class_names, config.eval.templates),
-    }
-    if config.objective.sentences:
-        fixed["sentence_emb"] = teacher.encode_text(read_sentences(config.objective.sentences, class_names))
+    params, class_names = variables["params"]["image"], config.model.class_names
+    sentences = read_sentences(config.objective.sentences, class_names) if config.objective.sentences else []
     teacher_config = teacher.config.copy_and_resolve_references()
     teacher_config.features, teacher_config.data.threads = config.features, config.data.threads
     tower = open_image_tower(teacher_config, teacher.model, params["tower"], variables["batch_stats"])
     features = [tower.features_of(source, evaluation_view(teacher_config)) for source in sources]
     log_size(features)
+    fixed = {
+        "params": {"image": {name: x for name, x in params.items() if name != "tower"}},
+        "class_emb": teacher.class_embeddings(class_names, choose_templates(config, teacher, features)),
+    }
+    if sentences:
+        fixed["sentence_emb"] = teacher.encode_text(sentences)
     return fixed, features
 
 

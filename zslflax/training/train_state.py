@@ -21,7 +21,7 @@ class TrainState(flax.struct.PyTreeNode):
         frozen_params: the towers that are never trained, {modality: {"tower"}}; student and EMA teacher share them.
         batch_stats: running statistics of the student's batch normalisation ({} without).
         opt_state: the optimiser's state, of `params`.
-        teacher_params: moving average of `params` without "objective"; {} unless teacher.kind is "ema".
+        teacher_params: moving average of `params` without "objective"; {} unless the run keeps it (`keeps_average`).
         teacher_batch_stats: moving average of `batch_stats`.
         nonfinite_steps: int32 scalar, the number of steps that were skipped because they were not finite.
         failed_step: int32 scalar, the first non-finite step that was not skipped, or -1. From then on the state stays
@@ -42,12 +42,12 @@ class TrainState(flax.struct.PyTreeNode):
 def create_train_state(
     variables: Tree, tx: optax.GradientTransformation, *, ema: bool, frozen: tuple[str, ...]
 ) -> TrainState:
-    """The state before the first step. The EMA teacher starts as a copy of the student.
+    """The state before the first step. The moving average starts as a copy of the student.
 
     Args:
         variables: {"params", "batch_stats"} of the model, with "objective" among the parameters.
         tx: the optimiser, from `build_optimizer`.
-        ema: whether there is an EMA teacher.
+        ema: whether to keep the moving average.
         frozen: the modalities whose tower is never trained; it has neither optimiser state nor average.
     """
     params, frozen_params = partition(variables["params"], frozen)

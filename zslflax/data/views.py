@@ -1,0 +1,37 @@
+"""Views: the square crops of an image that a model takes."""
+
+import dataclasses
+
+import numpy as np
+
+from zslflax.data import images
+
+VIEW_STREAM = 2  # first entry of the random seeds, beside those in `preprocess`
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """How an image becomes the inputs of the tower: one crop in the centre, or several random ones.
+
+    Attributes:
+        count: V. View v of an image is a function of (seed, index of the image, v).
+        size: side of the square inputs, pixels.
+        resize, interpolation: of one view, those of `images.resize_center_crop`.
+        scale, flip, seed: of several views: bounds of a crop's share of the area, whether half of the crops are
+            mirrored, and the seed.
+    """
+
+    count: int
+    size: int
+    resize: int = 0
+    scale: tuple[float, float] = (1.0, 1.0)
+    flip: bool = False
+    seed: int = 0
+    interpolation: str = "area"
+
+    def __call__(self, image: np.ndarray, index: int, view: int) -> np.ndarray:
+        """A view of an image, uint8 [s, s, 3]."""
+        if self.count == 1:
+            return images.resize_center_crop(image, self.size, self.resize, self.interpolation)
+        rng = np.random.default_rng([VIEW_STREAM, self.seed, index, view])
+        return images.random_resized_crop(image, self.size, rng, self.scale, flip=0.5 * self.flip)
