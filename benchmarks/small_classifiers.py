@@ -207,13 +207,15 @@ def train_and_measure(run: Run, arguments: argparse.Namespace, photos: LabelledP
 
 
 def measure_speed(arguments: argparse.Namespace, photos: LabelledPhotos) -> dict[str, Any]:
-    """Sizes and times of one exported model of each tower, whose images come one by one and in turn.
+    """Sizes and times of one exported model of each tower that is trained; images come one by one and in turn.
 
     Each model gets the same JPEG files, as `Predictor.encode_image` takes them: decoding, resizing and the tower; and
     its ONNX file the crops alone. The medians do not depend on which model was measured when the computer was busy.
     """
     runs = {TEACHER: Run("teacher", "sigmoid", TEACHER), NANO: Run("distil", "soft")}
-    runs[MOBILENET] = Run("distil", "soft", MOBILENET)
+    runs |= {MOBILENET: Run("distil", "soft", MOBILENET)}
+    done = {line["name"] for line in read_lines(arguments.results)}
+    runs = {tower: run for tower, run in runs.items() if run.name in done}
     files = [photos.test[i]["image"] for i in np.linspace(0, len(photos.test) - 1, TIMED).astype(int)]
     functions: dict[tuple[str, str], Callable[[bytes], Any]] = {}
     line: dict[str, Any] = {}

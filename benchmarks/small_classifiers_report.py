@@ -107,8 +107,9 @@ def speed_table(results: Results) -> str:
     rows = []
     for line in results.of_part("speed")[-1:]:
         for tower, label in ({TEACHER: "teacher, EfficientNet-Lite0, 112 pixels"} | TOWERS).items():
-            values = [line[f"{tower}/{what}"] for what in ("MB", "onnx MB", "ms", "onnx ms")]
-            rows.append([label, *(f"{value:.1f}" for value in values)])
+            if f"{tower}/MB" in line:
+                values = [line[f"{tower}/{what}"] for what in ("MB", "onnx MB", "ms", "onnx ms")]
+                rows.append([label, *(f"{value:.1f}" for value in values)])
     return table(["model", "exported, MB", "ONNX, MB", "ms an image", "ms an image, ONNX Runtime"], rows)
 
 

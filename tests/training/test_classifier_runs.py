@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests.testing.configs import COMPILATION_CACHE
-from tests.testing.images import COLOURS
+from tests.testing.images import COLOURS, jpeg, write
 from tests.testing.runs import act_at_batch, assert_same_bits, assert_same_run, read_metrics, read_state
 from zslflax import checkpoint
 from zslflax.config import default_config
@@ -23,7 +23,7 @@ from zslflax.training.classes import resolve_class_names
 from zslflax.training.evaluate import evaluate_run
 from zslflax.training.input import host_batches, with_reasons
 from zslflax.training.loop import train
-from zslflax.training.setup import create_state
+from zslflax.training.setup import create_state, open_train_sources
 
 NAMES = sorted(COLOURS)
 
@@ -142,6 +142,17 @@ def test_a_student_of_prompts_learns_resumes_and_is_exported(base_config, finish
     labels = [NAMES.index(path.parent.name) for path in sorted(images[0].parents[1].glob("*/*.png"))]
     answers = classifier.encode_image(sorted(images[0].parents[1].glob("*/*.png"))).argmax(axis=1)
     assert metrics["eval/test/hit@1"] == pytest.approx(np.mean(answers == labels))
+
+
+def test_a_student_of_prompts_takes_images_alone_and_labels_need_classes(base_config, tmp_path):
+    for i in range(3):
+        write(tmp_path / "images" / f"{i}.jpg", jpeg(i))
+    base_config.data.train, base_config.model.class_names = (f"folder:{tmp_path / 'images'}",), tuple(NAMES)
+    with pytest.raises(ValueError, match="holds no captions"):
+        open_train_sources(base_config)
+    base_config.objective.name = "prompt_distillation"
+    (source,) = open_train_sources(base_config)
+    assert len(source) == 3 and source.read_annotations(0)["label"] == ()
 
 
 def test_a_share_of_the_images_has_reasons_always_the_same(base_config):

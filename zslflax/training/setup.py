@@ -171,7 +171,8 @@ def open_train_sources(config: ConfigDict, sources: Sequence[Source] | None = No
     """Opens the training sources, or takes those that are given, without the samples that the config excludes."""
     if sources is None:
         captions = not is_classifier(config)
-        sources = [open_source(spec, config.data, "train", captions) for spec in config.data.train]
+        images_alone = not captions and not needs_labels(config.objective)
+        sources = [open_source(spec, config.data, "train", captions, images_alone) for spec in config.data.train]
     if len(sources) != len(config.data.train):
         raise UserError(f"there are {len(sources)} sources, but config.data.train names {len(config.data.train)}")
     sources = exclude_samples(sources, config.data.exclude)
