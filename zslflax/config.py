@@ -214,7 +214,8 @@ def data_fields() -> ConfigDict:
     c = ConfigDict()
     # Sources: "shapes" (built in), a folder of images with captions or of tar shards, tar shards
     # "path/{00000..00331}.tar" (or a glob), "pairs.csv", "pairs.tsv", "*.parquet", "hf_dataset:NAME:SPLIT",
-    # "tfds:NAME/SPLIT". For classifiers also labelled images, such as a folder with a subfolder for each class.
+    # "tfds:NAME/SPLIT". For classifiers also labelled images, such as a folder with a subfolder for each class; without
+    # labels, a folder of images alone.
     c.train = ("shapes",)
     c.exclude = ""  # CSV file whose column `name` lists training samples to leave out, as zslflax.noise writes it
     c.weights = ()  # relative weight of each source in the mixture; (): the number of its samples

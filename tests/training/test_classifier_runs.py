@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests.testing.configs import COMPILATION_CACHE
-from tests.testing.images import COLOURS
+from tests.testing.images import COLOURS, jpeg, write
 from tests.testing.runs import act_at_batch, assert_same_bits, assert_same_run, read_metrics, read_state
 from zslflax import checkpoint
 from zslflax.config import default_config
@@ -25,7 +25,7 @@ from zslflax.training.classes import resolve_class_names
 from zslflax.training.evaluate import evaluate_run
 from zslflax.training.input import host_batches, with_reasons
 from zslflax.training.loop import train
-from zslflax.training.setup import create_state, open_sources
+from zslflax.training.setup import create_state, open_sources, open_train_sources
 
 NAMES = sorted(COLOURS)
 
@@ -177,6 +177,17 @@ def test_the_weak_view_is_the_crop_of_evaluation(base_config, finished_workdir, 
     np.testing.assert_array_equal(batch["image"], plain["image"])
     wanted = [view(record_image(source[i]), i, 0) for i in batch["index"].tolist()]
     np.testing.assert_array_equal(batch["weak_image"], np.stack(wanted))
+
+
+def test_a_student_of_prompts_takes_images_alone_and_labels_need_classes(base_config, tmp_path):
+    for i in range(3):
+        write(tmp_path / "images" / f"{i}.jpg", jpeg(i))
+    base_config.data.train, base_config.model.class_names = (f"folder:{tmp_path / 'images'}",), tuple(NAMES)
+    with pytest.raises(ValueError, match="holds no captions"):
+        open_train_sources(base_config)
+    base_config.objective.name = "prompt_distillation"
+    (source,) = open_train_sources(base_config)
+    assert len(source) == 3 and source.read_annotations(0)["label"] == ()
 
 
 def test_a_share_of_the_images_has_reasons_always_the_same(base_config):

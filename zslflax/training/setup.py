@@ -173,7 +173,8 @@ def check_teacher_needs_no_images(config: ConfigDict, features: FrozenFeatures, 
 def open_sources(config: ConfigDict) -> list[Source]:
     """Opens the sources that `config.data.train` names."""
     captions = not is_classifier(config)
-    return [open_source(spec, config.data, "train", captions) for spec in config.data.train]
+    images_alone = not captions and not needs_labels(config.objective)
+    return [open_source(spec, config.data, "train", captions, images_alone) for spec in config.data.train]
 
 
 def open_train_sources(config: ConfigDict, sources: Sequence[Source] | None = None) -> list[Source]:

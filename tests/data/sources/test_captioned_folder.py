@@ -169,6 +169,19 @@ def test_a_folder_of_tars_without_captions_holds_classes(tmp_path):
         open_source(str(tmp_path), DATA, "train")
 
 
+def test_images_alone_are_enough_where_captions_and_labels_are_not_needed(tmp_path):
+    write(tmp_path / "a.jpg", jpeg(10))
+    with pytest.raises(ValueError, match="holds no captions"):
+        open_source(f"folder:{tmp_path}", DATA, "train", captions=False)
+    write(tmp_path / "in" / "b.jpg", jpeg(20))
+    write(tmp_path / "c.jpg", jpeg(30))
+    write(tmp_path / "c.txt", "a cat")
+    source = open_source(f"folder:{tmp_path}", DATA, "train", captions=False, images_alone=True)
+    expected = {"a.jpg": (10, (), ()), "c.jpg": (30, ("a cat",), ()), os.path.join("in", "b.jpg"): (20, (), ())}
+    assert contents(source) == {str(tmp_path / name): values for name, values in expected.items()}
+    assert source.classes is None and not source.excluded
+
+
 def test_an_empty_folder(tmp_path):
     for split in ("train", "test"):
         with pytest.raises(ValueError, match="holds no captions.*found: nothing"):

@@ -22,11 +22,13 @@ class SourceOptions:
 
     Attributes:
         require_captions: whether it is for training: captions are needed.
+        images_alone: whether images need neither captions nor labels.
         captions_per_line: whether each line of a text file is a caption of its own.
         limits: of the time that reads from servers take.
     """
 
     require_captions: bool = False
+    images_alone: bool = False
     captions_per_line: bool = False
     limits: ReadLimits = DEFAULT_LIMITS
 

@@ -54,7 +54,7 @@ class FolderIndex:
 
 
 class CaptionedFolder:
-    """The images below a folder that have captions or labels beside them, a `Source`.
+    """The images below a folder that have captions or labels beside them, or all of them; a `Source`.
 
     The files are those of a tar shard, unpacked: the captions of KEY.jpg are in KEY.txt, KEY.txt.json or KEY.json, its
     labels in KEY.cls or KEY.json (`zslflax.data.sources.webdataset`). They are read when a sample is.
@@ -62,7 +62,7 @@ class CaptionedFolder:
     Args:
         folder: of the images; they may be in folders below it.
         index: of the folder.
-        options: whether captions are required, and whether each line of KEY.txt is one.
+        options: whether captions are required or images alone are enough, and whether each line of KEY.txt is one.
 
     Attributes:
         excluded: `no_caption`, images with no such file beside them; `no_image`, captions without an image;
@@ -76,7 +76,7 @@ class CaptionedFolder:
     negatives: list[tuple[int, ...]] | None = None
 
     def __init__(self, folder: Path, index: FolderIndex, options: SourceOptions):
-        annotated = np.any(index.files[:, TEXT:] >= 0, axis=1)
+        annotated = np.any(index.files[:, TEXT:] >= 0, axis=1) | options.images_alone
         self.folder, self.captions_per_line, self.extensions = str(folder), options.captions_per_line, index.extensions
         self.keys, self.files = PackedNames(itertools.compress(index.keys, annotated.tolist())), index.files[annotated]
         if not len(self) or (options.require_captions and not self.has_captions()):

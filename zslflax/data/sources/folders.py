@@ -35,6 +35,7 @@ def open_folder(folder: Path, chosen: ChosenColumns, options: SourceOptions) -> 
         tar shards, beside which other files, such as img2dataset's parquet, do not count;
         images with captions beside them, at any depth (`CaptionedFolder`);
         parquet files;
+        images alone, at any depth, where these are enough;
         for evaluation: a subfolder, or a tar without captions and labels, for each class, named by its id.
 
     Args:
@@ -65,6 +66,8 @@ def open_folder(folder: Path, chosen: ChosenColumns, options: SourceOptions) -> 
             return shards
         return ClassTars(shards, sorted_by_id({tar.stem: tar for tar in tars}))
     index = index_folder(folder)
+    if options.images_alone and index.keys:
+        return CaptionedFolder(folder, index, options)
     if has_annotations(index):
         source = CaptionedFolder(folder, index, options)
         if train or not subfolders or source.has_captions() or has_annotations(index, (LABEL,)):

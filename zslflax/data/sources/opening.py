@@ -24,7 +24,9 @@ LABELLED = ready_sets.READERS
 TEXT_ENDINGS = (".csv", ".tsv", ".tab")
 
 
-def open_source(spec: str, data_config: ConfigDict, split: str, captions: bool = True) -> Source:
+def open_source(
+    spec: str, data_config: ConfigDict, split: str, captions: bool = True, images_alone: bool = False
+) -> Source:
     """Opens a data source.
 
     Args:
@@ -38,6 +40,7 @@ def open_source(spec: str, data_config: ConfigDict, split: str, captions: bool =
         split: "train" or "test". For "shapes" it selects the data; other specs name their data, and must have
             captions for "train".
         captions: whether "train" needs captions.
+        images_alone: whether a folder's images need no labels either, and no subfolders by class.
 
     Raises:
         UserError: there is no such source, or it cannot serve the split.
@@ -46,6 +49,7 @@ def open_source(spec: str, data_config: ConfigDict, split: str, captions: bool =
         raise UserError(f"split is {split!r}, expected 'train' or 'test'")
     options = SourceOptions(
         require_captions=captions and split == "train",
+        images_alone=images_alone,
         captions_per_line=data_config.captions_per_line,
         limits=ReadLimits(data_config.request_timeout, data_config.read_timeout),
     )
