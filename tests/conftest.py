@@ -12,8 +12,8 @@ import pytest
 
 from tests.testing.configs import (
     COMPILATION_CACHE,
-    ORDERED_COLLECTIVES,
     TINY_VIT,
+    XLA_FLAGS,
     make_learned_config,
     make_tiny_config,
 )
@@ -22,7 +22,7 @@ from tests.testing.images import write_colours
 from zslflax.models import vit
 from zslflax.training import loop
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ORDERED_COLLECTIVES}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
 # Functions that an earlier run or another test has compiled are not compiled again.
