@@ -2,6 +2,7 @@
 
 import time
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +46,23 @@ def test_a_function_is_applied_in_batches_of_one_shape(total):
     output = distributed.map_in_batches(function, distributed.replicate(jnp.float32(2.0)), arrays, size=8)
     np.testing.assert_array_equal(output, 2 * arrays["x"] + arrays["y"][:, None])
     assert set(shapes) == {(2, 3)}
+
+
+def test_equal_models_share_what_is_compiled():
+    traced = []
+
+    class Scale(nn.Module):
+        factor: float
+
+        def scaled(self, x):
+            traced.append(self.factor)
+            return self.factor * x
+
+    x = np.arange(8.0, dtype=np.float32)
+    for factor in (2.0, 2.0, 3.0):
+        output = distributed.map_in_batches(distributed.map_method(Scale(factor), "scaled"), {}, (x,), size=8)
+        np.testing.assert_array_equal(output, factor * x)
+    assert traced == [2.0, 3.0]
 
 
 def test_one_process_is_alone(tmp_path):

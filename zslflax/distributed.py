@@ -4,6 +4,7 @@ A process runs on each host and owns that host's devices. Mapped functions run o
 """
 
 import atexit
+import functools
 import json
 import logging
 import os
@@ -45,6 +46,8 @@ def initialize(compilation_cache: str = "") -> None:
     if compilation_cache:
         try:
             jax.config.update("jax_compilation_cache_dir", str(expand_user(compilation_cache)))
+            # A start compiles a hundred small functions; jax would keep only those that take more than a second.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         except UserError as error:
             log.warning("compiled programs are not kept: %s", error)
     atexit.register(leave)
@@ -165,6 +168,19 @@ def map_over_devices(function: Callable[..., Tree]) -> Callable[..., Tree]:
     The mapped function takes a tree as `replicate` returns it, and arrays as `shard` returns them.
     """
     return jax.pmap(function, in_axes=(None, 0), devices=jax.local_devices())
+
+
+@functools.lru_cache(maxsize=16)
+def map_method(model: Any, method: str) -> Callable[..., jax.Array]:
+    """Maps a method of a Flax model over this process's devices: (replicated variables, arrays) → an array.
+
+    Equal models share one function, so that a second predictor of a model compiles nothing.
+
+    Args:
+        model: a Flax module.
+        method: the name of one of its methods, which takes the arrays, a tuple, as its arguments.
+    """
+    return map_over_devices(lambda variables, arrays: model.apply(variables, *arrays, method=method))
 
 
 def map_in_batches(function: Callable[..., jax.Array], replicated: Tree, arrays: Tree, size: int) -> np.ndarray:
