@@ -19,8 +19,10 @@ from tests.testing.configs import (
 )
 from tests.testing.faults import give_to_nobody
 from tests.testing.images import write_colours
+from zslflax import distributed
 from zslflax.models import vit
 from zslflax.training import loop
+from zslflax.training.step import mapped_step
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
 jax.config.update("jax_num_cpu_devices", 4)
@@ -31,13 +33,15 @@ jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
 # environment variable is for the processes that tests start.
 jax.config.update("jax_compilation_cache_max_size", 1 << 30)
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 30)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def clear_compiled_functions():
     """Frees what a module compiled: each function maps memory, and Linux allows 65,530 maps to a process."""
     yield
+    mapped_step.cache_clear()
+    distributed.map_method.cache_clear()
     jax.clear_caches()
 
 
