@@ -89,16 +89,23 @@ def test_processes_that_differ_are_told_so(monkeypatch):
         distributed.check_same_on_hosts("the number of samples", 3)
 
 
-def test_compiled_functions_are_cached_unless_the_config_says_otherwise(tmp_path):
+def test_compiled_functions_are_cached_unless_the_config_says_otherwise(tmp_path, caplog):
     assert default_config().compilation_cache
-    before = jax.config.jax_compilation_cache_dir
+    before, shortest = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)  # jax's own value
     try:
         distributed.initialize(str(tmp_path))
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.0
         distributed.initialize("")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        (tmp_path / "file").write_text("in the way")
+        distributed.initialize(f"{tmp_path}/file/folder")
+        assert f"compiled programs are not kept: {tmp_path}/file/folder cannot be written" in caplog.text
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ A process runs on each host and owns that host's devices. Mapped functions run o
 """
 
 import atexit
+import errno
 import functools
 import json
 import logging
 import os
 import re
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from zslflax.background import BackgroundIterator
 from zslflax.errors import UserError
-from zslflax.files import expand_user
+from zslflax.files import expand_user, storage_errors
 from zslflax.peers import Peers
 
 log = logging.getLogger("zslflax")
@@ -44,12 +46,7 @@ def initialize(compilation_cache: str = "") -> None:
         compilation_cache: the folder in which compiled programs are kept; "" for none.
     """
     if compilation_cache:
-        try:
-            jax.config.update("jax_compilation_cache_dir", str(expand_user(compilation_cache)))
-            # A start compiles a hundred small functions; jax would keep only those that take more than a second.
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        except UserError as error:
-            log.warning("compiled programs are not kept: %s", error)
+        keep_compiled(compilation_cache)
     atexit.register(leave)
     try:
         if os.environ.get("JAX_COORDINATOR_ADDRESS"):
@@ -69,6 +66,24 @@ def initialize(compilation_cache: str = "") -> None:
         global _peers
         _peers = Peers(jax.process_index(), jax.process_count())
         _peers.watch(jax_distributed.global_state.client)
+
+
+def keep_compiled(folder: str) -> None:
+    """Keeps compiled programs in a folder, or warns that this is not possible; another process finds them there."""
+    try:
+        path = expand_user(folder)
+        with storage_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except UserError as error:
+        log.warning("compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # A start compiles a hundred small functions; jax would keep only those that take more than a second.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # On a full disk it would say so for each of them.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
 
 
 def read_process_variables() -> tuple[str, int, int]:
