@@ -56,7 +56,7 @@ def measure(batch_size: int, micro_batch: int, remat: bool, compile_step: bool) 
     model = build_two_tower(config.model, dtype=compute_dtype(config), axis_name=AXIS)
     state, batch, tx = make_shapes(config, model, config.model.text.max_tokens)
     step = TrainStep({}, model=model, teacher_model=model, tx=tx, config=config)
-    lowered = step.pmapped.lower(state, {}, {name: SHAPE((1, *x.shape), x.dtype) for name, x in batch.items()})
+    lowered = step.shared.mapped.lower(state, {}, {name: SHAPE((1, *x.shape), x.dtype) for name, x in batch.items()})
     line = {"benchmark": "step_memory", "batch": batch_size, "micro_batch": micro_batch, "remat": remat}
     line |= {"tflop": float(f"{step.flops / 1e12:.4g}")}
     line |= {"residuals_mb": round(residual_bytes(model, state, batch, micro_batch or batch_size) / MB)}

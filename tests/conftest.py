@@ -12,32 +12,38 @@ import pytest
 
 from tests.testing.configs import (
     COMPILATION_CACHE,
-    ORDERED_COLLECTIVES,
     TINY_VIT,
+    XLA_FLAGS,
     make_learned_config,
     make_tiny_config,
 )
 from tests.testing.faults import give_to_nobody
 from tests.testing.images import write_colours
+from zslflax import distributed
 from zslflax.models import vit
 from zslflax.training import loop
+from zslflax.training.step import mapped_step
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ORDERED_COLLECTIVES}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
 # Functions that an earlier run or another test has compiled are not compiled again.
 jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
-# With a limit to its size, jax locks the cache, so that no process reads a file that another has written in part. The
-# environment variable is for the processes that tests start.
+# With a limit to its size, jax locks the cache, so that no process reads a file that another has written in part.
 jax.config.update("jax_compilation_cache_max_size", 1 << 30)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+# The same for the processes that tests start.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILATION_CACHE)
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 30)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def clear_compiled_functions():
     """Frees what a module compiled: each function maps memory, and Linux allows 65,530 maps to a process."""
     yield
+    mapped_step.cache_clear()
+    distributed.map_method.cache_clear()
     jax.clear_caches()
 
 

@@ -193,6 +193,7 @@ def test_a_fingerprint_changes_with_every_bit_and_not_with_the_form_of_the_tree(
     words = [x.view(np.uint8 if x.dtype == bool else np.uint32).ravel().astype(object) for x in arrays]
     assert whole == sum((2 * i + 1) * int(word) for x in words for i, word in enumerate(x)) % 2**32
     assert checkpoint_checks.fingerprints({"a": {"x": arrays[2], "y": tuple(arrays[:2])}}) == {"a": whole}
+    assert checkpoint_checks.fingerprints({"a": list(map(jnp.asarray, arrays))}) == {"a": whole}  # on a device
     for i in range(40):
         changed = [x.copy() for x in arrays[:2]]
         words = changed[i % 2].view(np.uint32).reshape(-1)

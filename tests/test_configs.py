@@ -8,7 +8,8 @@ from tests.testing.runs import read_metrics
 from zslflax.config import eval_set, is_classifier
 from zslflax.config_checks import validate
 from zslflax.inference.prompts import resolve_templates
-from zslflax.models import resnet, resnet12, vit
+from zslflax.models import mobilenet, resnet, resnet12, vit
+from zslflax.models.mobilenet import Stage
 from zslflax.training import loop
 
 
@@ -18,7 +19,10 @@ def test_a_shipped_config_trains_two_steps_when_it_is_shrunk(
 ):
     """With its own optimiser, objective, precision and freezing; smaller towers, fewer and smaller images."""
     monkeypatch.setitem(resnet.RESNETS, "resnet50", ((1, 1), True))
-    monkeypatch.setitem(resnet12.RESNET12S, "resnet12", (4, 6, 8, 10))
+    monkeypatch.setitem(resnet12.RESNET12S, "resnet12", (4, 6, 8))
+    stages = Stage(1, 3, 1, 1, 4), Stage(1, 3, 2, 2, 8)
+    for name in ("mobilenet_v2", "efficientnet_lite0"):
+        monkeypatch.setitem(mobilenet.MOBILENETS, name, mobilenet.MOBILENETS[name]._replace(stages=stages))
     monkeypatch.setitem(vit.VITS, "vit_b16", (16, 32, 1, 2))
     monkeypatch.setitem(vit.DINOV2, "dinov2_b14", (16, 32, 1, 2))
     c = load_config(path)

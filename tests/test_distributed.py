@@ -2,6 +2,7 @@
 
 import time
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +48,23 @@ def test_a_function_is_applied_in_batches_of_one_shape(total):
     assert set(shapes) == {(2, 3)}
 
 
+def test_equal_models_share_what_is_compiled():
+    traced = []
+
+    class Scale(nn.Module):
+        factor: float
+
+        def scaled(self, x):
+            traced.append(self.factor)
+            return self.factor * x
+
+    x = np.arange(8.0, dtype=np.float32)
+    for factor in (2.0, 2.0, 3.0):
+        output = distributed.map_in_batches(distributed.map_method(Scale(factor), "scaled"), {}, (x,), size=8)
+        np.testing.assert_array_equal(output, factor * x)
+    assert traced == [2.0, 3.0]
+
+
 def test_one_process_is_alone(tmp_path):
     assert distributed.is_main() and not distributed.is_multi_process()
     assert distributed.all_hosts(True) and not distributed.all_hosts(False)
@@ -71,16 +89,23 @@ def test_processes_that_differ_are_told_so(monkeypatch):
         distributed.check_same_on_hosts("the number of samples", 3)
 
 
-def test_compiled_functions_are_cached_unless_the_config_says_otherwise(tmp_path):
+def test_compiled_functions_are_cached_unless_the_config_says_otherwise(tmp_path, caplog):
     assert default_config().compilation_cache
-    before = jax.config.jax_compilation_cache_dir
+    before, shortest = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)  # jax's own value
     try:
         distributed.initialize(str(tmp_path))
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.0
         distributed.initialize("")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        (tmp_path / "file").write_text("in the way")
+        distributed.initialize(f"{tmp_path}/file/folder")
+        assert f"compiled programs are not kept: {tmp_path}/file/folder cannot be written" in caplog.text
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
 
 
 @pytest.mark.parametrize(

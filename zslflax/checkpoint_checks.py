@@ -5,6 +5,7 @@ checksums). Therefore a fingerprint of each attribute of the state is saved with
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from zslflax.errors import UserError
@@ -98,22 +100,31 @@ def unique_branches(names: Iterable[str], others: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(branch for branch in unique if branch))
 
 
-@jax.jit
-def array_fingerprint(array: jax.Array) -> jax.Array:
-    """Σ over positions i of (2i + 1) · word_i mod 2³², where words are the array's elements as unsigned integers."""
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
-    words = array.view(unsigned).astype(jnp.uint32).ravel()
-    weights = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
-    return jnp.sum(words * weights, dtype=jnp.uint32)
+def array_fingerprint(array: Any, xp: Any = np) -> Any:
+    """Σ over positions i of (2i + 1) · word_i mod 2³², where words are the array's elements as unsigned integers.
+
+    Args:
+        array: with elements of 1, 2 or 4 bytes.
+        xp: the module to compute with, `numpy` or `jax.numpy`.
+    """
+    unsigned = {1: xp.uint8, 2: xp.uint16, 4: xp.uint32}[array.dtype.itemsize]
+    words = array.view(unsigned).astype(xp.uint32).ravel()
+    weights = 2 * xp.arange(words.size, dtype=xp.uint32) + 1
+    return xp.sum(words * weights, dtype=xp.uint32)
+
+
+fingerprint_on_device = jax.jit(functools.partial(array_fingerprint, xp=jnp))
 
 
 def fingerprints(trees: Mapping[str, Any]) -> dict[str, int]:
-    """The sum of each tree's `array_fingerprint`s mod 2³², computed on the devices that hold the arrays.
+    """The sum of each tree's `array_fingerprint`s mod 2³², computed where the arrays are: on the devices or the host.
 
     Odd weights are invertible mod 2³². Therefore every change of a single word changes the fingerprint, and other
     damage goes unnoticed once in 2³² cases. The sum depends neither on the order of the arrays nor on the devices.
     """
-    sums = jax.device_get({name: [array_fingerprint(x) for x in jax.tree.leaves(tree)] for name, tree in trees.items()})
+    # NumPy computes at once what jax would first compile, for every shape.
+    of_array = lambda x: fingerprint_on_device(x) if isinstance(x, jax.Array) else array_fingerprint(np.asarray(x))
+    sums = jax.device_get({name: [of_array(x) for x in jax.tree.leaves(tree)] for name, tree in trees.items()})
     return {name: sum(map(int, of_tree)) % 2**32 for name, of_tree in sums.items()}
 
 

@@ -4,11 +4,14 @@ A process runs on each host and owns that host's devices. Mapped functions run o
 """
 
 import atexit
+import errno
+import functools
 import json
 import logging
 import os
 import re
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from zslflax.background import BackgroundIterator
 from zslflax.errors import UserError
-from zslflax.files import expand_user
+from zslflax.files import expand_user, storage_errors
 from zslflax.peers import Peers
 
 log = logging.getLogger("zslflax")
@@ -43,10 +46,7 @@ def initialize(compilation_cache: str = "") -> None:
         compilation_cache: the folder in which compiled programs are kept; "" for none.
     """
     if compilation_cache:
-        try:
-            jax.config.update("jax_compilation_cache_dir", str(expand_user(compilation_cache)))
-        except UserError as error:
-            log.warning("compiled programs are not kept: %s", error)
+        keep_compiled(compilation_cache)
     atexit.register(leave)
     try:
         if os.environ.get("JAX_COORDINATOR_ADDRESS"):
@@ -66,6 +66,24 @@ def initialize(compilation_cache: str = "") -> None:
         global _peers
         _peers = Peers(jax.process_index(), jax.process_count())
         _peers.watch(jax_distributed.global_state.client)
+
+
+def keep_compiled(folder: str) -> None:
+    """Keeps compiled programs in a folder, or warns that this is not possible; another process finds them there."""
+    try:
+        path = expand_user(folder)
+        with storage_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except UserError as error:
+        log.warning("compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # A start compiles a hundred small functions; jax would keep only those that take more than a second.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # On a full disk it would say so for each of them.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
 
 
 def read_process_variables() -> tuple[str, int, int]:
@@ -165,6 +183,19 @@ def map_over_devices(function: Callable[..., Tree]) -> Callable[..., Tree]:
     The mapped function takes a tree as `replicate` returns it, and arrays as `shard` returns them.
     """
     return jax.pmap(function, in_axes=(None, 0), devices=jax.local_devices())
+
+
+@functools.lru_cache(maxsize=16)
+def map_method(model: Any, method: str) -> Callable[..., jax.Array]:
+    """Maps a method of a Flax model over this process's devices: (replicated variables, arrays) → an array.
+
+    Equal models share one function, so that a second predictor of a model compiles nothing.
+
+    Args:
+        model: a Flax module.
+        method: the name of one of its methods, which takes the arrays, a tuple, as its arguments.
+    """
+    return map_over_devices(lambda variables, arrays: model.apply(variables, *arrays, method=method))
 
 
 def map_in_batches(function: Callable[..., jax.Array], replicated: Tree, arrays: Tree, size: int) -> np.ndarray:

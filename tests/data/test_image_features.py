@@ -54,9 +54,9 @@ def make_tower(built, tmp_path):
         )
         tower.computed, apply_fn = 0, tower.apply_fn
 
-        def count(variables, inputs):
-            tower.computed += int(np.any(inputs, axis=(2, 3, 4)).sum())  # without the zeros that fill a batch
-            return apply_fn(variables, inputs)
+        def count(variables, arrays):
+            tower.computed += int(np.any(arrays[0], axis=(2, 3, 4)).sum())  # without the zeros that fill a batch
+            return apply_fn(variables, arrays)
 
         tower.apply_fn = count
         return tower

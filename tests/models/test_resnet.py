@@ -181,7 +181,8 @@ def test_four_devices_have_the_outputs_gradients_and_statistics_of_one_device():
 
     one = jax.jit(lambda x: run(tiny(), x))(images)
     four = jax.pmap(lambda x: run(tiny(axis_name="data"), x), "data")(images.reshape(4, 2, 16, 16, 3))
-    near = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+    # Of arrays with elements above 10, sums are rounded more coarsely.
+    near = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(b).max(), 10.0), rtol=1e-4)
     near(four[0].reshape(one[0].shape), one[0])
     jax.tree.map(lambda many, one: [near(device, one) for device in many], four[1], one[1])
     jax.tree.map(lambda many, one: near(many.sum(0), one), four[2], one[2])

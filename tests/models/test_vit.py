@@ -177,7 +177,7 @@ def test_positions_are_resized_as_in_timm(require, old, new):
     resized = resize_positions(table, new)
     np.testing.assert_array_equal(resized[:, 0], table[:, 0])
     grid = resized[:, 1:].reshape(1, new, new, 6).transpose(0, 3, 1, 2)
-    np.testing.assert_allclose(grid, wanted.numpy(), atol=2e-6)
+    np.testing.assert_allclose(grid, wanted.numpy(), rtol=1e-6, atol=2e-6)
 
 
 def test_positions_of_the_same_size_are_unchanged():
@@ -192,7 +192,7 @@ def test_positions_without_antialiasing_are_resized_as_in_pytorch(require, old, 
     grid = torch.tensor(table[:, 1:].reshape(1, old, old, 6)).permute(0, 3, 1, 2)
     wanted = torch.nn.functional.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
     grid = resize_positions(table, new, antialias=False)[:, 1:].reshape(1, new, new, 6).transpose(0, 3, 1, 2)
-    np.testing.assert_allclose(grid, wanted.numpy(), atol=2e-6)
+    np.testing.assert_allclose(grid, wanted.numpy(), rtol=1e-6, atol=2e-6)
 
 
 def test_a_class_token_without_a_position_gets_zeros():

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.testing.checkpoints import flip_arrays
-from tests.testing.configs import ORDERED_COLLECTIVES, ROOT
+from tests.testing.configs import ROOT, XLA_FLAGS
 from tests.testing.runs import read_metrics, read_state
 from zslflax import checkpoint
 from zslflax.data import pipeline
@@ -135,7 +135,7 @@ def folder(tmp_path_factory):
 def environment(**variables) -> dict[str, str]:
     """The environment of processes."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    inherited["XLA_FLAGS"] = f"{ORDERED_COLLECTIVES} --xla_backend_optimization_level=0"  # compiles in half the time
+    inherited["XLA_FLAGS"] = XLA_FLAGS
     inherited["PATH"] = f"{Path(sys.executable).parent}:{inherited['PATH']}"
     inherited["PYTHONPATH"] = f"{ROOT}:{inherited.get('PYTHONPATH', '')}"
     return inherited | {name: str(value) for name, value in variables.items()}

@@ -247,6 +247,14 @@ def test_logit_scales_stay_in_their_range(variables):
     assert 1.0 <= metrics["logit_scale"] <= 100.0001
 
 
+def test_steps_of_configs_that_differ_in_nothing_that_they_see_share_what_is_compiled(variables):
+    shared = lambda **fields: TrainStep({}, **make_state(make_config(**fields), variables)[1]).shared
+    step = shared(data__threads=1)
+    assert shared(data__threads=2, name="other", log_every=7) is step
+    for fields in ({"objective": "otter"}, {"seed": 1}, {"steps": 5}, {"optimizer__clip_norm": 1.0}):
+        assert shared(**fields) is not step
+
+
 def test_a_mapped_step_donates_its_state_and_is_traced_once(variables, monkeypatch):
     state, arguments = make_state(make_config(), variables, devices=4)
     step, traces = TrainStep({}, **arguments), []
@@ -258,7 +266,7 @@ def test_a_mapped_step_donates_its_state_and_is_traced_once(variables, monkeypat
         state, _ = step(state, batch)
     assert all(leaf.is_deleted() for leaf in before) and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert len(traces) == 1
-    plan = step.pmapped.lower(state, {}, batches[0]).compile().memory_analysis()
+    plan = step.shared.mapped.lower(state, {}, batches[0]).compile().memory_analysis()
     assert plan.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     of_device = jax.make_jaxpr(functools.partial(train_step, **arguments), axis_env=[(AXIS, 4)])
     jaxpr = of_device(state, {}, {name: x[0] for name, x in batches[0].items()}).jaxpr

@@ -78,8 +78,7 @@ class TextFeatures:
         frozen: bool = False,
         store: TextStore | None = None,
     ):
-        apply = lambda variables, inputs: model.apply(variables, *inputs, method="text_features")
-        self.apply_fn, self.variables = distributed.map_over_devices(apply), variables
+        self.apply_fn, self.variables = distributed.map_method(model, "text_features"), variables
         self.capacity, self.frozen = capacity, frozen
         self.store = MemoryTexts(capacity) if store is None else store
         self.lock = threading.Lock()  # training and evaluation share the features, in two threads

@@ -69,8 +69,8 @@ class FrozenImageTower:
     def __init__(
         self, model: linen.Module, variables: Tree, identity: dict[str, Any], root: Path, dtype: str, threads: int = 0
     ):
-        apply = image_apply(model)
-        self.apply, self.apply_fn, self.variables = apply, distributed.map_over_devices(apply), variables
+        self.apply, self.variables = image_apply(model), variables
+        self.apply_fn = distributed.map_method(model, "image_features")
         self.identity, self.root, self.dtype, self.threads = identity, root, dtype, choose_threads(threads)
         self.width = functools.cache(self.trace_width)  # tracing a deep tower takes a second
 
@@ -200,7 +200,7 @@ class ImageFeatures:
                 inputs = np.zeros((size, self.views.size, self.views.size, 3), np.uint8)
                 for i in np.flatnonzero(readable):
                     inputs[i] = pixels[i]
-                output = self.tower.apply_fn(self.tower.variables, distributed.shard(inputs))
+                output = self.tower.apply_fn(self.tower.variables, distributed.shard((inputs,)))
                 if pending is not None:
                     self.write(*pending)
                 pending = chunk, readable, output

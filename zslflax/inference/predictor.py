@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -86,11 +86,6 @@ class Predictor:
         if text_features is None and tokenizer is not None:
             text_features = TextFeatures(model, self.variables, DEFAULT_CAPACITY)
         self.text_features = text_features
-        map_method = lambda method: distributed.map_over_devices(
-            lambda variables, x: model.apply(variables, x, method=method)
-        )
-        self._encode_image, self._project_text = map_method("encode_image"), map_method("project_text")
-        self._project_image, self._image_features = map_method("project_image"), map_method("image_features")
 
     def with_variables(self, variables: Any, step: int) -> "Predictor":
         """Returns a predictor with other variables of the same model; nothing is compiled again."""
@@ -185,7 +180,7 @@ class Predictor:
             MissingFileError: a file does not exist.
             UserError: a file is not an image or is damaged, or an array has another shape or type.
         """
-        return self._apply_to_images(self._encode_image, images)
+        return self._apply_to_images("encode_image", images)
 
     def image_outputs(self, images: Images) -> dict[str, np.ndarray]:
         """Returns the outputs of the image side for images, as `encode_image` takes them.
@@ -193,19 +188,19 @@ class Predictor:
         Returns:
             "features", of the image tower, fp32 [b, f], and "embedding", unit vectors in the joint space, fp32 [b, d].
         """
-        features = self._apply_to_images(self._image_features, images)
+        features = self._apply_to_images("image_features", images)
         return {"features": features, "embedding": self.project_image(features)}
 
     def project_image(self, features: np.ndarray) -> np.ndarray:
         """Projects outputs of the image tower, fp32 [b, f], to unit vectors fp32 [b, d]."""
-        return self._apply_in_batches(self._project_image, features)
+        return self._apply_in_batches("project_image", features)
 
     def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """Embeds texts, as unit vectors fp32 [b, d]. Texts are truncated to `model.text.max_tokens`."""
         assert self.text_features is not None and self.tokenizer is not None
         texts = [texts] if isinstance(texts, str) else list(texts)
         features = self.text_features(*self.tokenizer(texts)) if texts else np.empty((0, 1), np.float32)
-        return self._apply_in_batches(self._project_text, features)
+        return self._apply_in_batches("project_text", features)
 
     @overload
     def classify(
@@ -301,9 +296,9 @@ class Predictor:
             "version": zslflax.__version__,
         }
 
-    def _apply_to_images(self, function: Callable[..., jax.Array], images: Any) -> np.ndarray:
-        """Applies a mapped function to the images that `encode_image` takes."""
-        chunks = [self._apply_in_batches(function, chunk) for chunk in self._preprocessed_chunks(images)]
+    def _apply_to_images(self, method: str, images: Any) -> np.ndarray:
+        """Applies a method of the model to the images that `encode_image` takes."""
+        chunks = [self._apply_in_batches(method, chunk) for chunk in self._preprocessed_chunks(images)]
         return np.concatenate(chunks) if chunks else np.empty((0, self.config.model.embed_dim), np.float32)
 
     def _preprocessed_chunks(self, images: Any) -> Iterator[np.ndarray]:
@@ -324,8 +319,8 @@ class Predictor:
         while chunk := list(itertools.islice(remaining, CHUNK)):
             yield np.stack([self.preprocess(image) for image in chunk])
 
-    def _apply_in_batches(self, function: Callable[..., jax.Array], array: np.ndarray) -> np.ndarray:
-        """Applies a mapped function to [b, …] in batches of one of a few sizes, so that few shapes are compiled."""
+    def _apply_in_batches(self, method: str, array: np.ndarray) -> np.ndarray:
+        """Applies a method of the model to [b, …] in batches of one of a few sizes, so that few shapes are compiled."""
         if not len(array):
             return np.empty((0, self.config.model.embed_dim), np.float32)
         devices = jax.local_device_count()
@@ -333,7 +328,8 @@ class Predictor:
         size = devices
         while size < min(len(array), largest):
             size *= 2
-        return distributed.map_in_batches(function, self.variables, array, min(size, largest))
+        function = distributed.map_method(self.model, method)
+        return distributed.map_in_batches(function, self.variables, (array,), min(size, largest))
 
 
 def as_list(class_names: str | Sequence[str]) -> list[str]:

@@ -206,8 +206,8 @@ def create_or_restore_state(
     """
     if checkpoints.latest_step() is None:
         return *create_state(config, model, pretrained=True, teacher_width=teacher_width), []
-    state, tx = create_state(config, model, pretrained=False, teacher_width=teacher_width)
-    state = restore_newest(checkpoints, state)
+    create, variables, tx = plan_state(config, model, teacher_width)
+    state = restore_newest(checkpoints, jax.eval_shape(create, variables))
     step = int(state.step)
     log.info("resuming from step %d in %s", step, workdir)
     if step > config.steps:
@@ -226,23 +226,62 @@ def create_state(
         pretrained: whether to import the model or the pretrained towers that the config names.
         teacher_width: of the teacher's embeddings; None: as wide as the student's.
     """
-    example = [jnp.ones(x.shape, x.dtype) for x in example_inputs(model, config.model)]
-    for pixels, _ in config.model.image.schedule:
-        image = jnp.zeros((1, pixels, pixels, 3), jnp.uint8)
-        jax.eval_shape(model.init, jax.random.key(0), image, *example[1:])  # raises an error where this size cannot be
-    key, init = jax.random.key(config.seed), jitted_init(model)  # is traced once, for the shapes and for the arrays
-    shapes: Tree = jax.eval_shape(init, key, *example)["params"]
-    objective_params = init_objective(config, jax.random.fold_in(key, 1), shapes, teacher_width)
-    shapes = {**shapes, "objective": objective_params}
-    tx = build_optimizer(config, shapes, config.steps)  # checks the patterns before any parameter is made
-    variables: Any = init(key, *example)
-    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    create, variables, tx = plan_state(config, model, teacher_width)
     if pretrained:
         variables = copy_model(config, variables) if config.init_from else import_towers(config, variables)
-    variables["params"] = {**variables["params"], "objective": objective_params}
-    frozen = frozen_towers(shapes, config.freeze)
-    state = create_train_state(variables, tx, ema=keeps_average(config), frozen=frozen)
-    return distributed.replicate(state), tx  # placed as the step returns it, or it would be compiled twice
+    variables = fill_at_random(config, model, variables)
+    # jit compiles once instead of once for every shape. The state is placed as the step returns it, or the step would
+    # be compiled twice.
+    return distributed.replicate(jax.jit(create)(variables)), tx
+
+
+def plan_state(
+    config: ConfigDict, model: TwoTower, teacher_width: int | None = None
+) -> tuple[Callable[[Tree], TrainState], Tree, optax.GradientTransformation]:
+    """What a state is made of, before any parameter is made; checks the config's patterns and sizes of images.
+
+    Args:
+        config, model, teacher_width: as `create_state` takes them.
+
+    Returns:
+        The function from the variables {"params", "batch_stats"} of the model to the state, the shapes of these
+        variables, and the optimiser.
+    """
+    example = example_inputs(model, config.model)
+    for pixels, _ in config.model.image.schedule:
+        image = jax.ShapeDtypeStruct((1, pixels, pixels, 3), jnp.uint8)
+        jax.eval_shape(model.init, jax.random.key(0), image, *example[1:])  # raises an error where this size cannot be
+    key = jax.random.key(config.seed)
+    variables: Tree = jax.eval_shape(jitted_init(model), key, *example)
+    params = {**variables["params"]}
+    params["objective"] = init_objective(config, jax.random.fold_in(key, 1), params, teacher_width)
+    tx = build_optimizer(config, params, config.steps)
+    frozen = frozen_towers(params, config.freeze)
+
+    def create(variables: Tree) -> TrainState:
+        with_objective = {**variables, "params": {**variables["params"], "objective": params["objective"]}}
+        return create_train_state(with_objective, tx, ema=keeps_average(config), frozen=frozen)
+
+    return create, {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}, tx
+
+
+def fill_at_random(config: ConfigDict, model: TwoTower, variables: Tree) -> Tree:
+    """Replaces what are only shapes in the variables by random arrays. What is there already is not computed again."""
+    leaves, structure = jax.tree.flatten(variables)
+    missing = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    init = jitted_init(model)  # was traced for the shapes
+
+    @jax.jit
+    def init_missing(key: jax.Array, *example: jax.Array) -> list[jax.Array]:
+        created: Tree = init(key, *example)
+        created = jax.tree.leaves({"params": created["params"], "batch_stats": created.get("batch_stats", {})})
+        return [created[i] for i in missing]
+
+    if missing:
+        example = [jnp.ones(x.shape, x.dtype) for x in example_inputs(model, config.model)]
+        for i, leaf in zip(missing, init_missing(jax.random.key(config.seed), *example), strict=True):
+            leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,12 +1,13 @@
 """One training step: forward, loss, gradient, update, teacher. Read it beside losses/."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from zslflax.config import keeps_average
 from zslflax.distributed import AXIS
@@ -170,6 +171,41 @@ def logit_scales(objective_params: dict[str, jax.Array]) -> Metrics:
     }
 
 
+# The part of a config that the step sees. Runs that differ in nothing else share one compiled step.
+SEEN = ("seed", "steps", "micro_batch", "freeze", "model", "objective", "teacher", "optimizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepArguments:
+    """The keyword arguments of `train_step`. Equal ones lead to the same computation."""
+
+    model: TwoTower
+    teacher_model: TwoTower
+    config: FrozenConfigDict
+    tx: optax.GradientTransformation = dataclasses.field(compare=False)  # follows from the others
+
+
+class MappedStep:
+    """`train_step` mapped over all devices: (state, fixed teacher, batch) → (state, metrics). The state is donated.
+
+    Attributes:
+        flops: floating-point operations of one device in a step, known after the first call.
+    """
+
+    def __init__(self, arguments: StepArguments):
+        self.flops = 0
+        jitted = jax.jit(functools.partial(train_step, **vars(arguments)))
+
+        def count_and_step(state: TrainState, fixed_teacher: Tree, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
+            self.flops = flops.count(jitted.trace(state, fixed_teacher, batch).jaxpr).total()
+            return jitted(state, fixed_teacher, batch)  # reuses the trace above
+
+        self.mapped = jax.pmap(count_and_step, AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=0)
+
+
+mapped_step = functools.lru_cache(maxsize=2)(MappedStep)  # a run that goes on in the same process compiles nothing
+
+
 class TrainStep:
     """`train_step` over all devices: (state, batch) → (state, metrics).
 
@@ -177,23 +213,25 @@ class TrainStep:
     devices.
 
     Args:
-        fixed_teacher: as `train_step` takes it.
-        static: the keyword arguments of `train_step`.
-
-    Attributes:
-        flops: floating-point operations of one device in a step, known after the first call.
+        fixed_teacher, model, teacher_model, tx, config: as `train_step` takes them.
     """
 
-    def __init__(self, fixed_teacher: Tree, **static: Any):
-        self.flops = 0
-        jitted = jax.jit(functools.partial(train_step, **static))
+    def __init__(
+        self,
+        fixed_teacher: Tree,
+        *,
+        model: TwoTower,
+        teacher_model: TwoTower,
+        tx: optax.GradientTransformation,
+        config: ConfigDict,
+    ):
+        seen = FrozenConfigDict({name: config[name] for name in SEEN})
+        self.shared, self.fixed_teacher = mapped_step(StepArguments(model, teacher_model, seen, tx)), fixed_teacher
 
-        def count_and_step(state: TrainState, fixed_teacher: Tree, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
-            self.flops = flops.count(jitted.trace(state, fixed_teacher, batch).jaxpr).total()
-            return jitted(state, fixed_teacher, batch)  # reuses the trace above
-
-        self.pmapped = jax.pmap(count_and_step, AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=0)
-        self.fixed_teacher = fixed_teacher
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one device in a step, known after the first call."""
+        return self.shared.flops
 
     def __call__(self, state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
-        return self.pmapped(state, self.fixed_teacher, batch)
+        return self.shared.mapped(state, self.fixed_teacher, batch)
