@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from tests.testing.images import COLOURS, PER_COLOUR
+from tests.testing.shards import write_tar
 from zslflax import few_shot as command
-from zslflax.data.image_features import Views
+from zslflax.data.views import Views
 from zslflax.evaluation import few_shot
-from zslflax.evaluation.few_shot_sets import embed_views, format_metrics, open_labelled
+from zslflax.evaluation.few_shot_sets import embed_views, format_metrics, open_labelled, single_labels
 from zslflax.inference.predictor import Predictor
 
 
@@ -66,6 +67,27 @@ def test_images_are_resized_as_in_evaluation(tiny_config, finished_workdir, colo
     np.testing.assert_allclose(embedded.centre["embedding"], predictor.encode_image(colour_folder), atol=1e-5)
 
 
+def test_shards_with_numbers_for_classes_are_measured_as_a_folder_is(run, colour_folder, tmp_path):
+    images = [(name, colour_folder / name / f"{i}.png") for name in COLOURS for i in range(PER_COLOUR)]
+    members = [
+        (f"{i:03}.{extension}", contents)
+        for i, (name, path) in enumerate(images)
+        for extension, contents in (("png", path.read_bytes()), ("cls", str(list(COLOURS).index(name)).encode()))
+    ]
+    shard = write_tar(tmp_path / "test.tar", members)
+    (tmp_path / "names.txt").write_text("\n".join(COLOURS))
+    (tmp_path / "novel.txt").write_text("red\nblue\nyellow\n")
+    flags = ["--ways=2", "--shots=1", "--episodes=20", "--views=0"]
+    names, novel = f"--class-names={tmp_path}/names.txt", f"--classes={tmp_path}/novel.txt"
+    assert run(*flags, f"--data={shard}", names, novel) == run(*flags, novel)
+    _, labels = single_labels(open_labelled(shard))  # all classes together need no names
+    np.testing.assert_array_equal(labels, np.repeat(np.arange(4), PER_COLOUR))
+    with pytest.raises(ValueError, match="selects classes by name, but the labels are numbers; give the class names"):
+        run(*flags, f"--data={shard}", novel)
+    with pytest.raises(ValueError, match="labels up to 3, but there are 3 class names, for 0 to 2; give the names of"):
+        run(*flags, f"--data={shard}", "--class-names=blue,green,red", "--classes=red,blue")
+
+
 def test_classes_and_shots_as_they_are(run):
     found = run("--ways=2", "--shots=1", "--episodes=20", "--classes=red,blue", "--views=0", "--use=student")
     assert found["embedding/1-shot/centroid"] > 0.7  # of two very different colours
@@ -86,7 +108,9 @@ def test_images_with_several_labels_or_unreadable_are_left_out(
 
 
 def test_what_cannot_be_measured_is_refused(run, finished_workdir, colour_folder):
-    with pytest.raises(ValueError, match=r"only 4 of 4 classes have 1 \+ 2 images, but an episode has 5"):
+    with pytest.raises(
+        ValueError, match=r"only 4 of 4 classes have 1 \+ 2 images, but an episode has 5 classes; lower the ways"
+    ):
         run("--shots=1", "--views=0")
     with pytest.raises(ValueError, match=r"only 0 of 4 classes have 5 \+ 2"):
         run("--ways=2", "--shots=5", "--views=0")

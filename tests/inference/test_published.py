@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.testing.published import EMBED_DIM, SIZE, TEXTS, TOKENS, photo, save_clip, save_siglip, to_open_clip
+from tests.testing.runs import read_metrics
+from zslflax.config_checks import validate
 from zslflax.errors import UserError
 from zslflax.evaluation.test_sets import open_test_sets
 from zslflax.inference.predictor import Predictor
@@ -231,7 +233,10 @@ def test_the_towers_alone_start_a_run_and_the_whole_model_teaches_it(require, ti
     c.model.text.update(pretrained=str(tmp_path / "clip"), tokenizer="", max_tokens=TOKENS)
     c.freeze = (("image/tower", -1), ("text/tower", -1))
     c.teacher.kind, c.teacher.workdir, c.steps = "checkpoint", str(tmp_path / "clip"), 2
+    c.objective.feature_weight = 10.0
+    validate(c)
     train(c, tmp_path / "run")
+    assert {"train/soft_loss", "train/feature_loss"} <= read_metrics(tmp_path / "run")[-1].keys()
     for name in ("clip", "siglip"):
         (tmp_path / name / "model.safetensors").unlink()
     predictor = Predictor.restore(tmp_path / "run", cache="")

@@ -58,7 +58,7 @@ def draw_episodes(
     if len(enough) < ways:
         raise UserError(
             f"only {len(enough)} of {len(images)} classes have {shots} + {queries} images, but an episode has "
-            f"{ways} classes"
+            f"{ways} classes; lower the ways, the shots or the queries, or give more images"
         )
     rng = np.random.default_rng(seed)
     drawn = np.array(

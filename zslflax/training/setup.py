@@ -38,7 +38,7 @@ from zslflax.models.import_weights.load import load_image_tower, load_text_tower
 from zslflax.models.import_weights.locate import locate
 from zslflax.models.partition import Tree
 from zslflax.models.two_tower import TwoTower
-from zslflax.training.classes import read_sentences, with_classes
+from zslflax.training.classes import needs_class_names, read_sentences, with_classes
 from zslflax.training.evaluate import evaluate_state
 from zslflax.training.frozen_features import FrozenFeatures, open_features
 from zslflax.training.input import device_batches
@@ -171,9 +171,12 @@ def check_teacher_needs_no_images(config: ConfigDict, features: FrozenFeatures, 
 
 
 def open_sources(config: ConfigDict) -> list[Source]:
-    """Opens the sources that `config.data.train` names."""
+    """Opens the sources that `config.data.train` names.
+
+    Images need neither captions nor classes where the names of a classifier's classes are given, and no labels are.
+    """
     captions = not is_classifier(config)
-    images_alone = not captions and not needs_labels(config.objective)
+    images_alone = not (captions or needs_labels(config.objective) or needs_class_names(config))
     return [open_source(spec, config.data, "train", captions, images_alone) for spec in config.data.train]
 
 

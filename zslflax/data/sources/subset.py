@@ -70,13 +70,22 @@ class ClassSubset(Subset):
         source: of all records.
         class_ids: the ids of the classes that the source's labels index.
         kept: the ids of the classes to keep. A record that has none of them is left out.
+
+    Raises:
+        UserError: a label is not below the number of `class_ids`.
     """
 
     def __init__(self, source: Source, class_ids: Sequence[str], kept: Sequence[str]):
+        labels = [source.read_annotations(index)["label"] for index in range(len(source))]
+        highest = max(itertools.chain([-1], *labels))
+        if highest >= len(class_ids):
+            raise UserError(
+                f"the images have labels up to {highest}, but there are {len(class_ids)} class names, for 0 to "
+                f"{len(class_ids) - 1}; give the names of all labels, in their order"
+            )
         label_of_id = {class_id: label for label, class_id in enumerate(kept)}
         self.relabelled = {old: label_of_id[i] for old, i in enumerate(class_ids) if i in label_of_id}
         self.kept = list(kept)
-        labels = (source.read_annotations(index)["label"] for index in range(len(source)))
         indices = [index for index, of_record in enumerate(labels) if any(c in self.relabelled for c in of_record)]
         super().__init__(source, np.array(indices, np.int64))
 
@@ -117,7 +126,7 @@ def keep_classes(
         name: of `kept`, for messages.
 
     Raises:
-        UserError: a class is unknown, comes twice, or has no record.
+        UserError: a class is unknown, comes twice, or has no record; or a label is not below the number of `class_ids`.
     """
     class_ids = source.classes or class_ids
     if class_ids is None:
