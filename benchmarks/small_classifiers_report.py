@@ -3,13 +3,12 @@
     pip install matplotlib
     python benchmarks/small_classifiers_report.py --figure=docs/study/small_classifiers.png
 
-Prints the tables in Markdown. Over several seeds, an interval is the 95% interval of the mean by Student's t, and
-differences are between runs with the same seed. A single seed has an interval too, over the classes: it says how well
-the test photographs tell, not how another seed would differ.
+Prints the tables in Markdown. An accuracy is the mean over classes. Over several seeds, an interval is the 95% interval
+of the mean by Student's t, and differences are between runs with the same seed. A single seed has an interval over the
+classes, whose differences are paired: it says nothing of how another seed would differ.
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +24,9 @@ LABELS = {
     "rotations": "generation 0",
     "generation 1": "generation 1",
 }
-TOWERS = {NANO: "ResNet, 0.3 M, 32 pixels", MOBILENET: "MobileNetV2, 2.2 M, 64 pixels"}
+TOWERS = {NANO: "ResNet, 0.3 M, 32 pixels", MOBILENET: "MobileNetV2, pretrained, frozen, 112 pixels"}
 OUTPUTS = ("features", "logits")
-COLOURS = {NANO: "#0550ae", MOBILENET: "#9a6700", "1": "#54aeff", "5": "#0550ae"}
+COLOURS = {NANO: "#0550ae", MOBILENET: "#9a6700", "1-shot": "#54aeff", "5-shot": "#0550ae"}
 Lines = dict[int, dict]  # by seed
 
 
@@ -36,22 +35,18 @@ def class_accuracies(lines: Lines) -> np.ndarray:
     return np.mean([np.divide(line["right"], line["images"]) for line in lines.values()], axis=0)
 
 
-def accuracy(lines: Lines) -> str:
-    """The mean accuracy in %, with its interval over seeds, or over classes where there is one seed."""
+def accuracies(lines: Lines) -> list[float]:
+    """The accuracy, a mean over classes, of each seed; of a single seed those of the classes."""
     if len(lines) == 1:
-        return format_mean(class_accuracies(lines))
-    return format_mean([line["accuracy"] for line in lines.values()])
+        return class_accuracies(lines).tolist()
+    return [float(class_accuracies({0: line}).mean()) for line in lines.values()]
 
 
 def difference(own: Lines, baseline: Lines) -> str:
     """The mean difference of accuracies in points, paired by seed, or by class where there is one seed in common."""
     seeds = sorted({*own} & {*baseline})
-    if not seeds:
-        return "–"
-    if len(seeds) > 1:
-        return format_mean(paired_differences(own, baseline, "accuracy"), sign=True)
-    ours, theirs = (class_accuracies({0: lines[seeds[0]]}) for lines in (own, baseline))
-    return format_mean(ours - theirs, sign=True)
+    pairs = [accuracies({seed: lines[seed] for seed in seeds}) for lines in (own, baseline)] if seeds else ([], [])
+    return format_mean(np.subtract(*pairs).tolist(), sign=True)
 
 
 def distil_table(results: Results, tower: str) -> str:
@@ -62,14 +57,14 @@ def distil_table(results: Results, tower: str) -> str:
         if lines:
             used = np.mean([line["used"] for line in lines.values()])
             compared = [difference(lines, students[other]) if method != other else "" for other in ("soft", "labels")]
-            rows.append([LABELS[method], f"{len(lines)}", accuracy(lines), *compared, f"{used:.0f}"])
+            rows.append([LABELS[method], f"{len(lines)}", format_mean(accuracies(lines)), *compared, f"{used:.0f}"])
     return table([TOWERS[tower], "seeds", "accuracy, %", "to soft labels", "to true labels", "classes named"], rows)
 
 
 def teacher_table(results: Results) -> str:
     """The teacher's accuracy on new photographs and on those that its students are trained on."""
     rows = [
-        [accuracy({0: line}), f"{100 * line['train/accuracy']:.1f}", f"{line['used']}"]
+        [format_mean(accuracies({0: line})), f"{100 * line['train/accuracy']:.1f}", f"{line['used']}"]
         for line in results.of_part("teacher")
     ]
     return table(["teacher: accuracy, %", "on the students' training photographs", "classes named"], rows)
@@ -98,7 +93,15 @@ def choices_table(results: Results) -> str:
         compared = "reasons" if "sentences" in fields else "soft"
         for line in lines.values():
             baseline = results.by_seed("distil", method=compared, tower=NANO)
-            rows.append([method, accuracy(lines), LABELS[compared], difference(lines, baseline), f"{line['used']}"])
+            rows.append(
+                [
+                    method,
+                    format_mean(accuracies(lines)),
+                    LABELS[compared],
+                    difference(lines, baseline),
+                    f"{line['used']}",
+                ]
+            )
     return table(["one seed", "accuracy, %", "compared with", "difference", "classes named"], rows)
 
 
@@ -118,7 +121,8 @@ def few_shot_table(results: Results, classifier: str = "logistic") -> str:
     rows, header = [], ["tower", "output", "seeds", "1-shot, %", "to generation 0", "5-shot, %", "to generation 0"]
     for line in results.of_part("teacher"):
         for output, label in (("features", "EfficientNet-Lite0, pretrained"), ("embedding", "the teacher's")):
-            cells = [episodes(line, f"{output}/{shots}-shot/{classifier}") for shots in (1, 5)]
+            found = [few_shot_interval({0: line}, f"{output}/{shots}-shot/{classifier}") for shots in (1, 5)]
+            cells = [f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in found]
             rows.append([label, output, "1", cells[0], "", cells[1], ""])
     baseline = results.by_seed("few_shot", method="rotations")
     for method in GENERATIONS:
@@ -127,18 +131,12 @@ def few_shot_table(results: Results, classifier: str = "logistic") -> str:
             cells = []
             for shots in (1, 5):
                 metric = f"{output}/{shots}-shot/{classifier}"
-                values = [line[metric] for line in lines.values()]
-                cells.append(format_mean(values) if len(values) > 1 else episodes(next(iter(lines.values())), metric))
+                mean, half = (100 * value for value in few_shot_interval(lines, metric))
+                cells.append(f"{mean:.1f} ± {half:.1f}")
                 gains = paired_differences(lines, baseline, metric)
                 cells.append("" if method == "rotations" else format_mean(gains, sign=True))
             rows.append([LABELS[method], output, f"{len(lines)}", *cells])
     return table(header, rows)
-
-
-def episodes(line: dict, metric: str) -> str:
-    """One run's accuracy in % with its interval over episodes."""
-    half = (line[f"{metric}/high"] - line[f"{metric}/low"]) / 2
-    return f"{100 * line[metric]:.1f} ± {100 * half:.1f}"
 
 
 def cost_table(results: Results) -> str:
@@ -162,44 +160,51 @@ def draw(results: Results, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for i, tower in enumerate(TOWERS):
         cells = [results.by_seed("distil", method=method, tower=tower) for method in STUDENTS]
-        values = [
-            class_accuracies(lines) if len(lines) == 1 else [line["accuracy"] for line in lines.values()]
-            for lines in cells
-        ]
-        draw_bars(left, values, i, len(TOWERS), COLOURS[tower], TOWERS[tower])
+        draw_bars(left, [interval(accuracies(lines)) if lines else None for lines in cells], i, tower)
     for line in results.of_part("teacher"):
-        left.axhline(100 * line["accuracy"], color="#57606a", ls="--", lw=1)
-        left.text(-0.45, 100 * line["accuracy"] + 0.5, "teacher", fontsize=8, color="#57606a")
+        draw_level(left, float(class_accuracies({0: line}).mean()), "the teacher", "#57606a")
     left.set(ylabel="accuracy, 160 classes, %")
     left.set_xticks(range(len(STUDENTS)), [LABELS[method].replace(" and ", "\nand ") for method in STUDENTS])
     left.set_title("Students, by what they learn from", fontsize=10)
-    for i, shots in enumerate(("1", "5")):
-        metric: Callable[[dict], float] = lambda line, shots=shots: line[f"features/{shots}-shot/logistic"]
-        values = [
-            [metric(line) for line in results.by_seed("few_shot", method=method).values()] for method in GENERATIONS
-        ]
-        draw_bars(right, values, i, 2, COLOURS[shots], f"{shots}-shot")
+    for i, shots in enumerate(("1-shot", "5-shot")):
+        metric = f"features/{shots}/logistic"
+        cells = [results.by_seed("few_shot", method=method) for method in GENERATIONS]
+        draw_bars(right, [few_shot_interval(lines, metric) if lines else None for lines in cells], i, shots)
         for line in results.of_part("teacher"):
-            right.axhline(100 * metric(line), color=COLOURS[shots], ls="--", lw=1)
-            right.text(-0.45, 100 * metric(line) + 0.5, f"pretrained Lite0, {shots}-shot", fontsize=8)
-    right.axhline(20, color="#57606a", lw=1)
-    right.text(-0.45, 20.5, "chance", fontsize=8, color="#57606a")
+            draw_level(right, line[metric], f"pretrained Lite0, {shots}", COLOURS[shots])
+    draw_level(right, 0.2, "chance", "#57606a")
     right.set(ylabel="5-way accuracy, %")
     right.set_xticks(range(len(GENERATIONS)), [LABELS[method] for method in GENERATIONS])
-    right.set_title("New classes: a tower of 0.3 M, features", fontsize=10)
+    right.set_title("New classes, by how a ResNet of 0.3 M is trained", fontsize=10)
     for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
+        axis.set_xlim(-0.6, len(axis.get_xticks()) - 0.4)
+        axis.set_ylim(top=axis.get_ylim()[1] + 3)
+    left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.9))
+    right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.68))
     save_figure(figure, (left, right), path)
 
 
-def draw_bars(axis, values: list, i: int, of: int, colour: str, label: str) -> None:
-    """Draws the i-th of some bars beside each other at each place, in %, with intervals; empty ones are left out."""
-    width = 0.8 / of
-    drawn = [(place, *interval(part)) for place, part in enumerate(values) if len(part)]
+def few_shot_interval(lines: Lines, metric: str) -> tuple[float, float]:
+    """The mean and half of its interval over seeds, or over episodes where there is one seed."""
+    if len(lines) == 1:
+        (line,) = lines.values()
+        return line[metric], (line[f"{metric}/high"] - line[f"{metric}/low"]) / 2
+    return interval([line[metric] for line in lines.values()])
+
+
+def draw_bars(axis, cells: list[tuple[float, float] | None], i: int, name: str) -> None:
+    """Draws the first or second bar at each place, a mean with half of its interval, in %; None for no bar."""
+    drawn = [(place, *cell) for place, cell in enumerate(cells) if cell is not None]
     if drawn:
         places, means, halves = np.reshape(drawn, (-1, 3)).T
-        style = {"color": colour, "label": label, "capsize": 3, "ecolor": "#24292f"}
-        axis.bar(places + width * (i + 0.5) - 0.4, 100 * means, 0.9 * width, yerr=100 * halves, **style)
+        style = {"color": COLOURS[name], "label": TOWERS.get(name, name), "capsize": 3, "ecolor": "#24292f"}
+        axis.bar(places + 0.4 * i - 0.2, 100 * means, 0.36, yerr=100 * halves, **style)
+
+
+def draw_level(axis, height: float, name: str, colour: str) -> None:
+    """Draws a dashed line with a name at its right end, in %."""
+    axis.axhline(100 * height, color=colour, ls="--", lw=1)
+    axis.annotate(name, (1, 100 * height), (0, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=8)
 
 
 def main() -> None:

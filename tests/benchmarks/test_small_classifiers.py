@@ -144,7 +144,7 @@ def test_one_seed_is_compared_class_by_class_and_several_by_seed(benchmarks):
     line = lambda right: {"right": right, "images": [10, 10, 10], "accuracy": sum(right) / 30}
     own, baseline = {0: line([5, 7, 9])}, {0: line([4, 5, 6])}
     assert report.difference(own, baseline) == "+20.0 ± 24.8"  # 10, 20 and 30 points; 4.303 · 10 / √3
-    assert report.accuracy(own) == "70.0 ± 49.7"
+    assert report.format_mean(report.accuracies(own)) == "70.0 ± 49.7"
     own[1], baseline[1] = line([6, 8, 10]), line([6, 6, 6])
     assert report.difference(own, baseline) == "+20.0 ± 0.0"
-    assert report.accuracy(own) == "75.0 ± 63.5"  # 70 and 80; 12.706 · 7.07 / √2
+    assert report.format_mean(report.accuracies(own)) == "75.0 ± 63.5"  # 70 and 80; 12.706 · 7.07 / √2
