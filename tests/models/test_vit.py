@@ -251,12 +251,11 @@ def test_bfloat16_is_close_to_float32():
 def test_positions_are_interpolated_for_images_of_another_size():
     """As a model of that size with the published way to resize its table; the class token's stays."""
     large, images = random_images(2, 32), random_images(2, 16)
-    variables = small().init(jax.random.key(0), large)
+    variables, apply = jax.jit(small().init)(jax.random.key(0), large), jax.jit(small().apply)
     table = variables["params"]["position"]
     resized = {**variables["params"], "position": jnp.asarray(resize_positions(np.asarray(table), 2))}
-    found = small().apply(variables, images)
-    np.testing.assert_allclose(found, small().apply({"params": resized}, images), atol=1e-5)
-    grads = jax.grad(lambda variables: jnp.sum(small().apply(variables, images)[:, 0]))(variables)
+    np.testing.assert_allclose(apply(variables, images), apply({"params": resized}, images), atol=1e-5)
+    grads = jax.jit(jax.grad(lambda variables: jnp.sum(small().apply(variables, images)[:, 0])))(variables)
     assert np.all(np.abs(grads["params"]["position"]).max(axis=-1) > 0)  # of all patches of the larger image
     np.testing.assert_array_equal(interpolate_positions(table, (4, 4)), table)
     assert interpolate_positions(table, (2, 6)).shape == (1, 13, WIDTH)
