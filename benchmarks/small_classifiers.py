@@ -222,11 +222,12 @@ def measure_speed(arguments: argparse.Namespace, photos: LabelledPhotos) -> dict
     line: dict[str, Any] = {}
     for tower, run in runs.items():
         folder = arguments.folder / "exported" / tower
-        shutil.rmtree(folder, ignore_errors=True)
-        Predictor.restore(arguments.folder / run.name).export(folder, onnx=True)
+        if not (folder / IMAGE_TOWER).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            Predictor.restore(arguments.folder / run.name).export(folder, onnx=True)
         predictor, session = Predictor.restore(folder), import_onnx_libraries()[1](folder / IMAGE_TOWER)
         size = lambda pattern, folder=folder: round(sum(f.stat().st_size for f in folder.rglob(pattern)) / 1e6, 2)
-        line |= {f"{tower}/MB": size("*.safetensors"), f"{tower}/onnx MB": size(IMAGE_TOWER)}
+        line |= {f"{tower}/MB": size("*.safetensors"), f"{tower}/onnx MB": size(f"{IMAGE_TOWER}*")}
         functions[tower, "ms"] = predictor.encode_image
         functions[tower, "onnx ms"] = lambda crop, session=session: session.run(None, {"image": crop})
     crops = {
