@@ -103,6 +103,11 @@ def test_compiled_functions_are_cached_unless_the_config_says_otherwise(tmp_path
         distributed.initialize(f"{tmp_path}/file/folder")
         assert f"compiled programs are not kept: {tmp_path}/file/folder cannot be written" in caplog.text
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        distributed.keep_compiled(str(tmp_path / "other"), unless_set=True)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path) and not (tmp_path / "other").exists()
+        jax.config.update("jax_compilation_cache_dir", None)
+        distributed.keep_compiled(str(tmp_path / "other"), unless_set=True)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "other")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)

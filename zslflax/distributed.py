@@ -68,8 +68,16 @@ def initialize(compilation_cache: str = "") -> None:
         _peers.watch(jax_distributed.global_state.client)
 
 
-def keep_compiled(folder: str) -> None:
-    """Keeps compiled programs in a folder, or warns that this is not possible; another process finds them there."""
+def keep_compiled(folder: str, unless_set: bool = False) -> None:
+    """Keeps compiled programs in a folder, or warns that this is not possible; another process finds them there.
+
+    Args:
+        folder: is made where it is missing.
+        unless_set: leaves a folder that was chosen before, as by the environment variable JAX_COMPILATION_CACHE_DIR.
+    """
+    chosen: Any = jax.config
+    if unless_set and chosen.jax_compilation_cache_dir:
+        return
     try:
         path = expand_user(folder)
         with storage_errors(path):
