@@ -158,9 +158,11 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for i, tower in enumerate(TOWERS):
+    measured = [tower for tower in TOWERS if results.by_seed("distil", tower=tower)]
+    for i, tower in enumerate(measured):
         cells = [results.by_seed("distil", method=method, tower=tower) for method in STUDENTS]
-        draw_bars(left, [interval(accuracies(lines)) if lines else None for lines in cells], i, tower)
+        place = i if len(measured) > 1 else 0.5
+        draw_bars(left, [interval(accuracies(lines)) if lines else None for lines in cells], place, tower)
     for line in results.of_part("teacher"):
         draw_level(left, float(class_accuracies({0: line}).mean()), "the teacher", "#57606a")
     left.set(ylabel="accuracy, 160 classes, %")
@@ -177,7 +179,7 @@ def draw(results: Results, path: Path) -> None:
     right.set_xticks(range(len(GENERATIONS)), [LABELS[method] for method in GENERATIONS])
     right.set_title("New classes, by how a ResNet of 0.3 M is trained", fontsize=10)
     for axis in (left, right):
-        axis.set_xlim(-0.6, len(axis.get_xticks()) - 0.4)
+        axis.set_xlim(-0.6, len(axis.get_xticks()) - 0.2)
         axis.set_ylim(top=axis.get_ylim()[1] + 3)
     left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.9))
     right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.68))
@@ -192,8 +194,15 @@ def few_shot_interval(lines: Lines, metric: str) -> tuple[float, float]:
     return interval([line[metric] for line in lines.values()])
 
 
-def draw_bars(axis, cells: list[tuple[float, float] | None], i: int, name: str) -> None:
-    """Draws the first or second bar at each place, a mean with half of its interval, in %; None for no bar."""
+def draw_bars(axis, cells: list[tuple[float, float] | None], i: float, name: str) -> None:
+    """Draws the first (0), second (1) or only (0.5) bar at each place, in %.
+
+    Args:
+        axis: of matplotlib.
+        cells: by place, a mean and half of its interval; None for no bar.
+        i: which bar.
+        name: of the bars, a tower or a number of shots.
+    """
     drawn = [(place, *cell) for place, cell in enumerate(cells) if cell is not None]
     if drawn:
         places, means, halves = np.reshape(drawn, (-1, 3)).T
