@@ -21,17 +21,16 @@ METHODS = {  # the first value is that with which the passes are searched
 
 VALUES_AT = (0.4, ALL)  # noise and pairs at which values are searched, and passes between those above
 COMPARED = ("info_nce", "self_distillation", "self_distillation_within", "sigmoid")
-FEWER = ("info_nce", "self_distillation", "sigmoid")  # the methods of the levels that come last
-# Noise and pairs of the grid with its seeds and methods, the most informative first.
+# Noise and pairs of the grid with its seeds, the most informative first.
 LEVELS = (
-    (0.4, ALL, 5, tuple(METHODS)),
-    (0.0, ALL, 3, tuple(METHODS)),
-    (0.4, FEW, 3, FEWER),
-    (0.0, FEW, 3, FEWER),
-    (0.6, ALL, 3, FEWER),
-    (0.2, ALL, 3, FEWER),
-    (0.6, FEW, 3, FEWER),
-    (0.2, FEW, 3, FEWER),
+    (0.4, ALL, 5),
+    (0.0, ALL, 3),
+    (0.4, FEW, 3),
+    (0.6, ALL, 3),
+    (0.2, ALL, 3),
+    (0.0, FEW, 3),
+    (0.6, FEW, 3),
+    (0.2, FEW, 3),
 )
 REPEATED = 3  # seeds of all that is not in the grid
 CLEAN_SIZES = (8_000, 12_000, 16_000)
@@ -125,15 +124,14 @@ def plan_search(lines: list[dict], name: str, noise: float, size: int) -> tuple[
 def plan_runs(lines: list[dict]) -> Iterator[Run]:
     """All runs that can be planned, the most informative first."""
     found = {}
-    for noise, size, seeds, methods in LEVELS:
-        searched = 0.4 if noise else 0.0  # other noises share what was found at 0.4
-        for name in methods:
-            runs, found[name, noise, size] = plan_search(lines, name, searched, size)
+    for noise, size, seeds in LEVELS:
+        for name in METHODS:
+            runs, found[name, noise, size] = plan_search(lines, name, noise, size)
             yield from runs
-        if any(found[name, noise, size] is None for name in methods):
+        if any(found[name, noise, size] is None for name in METHODS):
             return
         for seed in range(seeds):
-            for name in methods:
+            for name in METHODS:
                 yield Run("grid", name, noise, size, seed, **found[name, noise, size])
         if (noise, size) == (0.4, FEW):
             yield from further_runs(found)

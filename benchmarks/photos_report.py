@@ -15,10 +15,9 @@ from photos_plan import (
     CLEAN_SIZES,
     COMPARED,
     FEW,
-    FEWER,
     FILTERED,
+    LEVELS,
     METHODS,
-    PASSES,
     RATE,
     SCORERS,
     TEACHERS,
@@ -193,7 +192,7 @@ def draw(results: Results, path: Path) -> None:
     left.legend(frameon=False, fontsize=8)
     curve = clean_curve(results)
     draw_means(right, np.array(list(curve)), list(curve.values()), BASELINE)
-    for name in FEWER:
+    for name in (BASELINE, *TEACHERS):
         mean, half = interval(results.values(name, 0.4, ALL))
         right.axhline(100 * mean, color=COLOURS[name], ls="--", lw=1.2)
         right.axhspan(100 * (mean - half), 100 * (mean + half), color=COLOURS[name], alpha=0.12, lw=0)
@@ -214,9 +213,8 @@ def main() -> None:
     results = Results(arguments.results)
     minutes = sum(line["cpu_seconds"] for line in results.lines) / 60
     print(f"{len(results.lines)} runs, {minutes:.0f} minutes of one core\n")
-    for size in PASSES:
-        for noise in (0.4, 0.0):
-            print(f"Search, {size:,} pairs at noise {noise:g}\n\n{search_table(results, noise, size)}")
+    for noise, size, _ in LEVELS:
+        print(f"Search, {size:,} pairs at noise {noise:g}\n\n{search_table(results, noise, size)}")
     for size in sorted({size for size, _ in results.levels()}, reverse=True):
         for title, metric in (
             ("hit@1", TEACHER),
