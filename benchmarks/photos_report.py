@@ -189,6 +189,7 @@ def draw(results: Results, path: Path) -> None:
     left.axhline(0, color=COLOURS[BASELINE], lw=1)
     left.set(xlabel="share of wrong sentences", ylabel="points of hit@1", xticks=noises)
     left.set_title("24,000 photographs: difference to InfoNCE, same seeds", fontsize=10)
+    left.set_ylim(top=left.get_ylim()[1] + 2.5)  # room for the legend
     left.legend(frameon=False, fontsize=8)
     curve = clean_curve(results)
     draw_means(right, np.array(list(curve)), list(curve.values()), BASELINE)
