@@ -167,7 +167,7 @@ def test_what_is_not_computed_is_refused_by_field(require, published, tmp_path):
     ("change", "message"),
     [
         ({"vision_cfg": {"timm_model_name": "vit_base_patch16_siglip_224"}}, "vision_cfg.timm_model_name"),
-        ({"vision_cfg": {"layers": [3, 4, 6, 3], "width": 64, "image_size": 224}}, "the layers of a ResNet"),
+        ({"vision_cfg": {"layers": [3, 4, 6, 3], "width": 64, "no_ln_pre": True}}, "vision_cfg.no_ln_pre"),
         ({"text_cfg": {"hf_model_name": "roberta-base"}}, "text_cfg.hf_model_name"),
     ],
 )

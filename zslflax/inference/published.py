@@ -1,5 +1,6 @@
 """CLIP and SigLIP as Hugging Face and open_clip publish them: their config and their variables."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ OPEN_CLIP = {
     ("image", "projection", "kernel"): ("visual.proj", False),
     ("text", "projection", "kernel"): ("text_projection", False),
     ("objective", "log_logit_scale"): ("logit_scale", False),
+}
+OPEN_CLIP_RESNET = OPEN_CLIP | {
+    ("image", "projection", "kernel"): ("visual.attnpool.c_proj.weight", True),
+    ("image", "projection", "bias"): ("visual.attnpool.c_proj.bias", False),
 }
 HF_SIGLIP = {
     ("text", "projection", "kernel"): ("text_model.head.weight", True),
@@ -80,7 +85,8 @@ def published_config(folder: Path) -> ConfigDict:
     config.model.text.update(pretrained=str(folder), max_tokens=text["max_position_embeddings"], pool="last")
     if clip:
         config.model.embed_dim = values.get("projection_dim", 512)
-        config.model.image.projection = config.model.text.projection = "linear_no_bias"
+        config.model.image.projection = "linear" if "resnet_layers" in image else "linear_no_bias"
+        config.model.text.projection = "linear_no_bias"
     else:
         config.model.embed_dim = text.get("projection_size") or text["hidden_size"]
         config.model.image.projection, config.model.text.projection = "none", "linear"
@@ -102,12 +108,14 @@ def load_published(folder: Path, config: ConfigDict, model: TwoTower) -> Values:
         UserError: the weights are not those of the model.
     """
     size = config.model.image.size
-    shapes: Any = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model, config.model))["params"]
-    image = load_image_tower(folder, "", {"params": shapes["image"]["tower"]}, size)["params"]
+    variables: Any = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model, config.model))
+    shapes = variables["params"]
+    tower = {kind: of_kind["image"]["tower"] for kind, of_kind in variables.items()}
+    image = load_image_tower(folder, "", tower, size)
     text = load_text_tower(folder, {"params": shapes["text"]["tower"]})["params"]
-    params: Values = {"image": {"tower": image}, "text": {"tower": text}, "objective": {}}
+    params: Values = {"image": {"tower": image["params"]}, "text": {"tower": text}, "objective": {}}
     locations = find_tensors(folder)
-    names = HF_SIGLIP if config.objective.name == "sigmoid" else OPEN_CLIP if "visual.proj" in locations else HF_CLIP
+    names = HF_SIGLIP if config.objective.name == "sigmoid" else clip_names(locations)
     if missing := sorted({name for name, _ in names.values()} - locations.keys()):
         raise UserError(f"{folder} lacks the weights {', '.join(missing)}: it is one tower, not the whole model")
     tensors = read_tensors(locations, [name for name, _ in names.values()])
@@ -123,4 +131,12 @@ def load_published(folder: Path, config: ConfigDict, model: TwoTower) -> Values:
                 f"{folder} has {name} of shape {tensors[name].shape}; expected {expected} of its config.json"
             )
         params[modality].setdefault(module, {})[leaf] = np.ascontiguousarray(value)
-    return {"params": params, "batch_stats": {}}
+    batch_stats = {"image": {"tower": image["batch_stats"]}} if "batch_stats" in image else {}
+    return {"params": params, "batch_stats": batch_stats}
+
+
+def clip_names(found: Collection[str]) -> dict[tuple[str, ...], tuple[str, bool]]:
+    """Returns the names of CLIP's projections and of its scale, of those in which the tensors are."""
+    if "visual.attnpool.positional_embedding" in found:
+        return OPEN_CLIP_RESNET
+    return OPEN_CLIP if "visual.proj" in found else HF_CLIP

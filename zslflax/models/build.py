@@ -14,7 +14,12 @@ from ml_collections import ConfigDict
 from zslflax.errors import UserError, nearest_names
 from zslflax.models.bert import Bert, BertConfig
 from zslflax.models.convnext import CONVNEXTS, ConvNeXt
-from zslflax.models.import_weights.architecture import read_architecture, text_architecture, vit_architecture
+from zslflax.models.import_weights.architecture import (
+    clip_resnet_architecture,
+    read_architecture,
+    text_architecture,
+    vit_architecture,
+)
 from zslflax.models.import_weights.description import read_pixel_statistics, read_text_pooling
 from zslflax.models.import_weights.locate import locate
 from zslflax.models.mobilenet import MOBILENETS, MobileNet
@@ -81,13 +86,13 @@ def configured_tower(config: ConfigDict, dtype: Any, axis_name: str | None) -> A
     if config.name:
         tower = image_tower(config.name, dtype, axis_name, config.remat, config.pool)
     else:
-        tower = described_tower(config, dtype)
+        tower = described_tower(config, dtype, axis_name)
     if not config.patch_drop:
         return tower
     if not isinstance(tower, ViT):
         raise UserError(
-            f"model.image.patch_drop is {config.patch_drop}, but {config.name} has no patches; set it to 0, or "
-            "model.image.name to a ViT"
+            f"model.image.patch_drop is {config.patch_drop}, but {config.name or 'this tower'} has no patches; set it "
+            "to 0, or model.image.name to a ViT"
         )
     return tower.clone(patch_drop=config.patch_drop)
 
@@ -233,12 +238,12 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
     return tower
 
 
-def described_tower(config: ConfigDict, dtype: Any) -> ViT:
+def described_tower(config: ConfigDict, dtype: Any, axis_name: str | None = None) -> ViT | ResNet:
     """Builds the image tower that the files of `image.pretrained` describe.
 
     Args:
         config: the `model.image` section.
-        dtype: of the computation.
+        dtype, axis_name: as in `build_two_tower`.
 
     Raises:
         UserError: there are no such files, or they describe a tower that has to be named.
@@ -247,14 +252,16 @@ def described_tower(config: ConfigDict, dtype: Any) -> ViT:
         raise UserError('model.image.name is ""; expected a name, or model.image.pretrained, whose files describe it')
     folder = locate(config.pretrained)
     values = read_architecture(folder)
-    fields = vit_architecture(values)
-    if fields is None:
+    tower: ViT | ResNet
+    if fields := clip_resnet_architecture(values):
+        tower = ResNet(**fields, dtype=dtype, axis_name=axis_name, remat=config.remat)
+    elif fields := vit_architecture(values):
+        tower = ViT(**fields | {"pool": config.pool or fields["pool"]}, dtype=dtype, remat=config.remat)
+    else:
         raise UserError(
             f'model.image.name is "", but {folder} has model_type {values.get("model_type")!r}; expected clip, '
             "clip_vision_model, siglip or siglip_vision_model, or give the name of the tower"
         )
-    fields["pool"] = config.pool or fields["pool"]
-    tower = ViT(**fields, dtype=dtype, remat=config.remat)
     check_pool(tower, "this tower", config.pool)
     return tower
 
@@ -262,7 +269,7 @@ def described_tower(config: ConfigDict, dtype: Any) -> ViT:
 def check_pool(tower: nn.Module, name: str, pool: str) -> None:
     """Refuses a value of `image.pool` that the tower called `name` does not have."""
     if pool and not (isinstance(tower, ViT) and pool in POOLS):
-        pools = f'"" or one of {", ".join(POOLS)}' if isinstance(tower, ViT) else '"": it averages over the image'
+        pools = f'"" or one of {", ".join(POOLS)}' if isinstance(tower, ViT) else '"": it has one way to pool'
         raise UserError(f"model.image.pool is {pool!r}; expected of {name} {pools}")
     if pool.startswith("cls") and not getattr(tower, "class_token", True):
         raise UserError(f"model.image.pool is {pool!r}, but {name} has no class token; expected mean or map")

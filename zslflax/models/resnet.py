@@ -1,4 +1,4 @@
-"""ResNet v1.5 (He et al. 2015, with the stride in the 3×3 convolution), the image tower of the paper; and ResNet-D."""
+"""ResNet v1.5 (He et al. 2015, stride in the 3×3 convolution), the image tower of the paper; ResNet-D; and CLIP's."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,6 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from zslflax.errors import UserError
+from zslflax.models.transformer import Attention
+from zslflax.models.vit import interpolate_positions
 
 RESNETS = {  # name: (blocks in each stage, whether they are bottlenecks)
     "resnet18": ((2, 2, 2, 2), False),
@@ -87,6 +91,7 @@ class Block(nn.Module):
         dtype: of the computation.
         norm: creates a normalisation layer from its name.
         average: whether the shortcut averages 2×2 pixels instead of leaving out three of four (ResNet-D).
+        antialias: whether the block does so too, after its 3×3 convolution (CLIP).
     """
 
     width: int
@@ -95,6 +100,7 @@ class Block(nn.Module):
     dtype: Any
     norm: Any
     average: bool = False
+    antialias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -105,7 +111,9 @@ class Block(nn.Module):
         out = self.width * 4 if self.bottleneck else self.width
         if self.bottleneck:
             y = nn.relu(self.norm(name="bn1")(conv(self.width, (1, 1), name="conv1")(x)))
-            y = nn.relu(self.norm(name="bn2")(conv(self.width, (3, 3), stride, padding, name="conv2")(y)))
+            inner = (1, 1) if self.antialias else stride
+            y = nn.relu(self.norm(name="bn2")(conv(self.width, (3, 3), inner, padding, name="conv2")(y)))
+            y = nn.avg_pool(y, stride, stride) if inner != stride else y
             y = self.norm(name="bn3")(conv(out, (1, 1), name="conv3")(y))
         else:
             y = nn.relu(self.norm(name="bn1")(conv(self.width, (3, 3), stride, padding, name="conv1")(x)))
@@ -118,8 +126,33 @@ class Block(nn.Module):
         return nn.relu(x + y)
 
 
+class MeanQueryPool(nn.Module):
+    """Pools by attention of the mean over all pixels to it and to them (Radford et al. 2021, arXiv 2103.00020).
+
+    Attributes:
+        heads: of the attention.
+        dtype: of the computation.
+    """
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, h, w, c] → [b, c]; for another h and w than at first, the position embeddings are interpolated."""
+        b, h, w, c = x.shape
+        x = x.reshape(b, h * w, c)
+        x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)  # (b, 1 + h * w, c)
+        if self.has_variable("params", "position"):
+            position = interpolate_positions(self.get_variable("params", "position"), (h, w))
+        else:
+            position = self.param("position", nn.initializers.normal(c**-0.5), (1, 1 + h * w, c))
+        x = x + position.astype(self.dtype)
+        return Attention(self.heads, self.dtype, project=False, name="attention")(x, queries=1)[:, 0]
+
+
 class ResNet(nn.Module):
-    """Maps images to feature vectors by global average pooling of the last stage.
+    """Maps images to feature vectors: the average over the last stage, or an attention pool of it.
 
     Attributes:
         stages: number of blocks in each stage.
@@ -131,6 +164,8 @@ class ResNet(nn.Module):
             so that the first stage sees half of the image's resolution instead of a quarter.
         remat: whether the backward pass recomputes the activations inside each block instead of storing them.
         deep: whether this is a ResNet-D: three 3×3 convolutions instead of the 7×7 one, and averages in the shortcuts.
+        heads: of the attention pool of CLIP's ResNets, 0 without. Those are ResNet-Ds with averages instead of all
+            other strides and of the maximum after the stem. The output is what precedes the joint projection.
     """
 
     stages: tuple[int, ...]
@@ -141,6 +176,7 @@ class ResNet(nn.Module):
     small: bool = False
     remat: bool = False
     deep: bool = False
+    heads: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -149,7 +185,16 @@ class ResNet(nn.Module):
         Args:
             x: pixels with the mean subtracted and divided by the standard deviation.
             train: whether to normalise by the statistics of the batch, which then also update the running averages.
+
+        Raises:
+            UserError: the image's sides are no multiples of what CLIP's ResNets average over.
         """
+        unit = 4 * 2 ** (len(self.stages) - 1)
+        if self.heads and (x.shape[1] % unit or x.shape[2] % unit):
+            raise UserError(
+                f"image of {x.shape[1]} × {x.shape[2]} pixels: expected multiples of {unit} for CLIP's ResNets; "
+                "change model.image.size or model.image.schedule"
+            )
         norm = batch_norm(self.dtype, self.axis_name, train)
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
         x = x.astype(self.dtype)
@@ -165,12 +210,17 @@ class ResNet(nn.Module):
         else:
             stem = StemConv(self.stem_width, self.dtype, name="conv1")
         x = nn.relu(norm(name="bn1")(stem(x)))
-        if not self.small:
+        if self.heads:
+            x = nn.avg_pool(x, (2, 2), (2, 2))
+        elif not self.small:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         block = nn.remat(Block) if self.remat else Block
         for i, blocks in enumerate(self.stages):
             for j in range(blocks):
                 stride = 2 if i > 0 and j == 0 else 1
                 width = self.stem_width * 2**i
-                x = block(width, stride, self.bottleneck, self.dtype, norm, self.deep, name=f"layer{i + 1}_{j}")(x)
+                kind = (width, stride, self.bottleneck, self.dtype, norm, self.deep, bool(self.heads))
+                x = block(*kind, name=f"layer{i + 1}_{j}")(x)
+        if self.heads:
+            return MeanQueryPool(self.heads, self.dtype, name="pool")(x).astype(jnp.float32)
         return jnp.mean(x.astype(jnp.float32), axis=(1, 2))

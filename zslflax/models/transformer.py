@@ -22,11 +22,13 @@ class Attention(nn.Module):
         heads: number of heads; divides the width.
         dtype: of the computation; parameters are fp32.
         use_bias: whether the projections have biases.
+        project: whether the concatenated heads are projected once more, as in a block.
     """
 
     heads: int
     dtype: Any = jnp.float32
     use_bias: bool = True
+    project: bool = True
 
     @nn.compact
     def __call__(
@@ -52,8 +54,8 @@ class Attention(nn.Module):
         q, k, v = jnp.split(qkv.reshape(b, t, 3 * self.heads, w // self.heads), 3, axis=2)  # (b, t, heads, w / heads)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        y = jax.nn.dot_product_attention(q[:, :queries], k, v, bias=bias, mask=mask)
-        return nn.Dense(w, use_bias=self.use_bias, dtype=self.dtype, name="out")(y.reshape(b, -1, w))
+        y = jax.nn.dot_product_attention(q[:, :queries], k, v, bias=bias, mask=mask).reshape(b, -1, w)
+        return nn.Dense(w, use_bias=self.use_bias, dtype=self.dtype, name="out")(y) if self.project else y
 
 
 def rotary_angles(position: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:

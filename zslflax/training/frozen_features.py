@@ -24,7 +24,7 @@ from zslflax.errors import StorageError, UserError
 from zslflax.files import hash_arrays
 from zslflax.inference.predictor import Predictor
 from zslflax.models.build import text_config
-from zslflax.models.import_weights.architecture import read_architecture, vit_architecture
+from zslflax.models.import_weights.architecture import clip_resnet_architecture, read_architecture, vit_architecture
 from zslflax.models.import_weights.locate import locate
 from zslflax.models.partition import Tree, combine
 from zslflax.models.two_tower import TwoTower
@@ -124,7 +124,8 @@ def open_image_tower(config: ConfigDict, model: TwoTower, tower: Tree, batch_sta
         "version": zslflax.__version__,
     }
     if not config.model.image.name:
-        identity["described"] = vit_architecture(read_architecture(locate(config.model.image.pretrained)))
+        values = read_architecture(locate(config.model.image.pretrained))
+        identity["described"] = vit_architecture(values) or clip_resnet_architecture(values)
     root, features = Path(config.features.folder), config.features
     return FrozenImageTower(model, copied(variables), identity, root, features.dtype, config.data.threads)
 

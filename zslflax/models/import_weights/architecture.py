@@ -30,6 +30,7 @@ VIT_SIZES = {
     "heads": "num_attention_heads",
     "hidden": "intermediate_size",
 }
+CLIP_RESNET_SIZES = {"stages": "resnet_layers", "stem_width": "resnet_width", "heads": "num_attention_heads"}
 # What Hugging Face's classes take where a config.json is silent, as those of CLIP and SigLIP often are.
 CLIP_TEXT_DEFAULTS = {
     "vocab_size": 49_408,
@@ -230,13 +231,13 @@ def activation(values: Values) -> str:
 
 
 def vit_architecture(values: Values) -> Values | None:
-    """Returns the fields of the `ViT` that a config.json of CLIP or SigLIP describes; None for another model.
+    """Returns the fields of the `ViT` that a config.json of CLIP or SigLIP describes; None for another tower.
 
     Raises:
         UserError: one of its options is not implemented.
     """
     values = tower_values(values, "vision")
-    if values.get("model_type") == "clip_vision_model":
+    if values.get("model_type") == "clip_vision_model" and "resnet_layers" not in values:
         values = CLIP_IMAGE_DEFAULTS | values
         own = {"patch_bias": False, "pre_norm": True, "pool": "cls"}
     elif values.get("model_type") == "siglip_vision_model":
@@ -247,3 +248,23 @@ def vit_architecture(values: Values) -> Values | None:
         return None
     expect_options(values, {"num_channels": 3})
     return pick(values, VIT_SIZES) | own | {"activation": activation(values), "eps": values["layer_norm_eps"]}
+
+
+def clip_resnet_architecture(values: Values) -> Values | None:
+    """Returns the fields of the `ResNet` that a config.json of CLIP describes; None for another tower.
+
+    Raises:
+        UserError: its sizes cannot be those of a ResNet.
+    """
+    values = tower_values(values, "vision")
+    if values.get("model_type") != "clip_vision_model" or "resnet_layers" not in values:
+        return None
+    sizes = pick(values, CLIP_RESNET_SIZES)
+    stages, width, heads = sizes.values()
+    whole = isinstance(stages, list) and all(type(size) is int and size > 0 for size in [*stages, width, heads])
+    if not whole or len(stages) != 4 or sum(stages) > MAX_LAYERS or 32 * width % heads:
+        raise UserError(
+            f"the ResNet has layers {stages}, width {width} and {heads} heads; expected four numbers of layers, of "
+            f"{MAX_LAYERS} at most, and a number of heads that divides 32 · width"
+        )
+    return {"stages": tuple(stages), "bottleneck": True, "stem_width": width, "deep": True, "heads": heads}

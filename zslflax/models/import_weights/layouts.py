@@ -66,6 +66,25 @@ def timm_resnet_d(path: str) -> str:
     return torchvision_resnet(path)
 
 
+def clip_resnet(path: str) -> Names:
+    """Returns OpenAI's name of a module of CLIP's ResNets.
+
+    >>> clip_resnet("conv1"), clip_resnet("layer1_0/conv1"), clip_resnet("pool/attention/qkv")
+    ('conv3', 'layer1.0.conv1', ('attnpool.q_proj', 'attnpool.k_proj', 'attnpool.v_proj'))
+    """
+    names: dict[str, Names] = {
+        "stem_conv1": "conv1",
+        "stem_bn1": "bn1",
+        "stem_conv2": "conv2",
+        "stem_bn2": "bn2",
+        "conv1": "conv3",
+        "bn1": "bn3",
+        "pool/position": "attnpool.positional_embedding",
+        "pool/attention/qkv": ("attnpool.q_proj", "attnpool.k_proj", "attnpool.v_proj"),
+    }
+    return names.get(path) or torchvision_resnet(path)
+
+
 def timm_convnext(path: str) -> str:
     """Returns timm's name of a ConvNeXt's module.
 

@@ -12,7 +12,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from zslflax.errors import UserError
 from zslflax.models.convnext import CONVNEXTS
-from zslflax.models.import_weights.architecture import read_architecture, tower_values, vit_architecture
+from zslflax.models.import_weights.architecture import (
+    clip_resnet_architecture,
+    read_architecture,
+    tower_values,
+    vit_architecture,
+)
 from zslflax.models.import_weights.checking import BUFFERS, check_config, check_names, check_shapes, detect_layout
 from zslflax.models.import_weights.layouts import (
     HF_CONVNEXT,
@@ -32,6 +37,7 @@ from zslflax.models.import_weights.transformer_layouts import (
     HF_DINOV2,
     HF_VIT,
     OPEN_CLIP_IMAGE,
+    OPEN_CLIP_RESNET,
     TEXT_LAYOUTS,
     TIMM_VIT,
 )
@@ -86,7 +92,11 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
 
 def load_described_tower(folder: Path, variables: dict[str, Any], image_size: int) -> dict[str, Any]:
     """Loads the image tower that the folder's config.json describes: CLIP's or SigLIP's."""
-    vit = vit_architecture(read_architecture(folder))
+    values = read_architecture(folder)
+    if clip_resnet_architecture(values):
+        resize = lambda table, layout: resize_positions(table[None], image_size // 32, antialias=False)
+        return load_variables(folder, variables, (OPEN_CLIP_RESNET,), {("pool", "position"): resize})
+    vit = vit_architecture(values)
     assert vit is not None  # or the tower could not have been built
     tokens, side = int(vit.get("class_token", True)), image_size // vit["patch"]
     transforms: dict[tuple[str, ...], Any] = {

@@ -1,9 +1,12 @@
-"""Layouts of published transformers: of image towers (ViT, DINOv2, CLIP, SigLIP) and of text encoders."""
+"""Layouts of published transformers: of image towers (ViT, DINOv2, CLIP, SigLIP) and of text encoders.
+
+CLIP's ResNet stands beside its other towers.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from zslflax.models.import_weights.layouts import Layout, Names, rename_module
+from zslflax.models.import_weights.layouts import Layout, Names, clip_resnet, rename_module
 
 HF_VIT_NAMES = {
     "patch_embed": "embeddings.patch_embeddings.projection",
@@ -190,10 +193,16 @@ HF_CLIP_TEXT = Layout(
 )
 # Sizes, which OpenAI's own files have beside the weights, and what both towers share.
 OPEN_CLIP_OTHERS = r"|logit_(scale|bias)|attn_mask|input_resolution|context_length|vocab_size"
+OPEN_CLIP_TEXT_TOWER = r"transformer\..+|(positional|token)_embedding.*|ln_final\..+|text_projection"
 OPEN_CLIP_IMAGE = Layout(
     "ln_pre.weight",
     named(OPEN_CLIP_IMAGE_NAMES, "transformer.resblocks"),
-    r"transformer\..+|(positional|token)_embedding.*|ln_final\..+|(visual\.|text_)proj.*" + OPEN_CLIP_OTHERS,
+    OPEN_CLIP_TEXT_TOWER + r"|(visual\.)?proj" + OPEN_CLIP_OTHERS,
+)
+OPEN_CLIP_RESNET = Layout(
+    "attnpool.positional_embedding",
+    clip_resnet,
+    OPEN_CLIP_TEXT_TOWER + r"|(visual\.)?attnpool\.c_proj\..+" + OPEN_CLIP_OTHERS,
 )
 OPEN_CLIP_TEXT = Layout(
     "ln_final.weight",
