@@ -81,6 +81,12 @@ def space_to_depth(x: jax.Array) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c)
 
 
+def average_pixels(x: jax.Array) -> jax.Array:
+    """The mean of each 2×2 pixels: [b, h, w, c] → [b, h/2, w/2, c], h and w even."""
+    b, h, w, c = x.shape
+    return jnp.mean(x.reshape(b, h // 2, 2, w // 2, 2, c), axis=(2, 4))
+
+
 class Block(nn.Module):
     """One residual block.
 
@@ -113,14 +119,17 @@ class Block(nn.Module):
             y = nn.relu(self.norm(name="bn1")(conv(self.width, (1, 1), name="conv1")(x)))
             inner = (1, 1) if self.antialias else stride
             y = nn.relu(self.norm(name="bn2")(conv(self.width, (3, 3), inner, padding, name="conv2")(y)))
-            y = nn.avg_pool(y, stride, stride) if inner != stride else y
+            y = average_pixels(y) if inner != stride else y
             y = self.norm(name="bn3")(conv(out, (1, 1), name="conv3")(y))
         else:
             y = nn.relu(self.norm(name="bn1")(conv(self.width, (3, 3), stride, padding, name="conv1")(x)))
             y = self.norm(name="bn2")(conv(out, (3, 3), (1, 1), padding, name="conv2")(y))
         if x.shape != y.shape:
             if self.average and self.stride > 1:
-                x = nn.avg_pool(x, stride, stride, "SAME", count_include_pad=False)
+                if self.antialias:
+                    x = average_pixels(x)
+                else:
+                    x = nn.avg_pool(x, stride, stride, "SAME", count_include_pad=False)
                 stride = (1, 1)
             x = self.norm(name="downsample_bn")(conv(out, (1, 1), stride, name="downsample_conv")(x))
         return nn.relu(x + y)
@@ -211,7 +220,7 @@ class ResNet(nn.Module):
             stem = StemConv(self.stem_width, self.dtype, name="conv1")
         x = nn.relu(norm(name="bn1")(stem(x)))
         if self.heads:
-            x = nn.avg_pool(x, (2, 2), (2, 2))
+            x = average_pixels(x)
         elif not self.small:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         block = nn.remat(Block) if self.remat else Block
