@@ -10,7 +10,6 @@ from tests.testing.runs import act_at_batch, assert_same_run, read_metrics, read
 from tests.testing.training import assert_close
 from zslflax import features as command
 from zslflax.data import images
-from zslflax.data.preprocess import TrainTransform
 from zslflax.data.sources import shapes
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import StorageError, UserError
@@ -34,8 +33,11 @@ def config(tiny_config, tmp_path):
 @pytest.fixture
 def center_crops(monkeypatch):
     """Training images in the crop of evaluation, where steps read images."""
-    crop = lambda self, image, rng: images.resize_center_crop(image, self.image_size, round(1.15 * self.image_size))
-    monkeypatch.setattr(TrainTransform, "augment", crop)
+
+    def crop(image, size, rng, scale, flip, out):
+        out[...] = images.resize_center_crop(image, size, round(1.15 * size))
+
+    monkeypatch.setattr(images, "random_resized_crop", crop)
 
 
 def assert_close_runs(expected, workdir, atol, without=()):
@@ -139,7 +141,7 @@ def test_a_tower_that_is_frozen_until_a_step_is_trained_on_images_from_then_on(c
 def test_unreadable_images_are_masked_and_named(config, tmp_path, monkeypatch):
     config.data.max_bad_fraction = 1.0
     decode, calls = images.decode, itertools.count()
-    broken = lambda data: decode(data if next(calls) % 2 else b"damaged")
+    broken = lambda data, **options: decode(data if next(calls) % 2 else b"damaged", **options)
     monkeypatch.setattr(images, "decode", broken)
     config.eval.sets.test.data = ""
     loop.train(config, tmp_path / "first")
