@@ -181,7 +181,8 @@ def draw(results: Results, path: Path) -> None:
     for axis in (left, right):
         axis.set_xlim(-0.6, len(axis.get_xticks()) - 0.2)
         axis.set_ylim(top=axis.get_ylim()[1] + 3)
-    left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.9))
+    left.set_ylim(top=left.get_ylim()[1] + 12)  # room for the legend
+    left.legend(frameon=False, fontsize=8, loc="upper left")
     right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.68))
     save_figure(figure, (left, right), path)
 
