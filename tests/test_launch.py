@@ -211,12 +211,6 @@ for ((;;)); do sleep 0.05; done
 """
 
 
-def heed_signals():
-    """Bash cannot trap signals that were ignored when it started, as they are where tests run in the background."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 @pytest.fixture
 def local_processes(tool):
     """Starts three processes, which save when they get SIGTERM; waits until they run."""
@@ -228,7 +222,6 @@ def local_processes(tool):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            preexec_fn=heed_signals,
         )
         if environment.keys() <= {"STATUS", "HANGS"}:
             assert sum("runs" in process.stdout.readline() for _ in range(3)) == 3
