@@ -153,5 +153,5 @@ def test_the_config_gives_the_pool_and_unknown_pools_are_refused(small):
     with pytest.raises(UserError, match="pool is 'max'; expected of dinov2_s14_reg \"\" or one of cls, mean"):
         build_two_tower(config)
     config.image.name, config.image.pool = "resnet50", "mean"
-    with pytest.raises(UserError, match="model.image.pool is 'mean'; expected of resnet50 \"\": it has one way to pool"):
+    with pytest.raises(UserError, match="model.image.pool is 'mean'; expected of resnet50 \"\": it has one way"):
         build_two_tower(config)
