@@ -146,7 +146,8 @@ def report_and_save(run: Run, step: int, state: TrainState, watch: Stopwatch, st
     saving = evaluating or step % config.checkpoint.every == 0
     if not run.recent_metrics or not (saving or step % config.log_every == 0):
         return True
-    rates = watch.lap(run.train_step.flops, computing_features=step * config.batch_size <= run.first_pass)
+    in_first_pass = (step - watch.steps) * config.batch_size < run.first_pass  # some of the steps since the last lap
+    rates = watch.lap(run.train_step.flops, computing_features=in_first_pass)
     results = average(run.recent_metrics) | rates
     results["train/learning_rate"] = float(schedule(config.optimizer, config.steps)(step - 1))
     run.reporter.progress(step, results["train/loss"], results["train/pairs_per_second"])
