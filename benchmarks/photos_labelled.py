@@ -1,12 +1,12 @@
 """The photographs of benchmarks/photos_data.py as labelled images without sentences, for classifiers."""
 
 import tarfile
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from photos_data import Photos
 
+from zslflax.data.sources.shapes import add_member
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.evaluation.few_shot_sets import open_labelled
 
@@ -45,8 +45,6 @@ def write_labelled(path: Path, source: WebDataset, labels: list[int | None]) -> 
     with tarfile.open(partial, "w") as tar:
         for index, label in enumerate(labels):
             if label is not None:
-                for end, content in (("jpg", source[index]["image"]), ("cls", str(label).encode())):
-                    member = tarfile.TarInfo(f"{index:06}.{end}")
-                    member.size = len(content)
-                    tar.addfile(member, BytesIO(content))
+                add_member(tar, f"{index:06}.jpg", source[index]["image"])
+                add_member(tar, f"{index:06}.cls", str(label).encode())
     partial.rename(path)

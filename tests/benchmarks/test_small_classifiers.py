@@ -4,31 +4,22 @@ import argparse
 import io
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.testing.benchmarks import imported
 from tests.testing.shards import write_tar
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("photos_data", "photos_labelled", "small_classifiers", "small_classifiers_report", "study", "study_report")
 COLOURS = {"fox": (200, 100, 20), "sky / sea": (20, 40, 220), "leaf": (20, 180, 30), "rose": (220, 20, 60)}
 UNSEEN = ("fox", "rose")
 
 
 @pytest.fixture(scope="module")
 def benchmarks():
-    with pytest.MonkeyPatch.context() as context:
-        context.syspath_prepend(BENCHMARKS)
-        import photos_labelled
-        import small_classifiers
-        import small_classifiers_report
-
-        yield photos_labelled, small_classifiers, small_classifiers_report
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    with imported("photos_labelled", "small_classifiers", "small_classifiers_report") as modules:
+        yield modules
 
 
 def image_of(name: str, seed: int) -> bytes:

@@ -1,34 +1,24 @@
 """The study in benchmarks/: the plan of its runs, resuming, soft label measurements, and the report."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.testing.benchmarks import imported
 
 
 @pytest.fixture(scope="module")
 def study():
-    with pytest.MonkeyPatch.context() as context:
-        context.syspath_prepend(BENCHMARKS)
-        import study
-
+    with imported("study") as (study,):
         yield study
-    sys.modules.pop("study")
 
 
 @pytest.fixture(scope="module")
 def report():
-    with pytest.MonkeyPatch.context() as context:
-        context.syspath_prepend(BENCHMARKS)
-        import study_report
-
+    with imported("study_report") as (study_report,):
         yield study_report
-    sys.modules.pop("study_report")
 
 
 def searched(study, better: dict[str, float]) -> list[dict]:

@@ -2,30 +2,19 @@
 
 import io
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.testing.benchmarks import imported
 from tests.testing.shards import write_tar
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("photos_data", "photos_plan", "photos_report", "study_photos", "study", "study_report")
 
 
 @pytest.fixture(scope="module")
 def benchmarks():
-    with pytest.MonkeyPatch.context() as context:
-        context.syspath_prepend(BENCHMARKS)
-        import photos_data
-        import photos_plan
-        import photos_report
-
-        yield photos_data, photos_plan, photos_report
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    with imported("photos_data", "photos_plan", "photos_report") as modules:
+        yield modules
 
 
 NAMES = ("cat", "dog", "owl", "fox")  # the last one has no training photographs
