@@ -1,13 +1,11 @@
 """The cost that benchmarks/scaling.py counts in a step, against published figures and arithmetic."""
 
-import importlib
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from tests.testing.benchmarks import imported
 from zslflax.models.resnet import RESNETS, ResNet
 
 IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
@@ -16,9 +14,8 @@ IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 @pytest.fixture(scope="module")
 def scaling():
     """The benchmark as a module; it imports another file of its folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-        yield importlib.import_module("scaling")
+    with imported("scaling") as (scaling,):
+        yield scaling
 
 
 @pytest.fixture(scope="module")

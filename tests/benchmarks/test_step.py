@@ -4,7 +4,6 @@ import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.testing.benchmarks import BENCHMARKS, imported
 from zslflax.distributed import AXIS
 from zslflax.models import two_tower
 from zslflax.models.build import build_two_tower
@@ -20,7 +20,6 @@ from zslflax.models.import_weights.layouts import HF_RESNET, TORCHVISION_RESNET
 from zslflax.models.resnet import RESNETS, ResNet
 from zslflax.training.train_state import student_variables, teacher_variables
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ARGS = SimpleNamespace(batch=8, image=32, layers=1, width=64, dtype="float32")
 STEM, BLOCKS, STEPS = 8, (1, 1), 3
 
@@ -28,9 +27,8 @@ STEM, BLOCKS, STEPS = 8, (1, 1), 3
 @pytest.fixture(scope="module")
 def benchmark():
     """The benchmark as a module; it imports other files of its folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("step")
+    with imported("step") as (step,):
+        yield step
 
 
 def config_of(benchmark):

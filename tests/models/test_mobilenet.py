@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.testing.networks import randomise_batch_norm
 from zslflax.models.import_weights.load import load_image_tower
 from zslflax.models.mobilenet import (
     MOBILENETS,
@@ -33,10 +34,7 @@ def randomise(torch, model):
     """Gives batch normalisation statistics and weights that matter, and keeps the activations from vanishing."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.5, 2)
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, 0, 0.2)
+            randomise_batch_norm(module, bias=0.2)
         if isinstance(module, torch.nn.Conv2d):
             fan_in = module.weight[0].numel()
             torch.nn.init.normal_(module.weight, 0, (1.5 / fan_in) ** 0.5)

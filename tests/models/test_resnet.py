@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.testing.networks import randomise_batch_norm
 from zslflax.models.import_weights.layouts import HF_RESNET, TORCHVISION_RESNET
 from zslflax.models.import_weights.load import load_image_tower, load_variables
 from zslflax.models.resnet import KAIMING, RESNETS, ResNet, StemConv
@@ -27,11 +28,8 @@ def reference(require, folder, rng_seed=0, **config):
     model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**config)).eval()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.5, 2)
             last = re.search(r"layer\.\d\.normalization", name) is not None
-            torch.nn.init.uniform_(module.weight, *((0.2, 0.8) if last else (0.5, 1.5)))
-            torch.nn.init.normal_(module.bias, 0, 0.1)
+            randomise_batch_norm(module, weight=(0.2, 0.8) if last else (0.5, 1.5))
     model.save_pretrained(folder)
     return model
 

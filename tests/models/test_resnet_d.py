@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.testing.networks import randomise_batch_norm
 from zslflax.models.import_weights.layouts import TIMM_RESNET_D
 from zslflax.models.import_weights.load import load_image_tower, load_variables
 from zslflax.models.resnet import RESNET_DS, ResNet
@@ -66,10 +67,7 @@ def reference(torch):
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
+            randomise_batch_norm(module)
     return network
 
 

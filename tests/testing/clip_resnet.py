@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from tests.testing.networks import randomise_batch_norm
 from tests.testing.published import EMBED_DIM, save_clip, to_open_clip
 
 LAYERS, WIDTH, HEAD_WIDTH, SIZE = (1, 2, 1, 1), 16, 64, 64
@@ -80,10 +81,7 @@ def image_tower(torch, size: int = SIZE):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0, channels**-0.5)
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
+            randomise_batch_norm(module)
     return network
 
 
