@@ -245,6 +245,7 @@ def eval_fields() -> ConfigDict:
     """`config.eval`: test sets, and when and how they are evaluated."""
     c = ConfigDict()
     c.every = 1_000  # steps between evaluations; the last step is always evaluated
+    c.first = 0  # step of one more evaluation, for an early look at a run; 0: none
     c.batch_size = 512  # images, over all devices and hosts
     # Shorter side before the centre crop, in units of the image size (about 256 / 224); 0: the whole image is resized
     # to a square (SigLIP).

@@ -24,7 +24,7 @@ NOT_NEGATIVE = (
     *("micro_batch", "optimizer.warmup_steps", "optimizer.max_nonfinite_steps"),
     *("optimizer.weight_decay", "optimizer.clip_norm", "objective.soft_ramp_steps"),
     *("objective.refine_from", "objective.choose_templates"),
-    *("model.text.cached_captions", "eval.bootstrap_resamples"),
+    *("model.text.cached_captions", "eval.bootstrap_resamples", "eval.first"),
 )
 BELOW_ONE = (
     "model.image.patch_drop",
