@@ -28,7 +28,8 @@ from zslflax.inference.prompts import resolve_templates
 from zslflax.inference.restore import build_model
 from zslflax.main import CONFIG, parse
 from zslflax.training.frozen_features import open_features
-from zslflax.training.setup import create_state, open_train_sources
+from zslflax.training.initial_state import create_state
+from zslflax.training.setup import open_train_sources
 
 log = logging.getLogger("zslflax")
 BATCH_SIZE = 1 << 10  # samples whose captions are tokenized at once

@@ -19,7 +19,7 @@ from zslflax.inference.restore import build_model
 from zslflax.training import loop
 from zslflax.training.evaluate import evaluate_run
 from zslflax.training.frozen_features import open_image_tower, open_kept_features, training_views
-from zslflax.training.setup import create_state
+from zslflax.training.initial_state import create_state
 
 
 @pytest.fixture
