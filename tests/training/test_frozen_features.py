@@ -162,6 +162,16 @@ def test_the_command_computes_what_a_run_needs(config, tmp_path, monkeypatch, ca
     assert "features of 120 images are in" in caplog.text
 
 
+def test_the_command_knows_the_layers_that_compare_a_student_with_a_wider_teacher(config, finished_workdir, caplog):
+    config.teacher.kind, config.teacher.workdir = "checkpoint", str(finished_workdir)
+    config.objective.name, config.objective.feature_weight, config.model.embed_dim = "info_nce", 1.0, 6
+    config.freeze += (("objective/feature_heads", 2),)
+    config.optimizer.lr_multipliers = (("objective/feature_heads", 0.1),)
+    with caplog.at_level("INFO", logger="zslflax"):
+        command.compute_features(config)
+    assert "features of 120 images are in" in caplog.text
+
+
 def test_another_tower_or_mean_has_features_of_its_own(config, tmp_path):
     c = config.data.shapes
     source = WebDataset(shapes.ensure_shards(c.root, train=c.train, test=c.test, size=c.size).train)
