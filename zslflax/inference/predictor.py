@@ -17,13 +17,12 @@ from zslflax import distributed
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.image_features import evaluation_view
 from zslflax.data.text import Tokenizer
-from zslflax.errors import FolderExistsError
-from zslflax.files import hash_arrays, local_path, storage_errors
+from zslflax.files import hash_arrays
 from zslflax.inference.class_cache import ClassCache
 from zslflax.inference.class_embeddings import cached_class_embeddings
-from zslflax.inference.export import IMAGE_FOLDER, TEXT_FOLDER, save_image_encoder, save_model, save_text_encoder
+from zslflax.inference.export import SavedModel, export_model
 from zslflax.inference.image_input import ImageInput, is_array, preprocess_images, read_image, to_numpy
-from zslflax.inference.model_card import CardFacts, model_card
+from zslflax.inference.model_card import CardFacts
 from zslflax.inference.probabilities import class_probabilities
 from zslflax.inference.prompts import read_class_names, read_templates
 from zslflax.inference.restore import restore_model
@@ -139,22 +138,8 @@ class Predictor:
             StorageError: the folder cannot be made.
             MissingLibraryError: a library that `onnx` needs is not installed.
         """
-        folder = local_path(folder, "the folder of the export")
-        if onnx:
-            from zslflax.inference.onnx_export import export_onnx, import_onnx_libraries
-
-            import_onnx_libraries()  # an error comes before anything is written
-        with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise FolderExistsError(f"{folder} is not empty; export the model into a new folder")
-        if self.tokenizer is not None:
-            save_text_encoder(self.config, self.tokenizer, folder / TEXT_FOLDER)
-        save_image_encoder(self.config, folder / IMAGE_FOLDER)
-        card = model_card(self.config, self.step, facts, onnx)
-        save_model(folder, self.config, jax.device_get(self.variables), self.step, card)
-        if onnx:
-            export_onnx(self.config, self.variables, folder)
+        saved = SavedModel(self.config, jax.device_get(self.variables), self.step)
+        export_model(saved, self.tokenizer, folder, onnx, facts)
 
     def encode_image(self, images: Images) -> np.ndarray:
         """Embeds images, as unit vectors fp32 [b, d].
