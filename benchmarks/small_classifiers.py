@@ -13,6 +13,7 @@ changes made here, and adds a line to the results. The parts:
                 students on true labels (`distil_prompts.py:labels`)
     few_shot    configs/skd.py on the classes with sentences: without rotations, with them (generation 0), and
                 generation 1; in episodes of the other classes
+    longer      the same with more steps, one seed
     choices     other values of the students' fields, one seed each
     speed       sizes, and milliseconds for an image by one process on this computer's CPU
 
@@ -51,7 +52,7 @@ SEEDS = (0, 1, 2)
 NANO, MOBILENET, TEACHER = "resnet_nano", "mobilenet_v2", "efficientnet_lite0"
 PIXELS = {NANO: 32, MOBILENET: 112}
 STEPS = {NANO: 400, MOBILENET: 300}  # of 128 photographs: 2.1 and 1.6 passes
-FEW_SHOT_STEPS = 300  # of 64 photographs: 0.8 passes
+FEW_SHOT = {"few_shot": 300, "longer": 2_000}  # steps of 64 photographs, by part: 0.8 and 5.3 passes
 EPISODES = {"ways": 5, "shots": (1, 5), "queries": 15, "episodes": 600}
 VIEWS = 5  # augmented views of a labelled image of an episode
 TIMED = 200  # images, one at a time
@@ -97,12 +98,14 @@ def plan_runs() -> Iterator[Run]:
             yield Run("distil", method, NANO, seed)
         for method in GENERATIONS:
             yield Run("few_shot", method, NANO, seed)
+        for method in ("soft", "labels", "hard"):  # reasons are learnt by the tower, which is frozen
+            yield Run("distil", method, MOBILENET, seed)
         if seed == 0:
-            for method in ("soft", "labels", "hard"):  # reasons are learnt by the tower, which is frozen
-                yield Run("distil", method, MOBILENET)
             yield Run("speed", "one image", "all")
-    for method in CHOICES:
-        yield Run("choices", method)
+    for method in GENERATIONS:
+        yield Run("longer", method)
+    for method, fields in CHOICES.items():  # a frozen tower does not learn from reasons
+        yield Run("choices", method, NANO if "sentences" in fields else MOBILENET)
 
 
 def make_config(run: Run, arguments: argparse.Namespace, photos: LabelledPhotos):
@@ -114,7 +117,7 @@ def make_config(run: Run, arguments: argparse.Namespace, photos: LabelledPhotos)
         c = get_config("photos")
         c.model.image.pretrained = str(arguments.image_weights / TEACHER)
         c.data.train = shards
-    elif run.part == "few_shot":
+    elif run.part in FEW_SHOT:
         generation, fields = GENERATIONS[run.method]
         c = get_config("skd", generation)
         c.objective.update(fields)
@@ -133,10 +136,10 @@ def make_config(run: Run, arguments: argparse.Namespace, photos: LabelledPhotos)
             c.model.image.pretrained = str(arguments.image_weights / MOBILENET)
             c.freeze = (("image/tower", -1),)  # a step needs a third of the time
     if run.part != "teacher":
-        c.steps = FEW_SHOT_STEPS if run.part == "few_shot" else STEPS[run.tower]
+        c.steps = FEW_SHOT[run.part] if run.part in FEW_SHOT else STEPS[run.tower]
         c.model.class_names = (names,)
         c.model.image.name, c.model.image.size = run.tower, PIXELS[run.tower]
-    c.features.folder = str(arguments.features) if run.part != "few_shot" else ""
+    c.features.folder = "" if run.part in FEW_SHOT else str(arguments.features)
     c.name, c.seed, c.data.threads = run.name, run.seed, 1
     c.eval.every, c.checkpoint.every = c.steps, max(1, c.steps // 4)
     c.eval.sets = {"test": eval_set(data=str(photos.folder / "test.tar"), class_names=names)}
@@ -199,10 +202,10 @@ def train_and_measure(run: Run, arguments: argparse.Namespace, photos: LabelledP
     predictor = Predictor.restore(workdir)
     if run.part == "teacher":
         line |= measure_teacher(predictor, config, photos)
-    elif run.part != "few_shot":
+    elif run.part not in FEW_SHOT:
         images = [record_image(photos.test[i]) for i in range(len(photos.test))]
         line |= measure_classes(predictor, predictor.encode_image(images), photos)
-    if run.part in ("teacher", "few_shot"):
+    if run.part == "teacher" or run.part in FEW_SHOT:
         line |= measure_episodes(predictor, photos)
     return line
 

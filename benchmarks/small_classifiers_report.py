@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from small_classifiers import CHOICES, GENERATIONS, MOBILENET, NANO, RESULTS, STUDENTS, TEACHER
+from small_classifiers import CHOICES, FEW_SHOT, GENERATIONS, MOBILENET, NANO, RESULTS, STUDENTS, TEACHER
 from study_report import Results, format_mean, interval, paired_differences, save_figure, table
 
 LABELS = {
@@ -92,17 +92,12 @@ def choices_table(results: Results) -> str:
         lines = results.by_seed("choices", method=method)
         compared = "reasons" if "sentences" in fields else "soft"
         for line in lines.values():
-            baseline = results.by_seed("distil", method=compared, tower=NANO)
-            rows.append(
-                [
-                    method,
-                    format_mean(accuracies(lines)),
-                    LABELS[compared],
-                    difference(lines, baseline),
-                    f"{line['used']}",
-                ]
-            )
-    return table(["one seed", "accuracy, %", "compared with", "difference", "classes named"], rows)
+            tower = line["tower"]
+            baseline = results.by_seed("distil", method=compared, tower=tower)
+            cells = [format_mean(accuracies(lines)), LABELS[compared], difference(lines, baseline), f"{line['used']}"]
+            rows.append([TOWERS[tower], method, *cells])
+    header = ["one seed", "changed", "accuracy, %", "compared with", "difference", "classes named"]
+    return table(header, rows)
 
 
 def speed_table(results: Results) -> str:
@@ -116,7 +111,7 @@ def speed_table(results: Results) -> str:
     return table(["model", "exported, MB", "ONNX, MB", "ms an image", "ms an image, ONNX Runtime"], rows)
 
 
-def few_shot_table(results: Results, classifier: str = "logistic") -> str:
+def few_shot_table(results: Results, classifier: str = "logistic", part: str = "few_shot") -> str:
     """5-way accuracies of new classes, and the differences to generation 0 with the same seeds."""
     rows, header = [], ["tower", "output", "seeds", "1-shot, %", "to generation 0", "5-shot, %", "to generation 0"]
     for line in results.of_part("teacher"):
@@ -124,9 +119,9 @@ def few_shot_table(results: Results, classifier: str = "logistic") -> str:
             found = [few_shot_interval({0: line}, f"{output}/{shots}-shot/{classifier}") for shots in (1, 5)]
             cells = [f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in found]
             rows.append([label, output, "1", cells[0], "", cells[1], ""])
-    baseline = results.by_seed("few_shot", method="rotations")
+    baseline = results.by_seed(part, method="rotations")
     for method in GENERATIONS:
-        lines = results.by_seed("few_shot", method=method)
+        lines = results.by_seed(part, method=method)
         for output in OUTPUTS if lines else ():
             cells = []
             for shots in (1, 5):
@@ -142,7 +137,7 @@ def few_shot_table(results: Results, classifier: str = "logistic") -> str:
 def cost_table(results: Results) -> str:
     """Seconds of CPU that training took."""
     rows = []
-    for part in ("distil", "few_shot"):
+    for part in ("distil", *FEW_SHOT):
         for method in STUDENTS | GENERATIONS:
             for tower in TOWERS:
                 lines = results.by_seed(part, method=method, tower=tower).values()
@@ -234,6 +229,7 @@ def main() -> None:
     print(f"Size and speed\n\n{speed_table(results)}")
     for classifier in ("logistic", "centroid"):
         print(f"New classes, {classifier}\n\n{few_shot_table(results, classifier)}")
+    print(f"New classes, more steps\n\n{few_shot_table(results, part='longer')}")
     print(f"Cost\n\n{cost_table(results)}")
     if arguments.figure:
         import matplotlib
