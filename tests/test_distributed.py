@@ -1,5 +1,8 @@
 """Arrays on devices, and the compilation cache. tests/training/test_processes.py tests several processes."""
 
+import os
+import subprocess
+import sys
 import time
 
 import flax.linen as nn
@@ -132,3 +135,21 @@ def test_variables_that_describe_no_process_are_refused(monkeypatch, address, co
         distributed.read_process_variables()
     monkeypatch.setattr(distributed.os, "environ", names | dict(zip(names, ("h.example:80", "2", "1"))))
     assert distributed.read_process_variables() == ("h.example:80", 2, 1)
+
+
+@pytest.mark.parametrize(
+    "chosen, devices",
+    [({}, 2), ({"JAX_NUM_CPU_DEVICES": "3"}, 3), ({"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}, 1)],
+)
+def test_a_cpu_is_divided_unless_the_environment_chooses(chosen, devices):
+    program = "from zslflax import distributed; import jax; distributed.initialize('', 2); print(jax.device_count())"
+    own = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=own | {"JAX_PLATFORMS": "cpu"} | chosen, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(devices)], done.stderr
+
+
+def test_no_more_devices_are_chosen_than_batches_divide_among():
+    assert [distributed.choose_cpu_devices(cores, 128, 512) for cores in (0.5, 1, 2, 3, 64)] == [1, 1, 2, 2, 4]
+    assert distributed.choose_cpu_devices(4, 9, 512) == 1

@@ -316,14 +316,18 @@ def get_field(config: ConfigDict, field: str) -> Any:
 
 def check_overrides(config: ConfigDict, arguments: list[str]) -> None:
     """Raises a UserError for `--config.FIELD=VALUE` with a field that does not exist, and names the nearest."""
-    known = list(field_names(config))
     for argument in arguments:
         if argument.startswith(("--config.", "-config.")):
-            name = argument.partition("config.")[2].partition("=")[0].partition("[")[0]
-            if name not in known:
-                now = current_name(name)
-                hint = f"it is called {now} now" if now else f"nearest: {nearest_names(name, known, 3)}"
-                raise UserError(f"--config.{name}: there is no such field; {hint}")
+            check_field(config, argument.partition("config.")[2].partition("=")[0].partition("[")[0])
+
+
+def check_field(config: ConfigDict, name: str) -> None:
+    """Raises a UserError if there is no field of this name, and names the nearest."""
+    known = list(field_names(config))
+    if name not in known:
+        now = current_name(name)
+        hint = f"it is called {now} now" if now else f"nearest: {nearest_names(name, known, 3)}"
+        raise UserError(f"--config.{name}: there is no such field; {hint}")
 
 
 def check_devices(config: ConfigDict, devices: int) -> None:

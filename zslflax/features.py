@@ -88,7 +88,7 @@ def compute_text_features(
             read_images=False,
         )
         for batch in batches:
-            captions = [text for texts in batch["text"] for text in texts if text.strip()]
+            captions = [text for texts in batch["captions"] for text in texts if text.strip()]
             if captions:
                 features(*tokenizer(captions))
             progress.update(int(np.count_nonzero(batch["index"] >= 0)))

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 from zslflax import config, distributed
 from zslflax.cli import exit_on_error, start_logging
 from zslflax.config_checks import check_devices, check_overrides, validate
+from zslflax.data.workers import available_cores
 from zslflax.errors import UserError, nearest_names
 from zslflax.files import local_path
 from zslflax.inference.prompts import resolve_templates
@@ -153,7 +154,10 @@ def main(_: Any) -> int:
         )
     resolve_templates(run_config)
     validate(run_config)
-    distributed.initialize(run_config.compilation_cache)
+    batch_sizes = run_config.batch_size, run_config.eval.batch_size
+    # With micro-batches, the number of devices is part of what a batch normalisation computes.
+    cores = 1.0 if run_config.micro_batch else available_cores()
+    distributed.initialize(run_config.compilation_cache, distributed.choose_cpu_devices(cores, *batch_sizes))
     check_devices(run_config, jax.device_count())
     return 0 if train(run_config, workdir, CHANGED.value) else STOPPED_STATUS.value
 
