@@ -30,7 +30,9 @@ from tests.testing.runs import read_metrics
 from zslflax.config_checks import validate
 from zslflax.errors import UserError
 from zslflax.inference.predictor import Predictor
+from zslflax.models.convnext import ConvNeXt
 from zslflax.models.import_weights.image_architecture import vit_architecture
+from zslflax.models.import_weights.load import load_image_tower
 from zslflax.models.import_weights.timm_towers import timm_fields
 from zslflax.models.vit import ViT
 from zslflax.training.loop import train
@@ -150,13 +152,12 @@ def test_an_exported_model_is_the_same_without_the_published_files(require, monk
     np.testing.assert_array_equal(again.encode_text(TEXTS), predictor.encode_text(TEXTS))
 
 
-@pytest.mark.parametrize("image_name", ["", "convnext_base"])
-def test_its_towers_start_a_run_and_the_whole_model_teaches_it(require, monkeypatch, tiny_config, tmp_path, image_name):
+def test_its_towers_start_a_run_and_the_whole_model_teaches_it(require, monkeypatch, tiny_config, tmp_path):
     use_small_towers(monkeypatch)
     save_from_transformers(require, "convnext", tmp_path / "convnext")
     save_from_transformers(require, "roberta", tmp_path / "roberta")
     c = tiny_config
-    c.model.image.update(name=image_name, pretrained=str(tmp_path / "convnext"), size=SIZE, mean=(), std=())
+    c.model.image.update(name="", pretrained=str(tmp_path / "convnext"), size=SIZE, mean=(), std=())
     c.model.text.update(pretrained=str(tmp_path / "roberta"), tokenizer="", max_tokens=TOKENS)
     c.freeze = (("image/tower", -1), ("text/tower", -1))
     c.teacher.kind, c.teacher.workdir, c.steps = "checkpoint", str(tmp_path / "roberta"), 1
@@ -179,6 +180,15 @@ def test_weights_of_timm_beside_those_of_open_clip_are_left_alone(require, monke
     np.testing.assert_array_equal(Predictor.restore(tmp_path / "model", cache="").encode_text(TEXTS), expected)
 
 
+def test_a_tower_may_be_named(require, monkeypatch, tmp_path):
+    use_small_towers(monkeypatch)
+    save_from_transformers(require, "convnext", tmp_path / "model")
+    tower = ConvNeXt(DEPTHS, WIDTHS)
+    shapes = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
+    named, described = (load_image_tower(tmp_path / "model", name, shapes, SIZE) for name in ("convnext_base", ""))
+    jax.tree.map(np.testing.assert_array_equal, named, described)
+
+
 PARAMETERS = {  # of timm's models without a classifier
     "vit_base_patch16_siglip_224": 92_884_224,
     "vit_base_patch32_siglip_256": 94_552_320,
@@ -196,9 +206,12 @@ def test_the_number_of_parameters_is_that_of_timm(name):
     pool, size = ("map" if "siglip" in name else "token"), int(name.rpartition("_")[2])
     vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": "linear", "image_size": size}
     values, _ = timm_fields(Path("open_clip_config.json"), vision)
-    tower = ViT(**vit_architecture(values))
-    shapes = jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
-    assert sum(x.size for x in jax.tree.leaves(shapes)) == PARAMETERS[name]
+    fields, counts = vit_architecture(values), {}
+    for depth in (1, 2):  # each further block adds the same
+        init = ViT(**fields | {"depth": depth}).init
+        shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+        counts[depth] = sum(x.size for x in jax.tree.leaves(shapes))
+    assert counts[1] + (fields["depth"] - 1) * (counts[2] - counts[1]) == PARAMETERS[name]
 
 
 VISION, SIGLIP = {"layers": 12, "patch_size": 32}, MODELS["siglip"]["vision_cfg"]
