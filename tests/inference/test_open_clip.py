@@ -230,6 +230,8 @@ VISION, SIGLIP = {"layers": 12, "patch_size": 32}, MODELS["siglip"]["vision_cfg"
         ({"vision_cfg": timm("vit_base_patch16_224", "token", None)}, "timm_pool 'token' and timm_proj None"),
         ({"vision_cfg": SIGLIP | {"timm_pool": "avg"}}, "timm_pool 'avg' and .* expected the pool 'map'"),
         ({"vision_cfg": VISION | {"no_ln_pre": True, "output_tokens": False}}, "has vision_cfg.no_ln_pre, which"),
+        ({"vision_cfg": VISION | {"image_size": 10**12}}, "open_clip_config.json has model.image.size .*1 to 4,096"),
+        ({"vision_cfg": VISION | {"head_width": 0}}, "open_clip_config.json has a field of the wrong type: integer di"),
         ({"multimodal_cfg": {"layers": 12}}, "has multimodal_cfg, which is not implemented: it is a CoCa"),
         ({"text_cfg": {"no_causal_mask": True}}, "pool_type 'argmax', which is not implemented; expected 'last'"),
         ({"text_cfg": {"tokenizer_kwargs": {"strip_sep_token": True}}}, "text_cfg.tokenizer_kwargs.strip_sep_token"),

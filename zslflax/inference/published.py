@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 from zslflax.config import default_config
 from zslflax.errors import UserError
 from zslflax.files import read_json
-from zslflax.models.build import example_inputs
+from zslflax.inference.model_checks import abstract_variables
 from zslflax.models.import_weights.architecture import (
     CLIP_TEXT_DEFAULTS,
     SIGLIP_TEXT_DEFAULTS,
@@ -26,7 +25,7 @@ from zslflax.models.import_weights.description import Resizing, read_pixel_stati
 from zslflax.models.import_weights.image_architecture import CLIP_IMAGE_DEFAULTS, SIGLIP_IMAGE_DEFAULTS
 from zslflax.models.import_weights.load import load_image_tower, load_text_tower
 from zslflax.models.import_weights.locate import model_name
-from zslflax.models.import_weights.open_clip import OPEN_CLIP_CONFIG
+from zslflax.models.import_weights.open_clip import OPEN_CLIP_CONFIG, is_open_clip
 from zslflax.models.import_weights.reading import find_tensors, read_tensors
 from zslflax.models.two_tower import TwoTower
 
@@ -63,6 +62,11 @@ def is_published(folder: Path) -> bool:
     """Whether a folder holds a two-tower model of Hugging Face or open_clip, or another model that they publish."""
     path = folder / "config.json"
     return (folder / OPEN_CLIP_CONFIG).is_file() or (path.is_file() and "model_type" in read_json(path))
+
+
+def config_path(folder: Path) -> Path:
+    """Returns the file that describes a published model."""
+    return folder / (OPEN_CLIP_CONFIG if is_open_clip(folder) else "config.json")
 
 
 def published_config(folder: Path) -> ConfigDict:
@@ -120,7 +124,7 @@ def load_published(folder: Path, config: ConfigDict, model: TwoTower) -> Values:
         UserError: the weights are not those of the model.
     """
     size = config.model.image.size
-    variables: Any = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model, config.model))
+    variables = abstract_variables(model, config, config_path(folder))
     shapes = variables["params"]
     tower = {kind: of_kind["image"]["tower"] for kind, of_kind in variables.items()}
     image = load_image_tower(folder, "", tower, size)
