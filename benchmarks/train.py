@@ -191,7 +191,7 @@ def in_own_process(name: str, args) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=1024, help="pairs, at most 1,024 without --shards")
+    parser.add_argument("--batch", type=int, default=1024, help="pairs, at most 16,384 without --shards")
     parser.add_argument("--image", type=int, default=224, help="pixels")
     parser.add_argument("--layers", type=int, default=12, help="of the text tower")
     parser.add_argument("--width", type=int, default=768, help="of the text tower; a multiple of 64")

@@ -47,6 +47,7 @@ def get_config(objective: str = "") -> ConfigDict:
     c.data.crop_scale = (0.7, 1.0)  # share of the area
     c.data.shapes.noise = 0.1  # share of the captions that are another image's
     c.eval.every = 500  # steps
+    c.eval.first = 50  # a table after the first minute
     c.eval.templates = TEMPLATES
     c.eval.sets = {"test": eval_set(data="shapes")}
     c.checkpoint.every = 250  # steps

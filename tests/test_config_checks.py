@@ -52,6 +52,7 @@ def demo():
         ("data.train", ("",), "data.train is .*, expected no empty names of sources"),
         ("features.folder", "gs://bucket/features", "config: features.folder is 'gs://bucket/features', an address"),
         ("eval.every", -3, "eval.every is -3"),
+        ("eval.first", -1, "eval.first is -1, expected 0 or a positive number"),
         ("data.weights", (1.0, 2.0), "data.weights has 2 values for the 1 sources"),
         ("data.weights", (0.0,), r"data.weights are \(0.0,\), expected each to be above 0"),
         ("data.crop_scale", (0.0, 1.0), r"data.crop_scale is \(0.0, 1.0\), expected 0 < smallest"),

@@ -89,7 +89,7 @@ def test_processes_that_differ_are_told_so(monkeypatch):
         distributed.check_same_on_hosts("the number of samples", 3)
 
 
-def test_compiled_functions_are_cached_unless_the_config_says_otherwise(tmp_path, caplog):
+def test_compiled_functions_are_cached_unless_the_config_says_otherwise(tmp_path, caplog, monkeypatch):
     assert default_config().compilation_cache
     before, shortest = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)  # jax's own value
@@ -103,10 +103,11 @@ def test_compiled_functions_are_cached_unless_the_config_says_otherwise(tmp_path
         distributed.initialize(f"{tmp_path}/file/folder")
         assert f"compiled programs are not kept: {tmp_path}/file/folder cannot be written" in caplog.text
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-        distributed.keep_compiled(str(tmp_path / "other"), unless_set=True)
+        monkeypatch.setattr(distributed, "COMPILATION_CACHE", str(tmp_path / "other"))
+        distributed.keep_compiled_by_default()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path) and not (tmp_path / "other").exists()
         jax.config.update("jax_compilation_cache_dir", None)
-        distributed.keep_compiled(str(tmp_path / "other"), unless_set=True)
+        distributed.keep_compiled_by_default()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "other")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

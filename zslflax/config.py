@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from zslflax.distributed import COMPILATION_CACHE
 from zslflax.errors import UserError
 from zslflax.losses import classification
 
@@ -27,7 +28,7 @@ def default_config() -> ConfigDict:
     c.micro_batch = 0
     c.steps = 10_000  # steps in the run; the data repeats, `steps` alone ends the run
     c.compute_dtype = "bfloat16"  # dtype inside the towers: bfloat16 | float32; everything else is float32
-    c.compilation_cache = "~/.cache/zslflax/xla"  # folder of compiled programs; "" for no cache
+    c.compilation_cache = COMPILATION_CACHE  # folder of compiled programs; "" for no cache
     c.log_every = 20  # steps between lines of metrics.jsonl
     c.wandb = ""  # project of Weights & Biases that gets metrics and predictions too; "" for none
     c.profile_steps = ""  # "100:105" writes a profiler trace of steps 100 to 105 into the workdir; "" for no trace
@@ -245,6 +246,7 @@ def eval_fields() -> ConfigDict:
     """`config.eval`: test sets, and when and how they are evaluated."""
     c = ConfigDict()
     c.every = 1_000  # steps between evaluations; the last step is always evaluated
+    c.first = 0  # step of one more evaluation, for an early look at a run; 0: none
     c.batch_size = 512  # images, over all devices and hosts
     # Shorter side before the centre crop, in units of the image size (about 256 / 224); 0: the whole image is resized
     # to a square (SigLIP).

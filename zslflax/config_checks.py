@@ -24,7 +24,7 @@ NOT_NEGATIVE = (
     *("micro_batch", "optimizer.warmup_steps", "optimizer.max_nonfinite_steps"),
     *("optimizer.weight_decay", "optimizer.clip_norm", "objective.soft_ramp_steps"),
     *("objective.refine_from", "objective.choose_templates"),
-    *("model.text.cached_captions", "eval.bootstrap_resamples"),
+    *("model.text.cached_captions", "eval.bootstrap_resamples", "eval.first"),
 )
 BELOW_ONE = (
     "model.image.patch_drop",
@@ -316,14 +316,18 @@ def get_field(config: ConfigDict, field: str) -> Any:
 
 def check_overrides(config: ConfigDict, arguments: list[str]) -> None:
     """Raises a UserError for `--config.FIELD=VALUE` with a field that does not exist, and names the nearest."""
-    known = list(field_names(config))
     for argument in arguments:
         if argument.startswith(("--config.", "-config.")):
-            name = argument.partition("config.")[2].partition("=")[0].partition("[")[0]
-            if name not in known:
-                now = current_name(name)
-                hint = f"it is called {now} now" if now else f"nearest: {nearest_names(name, known, 3)}"
-                raise UserError(f"--config.{name}: there is no such field; {hint}")
+            check_field(config, argument.partition("config.")[2].partition("=")[0].partition("[")[0])
+
+
+def check_field(config: ConfigDict, name: str) -> None:
+    """Raises a UserError if there is no field of this name, and names the nearest."""
+    known = list(field_names(config))
+    if name not in known:
+        now = current_name(name)
+        hint = f"it is called {now} now" if now else f"nearest: {nearest_names(name, known, 3)}"
+        raise UserError(f"--config.{name}: there is no such field; {hint}")
 
 
 def check_devices(config: ConfigDict, devices: int) -> None:

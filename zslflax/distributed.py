@@ -32,6 +32,7 @@ log = logging.getLogger("zslflax")
 Tree = Any  # a pytree of arrays
 
 AXIS = "data"  # name of the mapped axis, over which the global batch is split
+COMPILATION_CACHE = "~/.cache/zslflax/xla"  # the default folder of compiled programs
 
 _peers: Peers | None = None  # of a multi-process run
 
@@ -68,16 +69,22 @@ def initialize(compilation_cache: str = "") -> None:
         _peers.watch(jax_distributed.global_state.client)
 
 
-def keep_compiled(folder: str, unless_set: bool = False) -> None:
+def keep_compiled_by_default() -> None:
+    """Keeps compiled programs for a command without the config of a run, in `COMPILATION_CACHE`.
+
+    A folder that was chosen before, as by the environment variable JAX_COMPILATION_CACHE_DIR, stays.
+    """
+    chosen: Any = jax.config
+    if not chosen.jax_compilation_cache_dir:
+        keep_compiled(COMPILATION_CACHE)
+
+
+def keep_compiled(folder: str) -> None:
     """Keeps compiled programs in a folder, or warns that this is not possible; another process finds them there.
 
     Args:
         folder: is made where it is missing.
-        unless_set: leaves a folder that was chosen before, as by the environment variable JAX_COMPILATION_CACHE_DIR.
     """
-    chosen: Any = jax.config
-    if unless_set and chosen.jax_compilation_cache_dir:
-        return
     try:
         path = expand_user(folder)
         with storage_errors(path):

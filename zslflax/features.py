@@ -28,7 +28,9 @@ from zslflax.inference.prompts import resolve_templates
 from zslflax.inference.restore import build_model
 from zslflax.main import CONFIG, parse
 from zslflax.training.frozen_features import open_features
-from zslflax.training.setup import create_state, open_train_sources
+from zslflax.training.initial_state import create_state
+from zslflax.training.setup import open_train_sources
+from zslflax.training.teacher import load_fixed_teacher
 
 log = logging.getLogger("zslflax")
 BATCH_SIZE = 1 << 10  # samples whose captions are tokenized at once
@@ -49,7 +51,10 @@ def compute_features(config: ConfigDict) -> None:
     assert tokenizer is not None
     sources = open_train_sources(config)
     test_sources = [test_set.source for test_set in open_test_sets(config)]
-    state, _ = create_state(config, model, pretrained=True)
+    teacher_width = None
+    if config.objective.feature_weight:  # patterns may name the objective's layers, which depend on this width
+        teacher_width = load_fixed_teacher(config, model, tokenizer, sources).width
+    state, _ = create_state(config, model, pretrained=True, teacher_width=teacher_width)
     features = open_features(config, model, tokenizer, state, sources, test_sources)
     images = list(features.train_images)
     if features.of_images is not None:
@@ -83,7 +88,7 @@ def compute_text_features(
             read_images=False,
         )
         for batch in batches:
-            captions = [text for texts in batch["text"] for text in texts if text.strip()]
+            captions = [text for texts in batch["captions"] for text in texts if text.strip()]
             if captions:
                 features(*tokenizer(captions))
             progress.update(int(np.count_nonzero(batch["index"] >= 0)))

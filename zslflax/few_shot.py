@@ -10,7 +10,6 @@ import logging
 
 from zslflax import distributed
 from zslflax.cli import exit_on_error, start_logging
-from zslflax.config import default_config
 from zslflax.evaluation.few_shot_sets import (
     embed_views,
     format_metrics,
@@ -50,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    distributed.keep_compiled(default_config().compilation_cache, unless_set=True)
+    distributed.keep_compiled_by_default()
     start_logging()
     class_names = read_class_names(args.class_names) if args.class_names else None
     kept = read_class_names(args.classes) if args.classes else None

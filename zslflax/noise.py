@@ -9,7 +9,6 @@ import json
 
 from zslflax import distributed
 from zslflax.cli import exit_on_error, start_logging
-from zslflax.config import default_config
 from zslflax.evaluation.caption_noise import analyse_source
 from zslflax.files import local_path
 from zslflax.inference.predictor import Predictor
@@ -23,7 +22,7 @@ def main() -> None:
     parser.add_argument("--worst", type=float, default=0.1, help="share of the pairs in noise.csv (default 0.1)")
     parser.add_argument("--to", help="folder of noise.json, noise.csv and noise.png; default: WORKDIR/noise")
     args = parser.parse_args()
-    distributed.keep_compiled(default_config().compilation_cache, unless_set=True)
+    distributed.keep_compiled_by_default()
     if not 0.0 < args.worst < 1.0:
         parser.error(f"--worst is {args.worst}, expected a share between 0 and 1")
     start_logging()

@@ -9,7 +9,6 @@ import sys
 
 from zslflax import distributed
 from zslflax.cli import exit_on_error
-from zslflax.config import default_config
 from zslflax.errors import UserError
 from zslflax.figures import text_bars
 from zslflax.inference.embed_files import embed_files
@@ -26,7 +25,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON object per query")
     parser.add_argument("--allow-urls", action="store_true", help="an IMAGE may be an http(s) address, and is fetched")
     args = parser.parse_args()
-    distributed.keep_compiled(default_config().compilation_cache, unless_set=True)
+    distributed.keep_compiled_by_default()
     predictor = Predictor.restore(args.workdir, allow_urls=args.allow_urls)
     errors: list[UserError] = []
     paths, image_emb = embed_files(predictor, expand_folders(args.images), errors.append)

@@ -312,8 +312,8 @@ def test_evaluation_loads_every_sample_once_in_equally_many_batches_per_host(siz
             assert batch["image"].shape == (4, SIZE, SIZE, 3) and batch["image"].dtype == np.uint8
             readable = (batch["index"] >= 0) & (batch["index"] != 2)
             np.testing.assert_array_equal(batch["valid"], readable)
-            assert batch["label"] == [(i % 3, 7) if ok else () for i, ok in zip(batch["index"], readable)]
-            assert batch["text"] == [(f"0 {i} 0",) if ok else () for i, ok in zip(batch["index"], readable)]
+            assert batch["labels"] == [(i % 3, 7) if ok else () for i, ok in zip(batch["index"], readable)]
+            assert batch["captions"] == [(f"0 {i} 0",) if ok else () for i, ok in zip(batch["index"], readable)]
             assert (batch["image"][~readable] == 0).all()
             assert [name for name, _ in batch["errors"]] == ["shard0.tar:0002"] * int((batch["index"] == 2).sum())
     assert sorted(seen) == list(range(size))

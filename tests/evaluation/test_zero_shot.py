@@ -16,7 +16,7 @@ from zslflax.evaluation.results import flat_names
 from zslflax.evaluation.test_sets import check_test_sets, open_test_sets
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
-from zslflax.training.setup import create_state
+from zslflax.training.initial_state import create_state
 
 IDS = ["n02084071", "n02121808", "n02958343"]
 NAMES = ["dog", "house cat", "car"]

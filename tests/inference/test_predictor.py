@@ -233,5 +233,5 @@ def test_folders_iterators_and_addresses_are_several_images(predictor, images, t
 
 def test_many_images_are_preprocessed_in_chunks(predictor, images, monkeypatch):
     expected = predictor.encode_image(images)
-    monkeypatch.setattr("zslflax.inference.predictor.CHUNK", 4)
+    monkeypatch.setattr("zslflax.inference.image_input.CHUNK", 4)
     np.testing.assert_allclose(predictor.encode_image(iter(images)), expected, atol=1e-6)

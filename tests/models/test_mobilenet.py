@@ -1,6 +1,5 @@
 """MobileNetV2 and EfficientNet-Lite compared with PyTorch models, under all names in which they are published."""
 
-import functools
 import re
 
 import jax
@@ -10,15 +9,7 @@ import pytest
 
 from tests.testing.networks import randomise_batch_norm
 from zslflax.models.import_weights.load import load_image_tower
-from zslflax.models.mobilenet import (
-    MOBILENETS,
-    MobileNet,
-    Stage,
-    Variant,
-    grouped_convolution,
-    paddings,
-    sum_of_shifts,
-)
+from zslflax.models.mobilenet import MOBILENETS, MobileNet, Stage, Variant
 
 PARAMETERS = {  # of torchvision's and timm's models without their classifier of 1,000 classes
     "mobilenet_v2": 3_504_872 - 1_281_000,
@@ -190,23 +181,6 @@ def test_weights_in_timms_names_agree_with_timm(require, tmp_path, ours, theirs)
 def test_the_number_of_parameters_is_the_published_one(name):
     params = shapes(MobileNet(MOBILENETS[name]))["params"]
     assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS[name]
-
-
-@pytest.mark.parametrize("tensorflow", [False, True])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel", [3, 5])
-def test_the_sum_of_shifts_is_the_grouped_convolution_of_accelerators(kernel, stride, tensorflow):
-    rng = np.random.default_rng(0)
-    for sides in ((8, 11), (7, 6)):
-        x = rng.normal(size=(2, *sides, 5)).astype(np.float32)
-        weight = rng.normal(size=(kernel, kernel, 1, 5)).astype(np.float32)
-        args = x, weight, stride, paddings(x, kernel, stride, tensorflow)
-        expected = grouped_convolution(*args)
-        np.testing.assert_allclose(sum_of_shifts(*args), expected, atol=1e-5)
-        if tensorflow:
-            same = functools.partial(jax.lax.conv_general_dilated, feature_group_count=5)
-            same = same(x, weight, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-            np.testing.assert_allclose(expected, same, atol=1e-5)
 
 
 TINY = Variant((Stage(1, 3, 1, 1, 8), Stage(1, 3, 2, 2, 8)), 1e-3, True)

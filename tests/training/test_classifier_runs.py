@@ -23,9 +23,10 @@ from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
 from zslflax.training.classes import resolve_class_names
 from zslflax.training.evaluate import evaluate_run
+from zslflax.training.initial_state import create_state
 from zslflax.training.input import host_batches, with_reasons
 from zslflax.training.loop import train
-from zslflax.training.setup import create_state, open_sources, open_train_sources
+from zslflax.training.setup import open_sources, open_train_sources
 
 NAMES = sorted(COLOURS)
 

@@ -19,7 +19,7 @@ from zslflax.inference.restore import build_model
 from zslflax.training import loop
 from zslflax.training.evaluate import evaluate_run
 from zslflax.training.frozen_features import open_image_tower, open_kept_features, training_views
-from zslflax.training.setup import create_state
+from zslflax.training.initial_state import create_state
 
 
 @pytest.fixture
@@ -159,6 +159,16 @@ def test_the_command_computes_what_a_run_needs(config, tmp_path, monkeypatch, ca
         command.compute_features(config)
         config.eval.sets.test.data = "shapes"
         loop.train(config, tmp_path / "run")
+    assert "features of 120 images are in" in caplog.text
+
+
+def test_the_command_knows_the_layers_that_compare_a_student_with_a_wider_teacher(config, finished_workdir, caplog):
+    config.teacher.kind, config.teacher.workdir = "checkpoint", str(finished_workdir)
+    config.objective.name, config.objective.feature_weight, config.model.embed_dim = "info_nce", 1.0, 6
+    config.freeze += (("objective/feature_heads", 2),)
+    config.optimizer.lr_multipliers = (("objective/feature_heads", 0.1),)
+    with caplog.at_level("INFO", logger="zslflax"):
+        command.compute_features(config)
     assert "features of 120 images are in" in caplog.text
 
 

@@ -116,6 +116,14 @@ def test_few_steps_are_in_flight_at_once(tiny_config, tmp_path, monkeypatch):
     assert len(in_flight) == 12 and max(in_flight) <= loop.STEPS_AHEAD
 
 
+def test_a_first_evaluation_comes_early(tiny_config, tmp_path):
+    tiny_config.steps = tiny_config.log_every = tiny_config.eval.every = tiny_config.checkpoint.every = 4
+    tiny_config.eval.first = 1
+    loop.train(tiny_config, tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path) if "eval/test/hit@1" in line] == [1, 4]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"1", "4"}
+
+
 def test_a_finished_run_has_nothing_left_to_do(tiny_config, trained_workdir):
     before = (trained_workdir / "metrics.jsonl").read_text()
     loop.train(tiny_config, trained_workdir)

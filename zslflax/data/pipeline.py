@@ -139,7 +139,7 @@ def eval_batches(
 
     Yields:
         `image` uint8 [b, s, s, 3], `valid` bool [b] (False: padding or unreadable), `index` int64 [b] (position in
-        the source, -1 at padding), `label` and `text` (lists of b tuples: true classes, captions), and `errors` as
+        the source, -1 at padding), `labels` and `captions` (lists of b tuples), and `errors` as
         in `train_batches`.
 
     Raises:

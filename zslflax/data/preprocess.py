@@ -24,7 +24,7 @@ class Batch(TypedDict, total=False):
     Attributes:
         image: uint8 [b, s, s, 3].
         weak_image: uint8 [b, s, s, 3], the same images in another view.
-        text: int32 [b, t], token ids; or, packed, int32 [rows, width]. In evaluation: b tuples of captions.
+        text: int32 [b, t], token ids; or, packed, int32 [rows, width].
         text_mask: bool [b, t], False at padding.
         text_segment, text_position: int32 [rows, width], of packed text (`packing.pack`).
         text_truncated: bool [b], of packed text.
@@ -34,7 +34,8 @@ class Batch(TypedDict, total=False):
         source: int64 [b], which of the training sources a sample is from.
         index: int64 [b], positions in the source, -1 at padding.
         view: int64 [b], which of the views of an image.
-        label: int32 [b], true classes, -1 where there is none. In evaluation: b tuples of true classes.
+        label: int32 [b], true classes, -1 where there is none.
+        labels, captions: in evaluation, b tuples of true classes and of captions.
         teacher_features: fp32 [b, f], outputs of a teacher's image tower.
         has_reasons: bool [b], whether an image has reasons (`losses.classification`).
         errors: (name, message) of each unreadable sample.
@@ -42,7 +43,7 @@ class Batch(TypedDict, total=False):
 
     image: np.ndarray
     weak_image: np.ndarray
-    text: Any
+    text: np.ndarray
     text_mask: np.ndarray
     text_segment: np.ndarray
     text_position: np.ndarray
@@ -55,7 +56,9 @@ class Batch(TypedDict, total=False):
     source: np.ndarray
     index: np.ndarray
     view: np.ndarray
-    label: Any
+    label: np.ndarray
+    labels: list[tuple[int, ...]]
+    captions: list[tuple[str, ...]]
     teacher_features: np.ndarray
     has_reasons: np.ndarray
     errors: tuple[tuple[str, str], ...]
@@ -244,11 +247,11 @@ class EvalTransform:
         """Loads samples, each given by its index in the source, or -1 for padding.
 
         Returns:
-            `image`, `valid`, `index`, `label`, `text` (captions) and `errors`.
+            `image`, `valid`, `index`, `labels`, `captions` and `errors`.
         """
         image, valid = allocate_images(len(samples), self.image_size)
-        label: list[tuple[int, ...]] = [()] * len(samples)
-        text: list[tuple[str, ...]] = [()] * len(samples)
+        labels: list[tuple[int, ...]] = [()] * len(samples)
+        captions: list[tuple[str, ...]] = [()] * len(samples)
         errors = []
         for i, index in enumerate(samples):
             if index < 0:
@@ -259,12 +262,12 @@ class EvalTransform:
                 name = record["name"]
                 pixels = record_image(record)
                 image[i] = images.resize_center_crop(pixels, self.image_size, self.resize, self.interpolation)
-                valid[i], label[i], text[i] = True, tuple(record["label"]), tuple(record["text"])
+                valid[i], labels[i], captions[i] = True, tuple(record["label"]), tuple(record["text"])
             except BadSample as error:
                 errors.append((error.name or name, str(error)))
         image[~valid] = 0
         indices = np.asarray(samples, np.int64)
-        return Batch(image=image, valid=valid, index=indices, label=label, text=text, errors=tuple(errors))
+        return Batch(image=image, valid=valid, index=indices, labels=labels, captions=captions, errors=tuple(errors))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,19 +287,19 @@ class AnnotationTransform:
             As `EvalTransform`, without `image`.
         """
         valid = np.zeros(len(samples), bool)
-        label: list[tuple[int, ...]] = [()] * len(samples)
-        text: list[tuple[str, ...]] = [()] * len(samples)
+        labels: list[tuple[int, ...]] = [()] * len(samples)
+        captions: list[tuple[str, ...]] = [()] * len(samples)
         errors = []
         for i, index in enumerate(samples):
             if index < 0:
                 continue
             try:
                 annotations = self.source.read_annotations(index)
-                valid[i], label[i], text[i] = True, tuple(annotations["label"]), tuple(annotations["text"])
+                valid[i], labels[i], captions[i] = True, tuple(annotations["label"]), tuple(annotations["text"])
             except BadSample as error:
                 errors.append((error.name or f"{type(self.source).__name__}:{index}", str(error)))
         indices = np.asarray(samples, np.int64)
-        return Batch(valid=valid, index=indices, label=label, text=text, errors=tuple(errors))
+        return Batch(valid=valid, index=indices, labels=labels, captions=captions, errors=tuple(errors))
 
 
 def allocate_images(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:

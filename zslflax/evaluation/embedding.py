@@ -78,7 +78,8 @@ def embed_images(
             parts[model].append(project(batch["image"] if features is None else batch["image_features"]))
         samples.append(np.where(batch["valid"], batch["index"], -1))
         descriptions += [
-            (labels, [text for text in texts if text.strip()]) for labels, texts in zip(batch["label"], batch["text"])
+            (labels, [text for text in captions if text.strip()])
+            for labels, captions in zip(batch["labels"], batch["captions"])
         ]
         errors += batch["errors"]
     for sample_name, message in errors[:LOGGED_ERRORS]:

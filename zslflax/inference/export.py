@@ -17,8 +17,18 @@ from safetensors.numpy import save_file
 from zslflax.config import default_config, is_classifier
 from zslflax.config_json import read_config
 from zslflax.data.text import Tokenizer
-from zslflax.errors import MissingFileError, UserError
-from zslflax.files import hash_arrays, open_tensors, read_json, write_atomically, write_json, write_text
+from zslflax.errors import FolderExistsError, MissingFileError, UserError
+from zslflax.files import (
+    hash_arrays,
+    local_path,
+    open_tensors,
+    read_json,
+    storage_errors,
+    write_atomically,
+    write_json,
+    write_text,
+)
+from zslflax.inference.model_card import CardFacts, model_card
 from zslflax.inference.model_checks import check_finite, check_saved_config, check_shapes
 from zslflax.models.build import resolve_model
 from zslflax.models.import_weights.architecture import read_architecture
@@ -39,6 +49,38 @@ class SavedModel(NamedTuple):
     config: ConfigDict
     variables: dict[str, Any]
     step: int
+
+
+def export_model(
+    model: SavedModel,
+    tokenizer: Tokenizer | None,
+    folder: str | Path,
+    onnx: bool = False,
+    facts: CardFacts | None = None,
+) -> None:
+    """Writes a model into a new folder, as `Predictor.export` describes it, with its errors.
+
+    Args:
+        model: what is written.
+        tokenizer: with which it was trained; None for a classifier.
+        folder, onnx, facts: as in `Predictor.export`.
+    """
+    folder = local_path(folder, "the folder of the export")
+    if onnx:
+        from zslflax.inference.onnx_export import export_onnx, import_onnx_libraries
+
+        import_onnx_libraries()  # an error comes before anything is written
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FolderExistsError(f"{folder} is not empty; export the model into a new folder")
+    config, variables, step = model
+    if tokenizer is not None:
+        save_text_encoder(config, tokenizer, folder / TEXT_FOLDER)
+    save_image_encoder(config, folder / IMAGE_FOLDER)
+    save_model(folder, config, variables, step, model_card(config, step, facts, onnx))
+    if onnx:
+        export_onnx(config, variables, folder)
 
 
 def save_model(folder: Path, config: ConfigDict, variables: dict[str, Any], step: int, card: str) -> None:

@@ -1,8 +1,9 @@
 """Reads images in all forms that users have them: files, bytes, PIL images and arrays."""
 
 import io
+import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ from zslflax.inference.image_urls import fetch_image
 # One image, as `read_image` takes it. A PyTorch tensor is accepted too, and is not named because it isn't imported.
 ImageInput = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | jax.Array
 CHANNELS = (1, 3, 4)
+CHUNK = 1_024  # preprocessed images that are in memory at once
 
 
 def read_image(image: ImageInput, allow_urls: bool = False) -> np.ndarray:
@@ -187,3 +189,30 @@ def with_folders_expanded(given: Iterable[Any]) -> Iterator[Any]:
             yield from expand_folders([image])
         else:
             yield image
+
+
+def preprocess_images(given: Any, size: int, preprocess: Callable[[ImageInput], np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields images, given as `Predictor.encode_image` takes them, as uint8 [b, s, s, 3], `CHUNK` at a time.
+
+    Args:
+        given: one image, several, or an array of preprocessed images, which is yielded as it is.
+        size: s, of preprocessed images.
+        preprocess: resizes and crops an image to uint8 [s, s, 3].
+
+    Raises:
+        UserError: an array of several images has another shape or type.
+    """
+    if is_array(given) and len(given.shape) > 3:
+        array = to_numpy(given)
+        if array.dtype != np.uint8 or array.shape[1:] != (size, size, 3):
+            raise UserError(
+                f"expected preprocessed images uint8 [b, {size}, {size}, 3], found {describe_array(array)}; "
+                "pass images of other sizes or types as a list"
+            )
+        yield array
+        return
+    if is_one_image(given) or not hasattr(given, "__iter__"):
+        given = [given]
+    remaining = iter(with_folders_expanded(given))
+    while chunk := list(itertools.islice(remaining, CHUNK)):
+        yield np.stack([preprocess(image) for image in chunk])

@@ -2,9 +2,8 @@
 
 import copy
 import dataclasses
-import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,21 +17,12 @@ from zslflax import distributed
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.image_features import evaluation_view
 from zslflax.data.text import Tokenizer
-from zslflax.errors import FolderExistsError, UserError
-from zslflax.files import hash_arrays, local_path, storage_errors
+from zslflax.files import hash_arrays
 from zslflax.inference.class_cache import ClassCache
 from zslflax.inference.class_embeddings import cached_class_embeddings
-from zslflax.inference.export import IMAGE_FOLDER, TEXT_FOLDER, save_image_encoder, save_model, save_text_encoder
-from zslflax.inference.image_input import (
-    ImageInput,
-    describe_array,
-    is_array,
-    is_one_image,
-    read_image,
-    to_numpy,
-    with_folders_expanded,
-)
-from zslflax.inference.model_card import CardFacts, model_card
+from zslflax.inference.export import SavedModel, export_model
+from zslflax.inference.image_input import ImageInput, is_array, preprocess_images, read_image, to_numpy
+from zslflax.inference.model_card import CardFacts
 from zslflax.inference.probabilities import class_probabilities
 from zslflax.inference.prompts import read_class_names, read_templates
 from zslflax.inference.restore import restore_model
@@ -42,7 +32,6 @@ from zslflax.models.two_tower import TwoTower
 
 Images = ImageInput | Iterable[ImageInput]
 Names = str | Sequence[str]
-CHUNK = 1_024  # preprocessed images that are in memory at once
 
 
 class Predictor:
@@ -149,22 +138,8 @@ class Predictor:
             StorageError: the folder cannot be made.
             MissingLibraryError: a library that `onnx` needs is not installed.
         """
-        folder = local_path(folder, "the folder of the export")
-        if onnx:
-            from zslflax.inference.onnx_export import export_onnx, import_onnx_libraries
-
-            import_onnx_libraries()  # an error comes before anything is written
-        with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise FolderExistsError(f"{folder} is not empty; export the model into a new folder")
-        if self.tokenizer is not None:
-            save_text_encoder(self.config, self.tokenizer, folder / TEXT_FOLDER)
-        save_image_encoder(self.config, folder / IMAGE_FOLDER)
-        card = model_card(self.config, self.step, facts, onnx)
-        save_model(folder, self.config, jax.device_get(self.variables), self.step, card)
-        if onnx:
-            export_onnx(self.config, self.variables, folder)
+        saved = SavedModel(self.config, jax.device_get(self.variables), self.step)
+        export_model(saved, self.tokenizer, folder, onnx, facts)
 
     def encode_image(self, images: Images) -> np.ndarray:
         """Embeds images, as unit vectors fp32 [b, d].
@@ -298,26 +273,9 @@ class Predictor:
 
     def _apply_to_images(self, method: str, images: Any) -> np.ndarray:
         """Applies a method of the model to the images that `encode_image` takes."""
-        chunks = [self._apply_in_batches(method, chunk) for chunk in self._preprocessed_chunks(images)]
+        preprocessed = preprocess_images(images, self.config.model.image.size, self.preprocess)
+        chunks = [self._apply_in_batches(method, chunk) for chunk in preprocessed]
         return np.concatenate(chunks) if chunks else np.empty((0, self.config.model.embed_dim), np.float32)
-
-    def _preprocessed_chunks(self, images: Any) -> Iterator[np.ndarray]:
-        """Yields the images that `encode_image` takes as uint8 [b, s, s, 3], `CHUNK` at a time."""
-        size = self.config.model.image.size
-        if is_array(images) and len(images.shape) > 3:
-            images = to_numpy(images)
-            if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
-                raise UserError(
-                    f"expected preprocessed images uint8 [b, {size}, {size}, 3], found {describe_array(images)}; "
-                    "pass images of other sizes or types as a list"
-                )
-            yield images
-            return
-        if is_one_image(images) or not hasattr(images, "__iter__"):
-            images = [images]
-        remaining = iter(with_folders_expanded(images))
-        while chunk := list(itertools.islice(remaining, CHUNK)):
-            yield np.stack([self.preprocess(image) for image in chunk])
 
     def _apply_in_batches(self, method: str, array: np.ndarray) -> np.ndarray:
         """Applies a method of the model to [b, …] in batches of one of a few sizes, so that few shapes are compiled."""

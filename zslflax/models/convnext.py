@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from zslflax.models.depthwise import DepthwiseConv
 from zslflax.models.transformer import Mlp
 from zslflax.models.vit import LayerScale
 
@@ -35,7 +36,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [b, h, w, c] → [b, h, w, c]."""
         c = x.shape[-1]
-        y = nn.Conv(c, (7, 7), padding=3, feature_group_count=c, dtype=self.dtype, name="depthwise")(x)
+        y = DepthwiseConv(7, 1, [(3, 3), (3, 3)], True, self.dtype, name="depthwise")(x)
         y = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="norm")(y)
         return x + LayerScale(self.dtype, name="layer_scale")(Mlp(4 * c, self.dtype, name="mlp")(y))
 

@@ -8,9 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from zslflax.models.depthwise import DepthwiseConv, Padding
 from zslflax.models.resnet import KAIMING, batch_norm
-
-Padding = list[tuple[int, int]]  # zeros before and after each side of an image
 
 
 class Stage(NamedTuple):
@@ -93,51 +92,6 @@ def paddings(x: jax.Array, kernel: int, stride: int, tensorflow: bool) -> Paddin
     return [(zeros // 2, zeros - zeros // 2) for zeros in total]
 
 
-def grouped_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    """Convolves each channel of x [b, h, w, c] with its own kernel [k, k, 1, c]."""
-    axes, groups = ("NHWC", "HWIO", "NHWC"), x.shape[-1]
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=axes, feature_group_count=groups
-    )
-
-
-def sum_of_shifts(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    """Computes `grouped_convolution` as the sum of k² shifted and scaled inputs, which XLA fuses into one loop."""
-    k = kernel.shape[0]
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    height, width = ((side - k) // stride * stride + 1 for side in x.shape[1:3])
-    shifts = (
-        x[:, i : i + height : stride, j : j + width : stride] * kernel[i, j, 0] for i in range(k) for j in range(k)
-    )
-    return functools.reduce(jnp.add, shifts)
-
-
-class DepthwiseConv(nn.Module):
-    """A convolution of each channel with its own kernel, without bias.
-
-    Attributes:
-        kernel: side of the kernel in pixels.
-        stride: 2 halves the resolution.
-        tensorflow_padding: whether zeros are added as TensorFlow's "SAME" does.
-        dtype: of the computation; parameters are fp32.
-    """
-
-    kernel: int
-    stride: int
-    tensorflow_padding: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, h, w, c] → [b, h / stride, w / stride, c]."""
-        # In the shape (k, k, 1, c) the fan-in is the k² inputs of an output.
-        init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-        kernel = self.param("kernel", init, (self.kernel, self.kernel, 1, x.shape[-1])).astype(self.dtype)
-        # On CPUs XLA's grouped convolution is many times slower than the sum.
-        convolve = sum_of_shifts if jax.default_backend() == "cpu" else grouped_convolution
-        return convolve(x, kernel, self.stride, paddings(x, self.kernel, self.stride, self.tensorflow_padding))
-
-
 class InvertedResidual(nn.Module):
     """A block that expands its channels (1×1), filters each one (depthwise) and projects them (1×1).
 
@@ -166,7 +120,8 @@ class InvertedResidual(nn.Module):
         y = x
         if self.expansion > 1:
             y = nn.relu6(self.norm(name="expand_bn")(conv(x.shape[-1] * self.expansion, name="expand_conv")(y)))
-        y = DepthwiseConv(self.kernel, self.stride, self.tensorflow_padding, self.dtype, name="depthwise_conv")(y)
+        padding = paddings(y, self.kernel, self.stride, self.tensorflow_padding)
+        y = DepthwiseConv(self.kernel, self.stride, padding, False, self.dtype, name="depthwise_conv")(y)
         y = nn.relu6(self.norm(name="depthwise_bn")(y))
         y = self.norm(name="project_bn")(conv(self.channels, name="project_conv")(y))
         return x + y if x.shape == y.shape else y

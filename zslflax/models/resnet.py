@@ -129,7 +129,7 @@ class Block(nn.Module):
                 if self.antialias:
                     x = average_pixels(x)
                 else:
-                    x = nn.avg_pool(x, stride, stride, "SAME", count_include_pad=False)
+                    x = nn.avg_pool(x, window_shape=stride, strides=stride, padding="SAME", count_include_pad=False)
                 stride = (1, 1)
             x = self.norm(name="downsample_bn")(conv(out, (1, 1), stride, name="downsample_conv")(x))
         return nn.relu(x + y)
@@ -222,7 +222,7 @@ class ResNet(nn.Module):
         if self.heads:
             x = average_pixels(x)
         elif not self.small:
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = self.max_pool(x)
         block = nn.remat(Block) if self.remat else Block
         for i, blocks in enumerate(self.stages):
             for j in range(blocks):
@@ -233,3 +233,7 @@ class ResNet(nn.Module):
         if self.heads:
             return MeanQueryPool(self.heads, self.dtype, name="pool")(x).astype(jnp.float32)
         return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+
+    def max_pool(self, x: jax.Array) -> jax.Array:
+        """Maps [b, h, w, c] → the maxima of 3×3 pixels around every second one, [b, h / 2, w / 2, c]."""
+        return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

@@ -57,7 +57,7 @@ class Block(nn.Module):
         y = activation(self.norm(name="bn2")(conv((3, 3), name="conv2")(y)))
         y = self.norm(name="bn3")(conv((3, 3), name="conv3")(y))
         shortcut = self.norm(name="downsample_bn")(conv((1, 1), name="downsample_conv")(x))
-        x = nn.max_pool(activation(y + shortcut), (2, 2), (2, 2))
+        x = nn.max_pool(activation(y + shortcut), window_shape=(2, 2), strides=(2, 2))
         if not self.has_rng("dropout"):
             return x
         if not self.squares:

@@ -11,8 +11,8 @@ import jax
 from ml_collections import ConfigDict
 
 from zslflax import distributed
-from zslflax.config import default_config, eval_set, field_names, keeps_average
-from zslflax.config_checks import check_devices, check_eval, check_paths, get_field
+from zslflax.config import default_config, eval_set, keeps_average
+from zslflax.config_checks import check_devices, check_eval, check_field, check_paths, get_field
 from zslflax.data.addresses import hide_credentials
 from zslflax.data.image_features import ImageFeatures
 from zslflax.data.sources.base import Source
@@ -210,10 +210,7 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
         if field.startswith("eval.sets.") and (name := field.split(".")[2]) not in config.eval.sets:
             with config.unlocked():
                 config.eval.sets[name] = eval_set()
-        if field not in field_names(config):
-            raise UserError(
-                f"--config.{field}: there is no such field; nearest: {nearest_names(field, list(field_names(config)))}"
-            )
+        check_field(config, field)
         own = get_field(config, field)
         if not field.startswith(OVERRIDDEN) and value != own:
             raise UserError(

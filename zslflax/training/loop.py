@@ -142,7 +142,7 @@ def report_and_save(run: Run, step: int, state: TrainState, watch: Stopwatch, st
         False if a request to stop interrupted the evaluation.
     """
     config = run.config
-    evaluating = step == config.steps or step % config.eval.every == 0
+    evaluating = step in (config.eval.first, config.steps) or step % config.eval.every == 0
     saving = evaluating or step % config.checkpoint.every == 0
     if not run.recent_metrics or not (saving or step % config.log_every == 0):
         return True

@@ -16,7 +16,7 @@ from zslflax.config_json import compare, from_json, read_config, to_json
 from zslflax.data.addresses import hide_credentials
 from zslflax.data.sources.base import Source, hash_values
 from zslflax.data.sources.recaptioned import Recaptioned
-from zslflax.data.sources.subset import Subset
+from zslflax.data.sources.subset import Subset, whole_source
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
 from zslflax.files import read_json, storage_errors, write_json, write_text
@@ -170,7 +170,7 @@ def describe_data(specs: Sequence[str], sources: Sequence[Source]) -> list[dict[
     described = []
     for spec, source in zip(specs, sources, strict=True):
         entry: dict[str, Any] = {"source": hide_credentials(spec), "samples": len(source)}
-        whole = source.source if isinstance(source, Subset) else source
+        whole = whole_source(source)
         if isinstance(whole, WebDataset):
             entry["files"] = [list(file) for file in whole.files()]
             kept = source.indices.tolist() if isinstance(source, Subset) else None

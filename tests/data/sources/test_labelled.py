@@ -47,7 +47,7 @@ def test_subfolders_are_classes(tmp_path):
         ("c.webp", 150): {"n10"}
     }
     batch = next(pipeline.eval_batches(pickle.loads(pickle.dumps(source)), batch_size=4, image_size=8, resize=8))
-    assert batch["label"] == [(0,), (0,), (1,), (2,)] and batch["valid"].all()
+    assert batch["labels"] == [(0,), (0,), (1,), (2,)] and batch["valid"].all()
 
 
 def test_what_programs_leave_in_folders_is_neither_a_class_nor_an_image(tmp_path):

@@ -106,7 +106,7 @@ def test_images_and_captions_reach_the_batches(tmp_path):
     write(tmp_path, coco, {"test": map(coco_example, range(5))})
     source = TfdsSource("tiny", "test", tmp_path)
     batches = list(pipeline.eval_batches(source, batch_size=3, image_size=8, resize=8, threads=2))
-    seen = {len(t): image for b in batches for t, image, ok in zip(b["text"], b["image"], b["valid"]) if ok}
+    seen = {len(t): image for b in batches for t, image, ok in zip(b["captions"], b["image"], b["valid"]) if ok}
     assert sorted(seen) == [0, 1, 2, 3, 4]
     for i, image in seen.items():
         np.testing.assert_allclose(image, 40 * i, atol=2)

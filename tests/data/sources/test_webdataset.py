@@ -172,7 +172,7 @@ def test_training_draws_one_of_several_captions_and_evaluation_has_all(tmp_path)
     drawn = np.concatenate([batch["text"][:, 0] for batch in itertools.islice(batches, 4)])
     assert set(drawn.tolist()) == {1, 2, 3}
     batch = next(pipeline.eval_batches(source, batch_size=8, image_size=8, resize=8))
-    assert batch["text"] == [("one", "two", "three")] * 8
+    assert batch["captions"] == [("one", "two", "three")] * 8
 
 
 def test_keys_may_have_dots(tmp_path):

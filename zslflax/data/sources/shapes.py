@@ -1,5 +1,7 @@
 """The built-in procedural source: images of coloured shapes with captions, written once as tar shards."""
 
+import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -11,8 +13,7 @@ import shutil
 import tarfile
 import time
 import uuid
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from zslflax.data.sources.shapes_captions import write_caption
 from zslflax.data.sources.shapes_drawing import CLASS_NAMES, COLOURS, SHAPES, PlacedShape, draw_image
+from zslflax.data.workers import WorkerPool, available_cores
 from zslflax.errors import StorageError, UserError
 from zslflax.files import storage_errors, write_json
 
@@ -54,6 +56,8 @@ TEMPLATES = ("{}", "the {}", "a picture of the {}", "a drawing with one {}")  # 
 
 VERSION = 1  # part of the folder's name: raise it when the same options give other bytes
 SHARD_SIZE = 2_500  # samples
+DRAWN_AT_ONCE = 100  # samples
+WORTH_WORKERS = 5_000  # images; one takes 0.4 ms, a process a second to start
 MARKER = "complete.json"  # is written last
 STALE = 3_600  # seconds without a change after which an abandoned temporary folder is removed
 JPEG_QUALITY = 92
@@ -113,7 +117,7 @@ def ensure_shards(
             temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}.tmp")
             temporary.mkdir()
             try:
-                write_shards(temporary, options, threads=min(4, os.cpu_count() or 1))
+                write_shards(temporary, options, choose_drawing_workers(train + test))
                 publish(temporary, folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -146,6 +150,15 @@ def check_options(train: int, test: int, size: int, noise: float, seed: int) -> 
         raise UserError(f"shapes: seed={seed}, expected 0 or more")
 
 
+def choose_drawing_workers(images: int) -> int:
+    """How many processes draw: one for each core, at most 4; 0 where they would take longer to start than to draw.
+
+    Threads would wait for each other's hold of Python's lock.
+    """
+    cores = min(4, int(available_cores()))
+    return cores if cores > 1 and images >= WORTH_WORKERS else 0
+
+
 def remove_stale(folder: Path) -> None:
     """Removes the temporary folders that killed writers of the same folder left behind."""
     for temporary in folder.parent.glob(f".{folder.name}-*.tmp"):
@@ -176,15 +189,28 @@ def shard_pattern(folder: Path, split: str, total: int) -> str:
     return f"{folder}/{split}-{{00000..{shard_count(total) - 1:05d}}}.tar"
 
 
-def write_shards(folder: Path, options: dict[str, Any], threads: int) -> None:
-    """Writes all shards, then the marker."""
+def write_shards(folder: Path, options: dict[str, Any], workers: int) -> None:
+    """Writes all shards, then the marker. Worker processes draw the images; 0: this process does."""
     caption_owners = mismatched_captions(options["train"], options["noise"], options["seed"])
-    jobs = [(split, shard) for split in SPLITS for shard in range(shard_count(options[split]))]
+    draw = functools.partial(draw_samples, options, caption_owners, SHARD_SIZE)
+    spans = [span for split in SPLITS for span in shard_spans(split, options[split])]
     total = options["train"] + options["test"]
     log.info("writing %s images of shapes to %s, once", f"{total:,}", folder.parent)
-    progress = tqdm(total=total, desc="writing shapes", unit="image", disable=None, leave=False)
-    with progress, ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda job: write_shard(folder, job[0], job[1], options, caption_owners, progress), jobs))
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(
+            tqdm(total=total, desc="writing shapes", unit="image", disable=None, leave=False)
+        )
+        drawn: Iterable[dict[str, Any]] = map(draw, spans)
+        if workers:
+            drawn = stack.enter_context(contextlib.closing(WorkerPool(draw, iter(spans), workers, threads=1)))
+        shards: dict[Path, tarfile.TarFile] = {}
+        for (split, first, end), samples in zip(spans, drawn, strict=True):
+            path = folder / f"{split}-{first // SHARD_SIZE:05d}.tar"
+            if path not in shards:
+                shards[path] = stack.enter_context(tarfile.open(path, "w", format=tarfile.USTAR_FORMAT))
+            for name, data in samples["members"]:
+                add_member(shards[path], name, data)
+            progress.update(end - first)
     write_json(folder / MARKER, {"version": VERSION, **options})
 
 
@@ -201,42 +227,51 @@ def mismatched_captions(total: int, noise: float, seed: int) -> dict[int, int]:
     return {i: (i + rng.randrange(1, total)) % total for i in chosen}
 
 
-def write_shard(
-    folder: Path, split: str, shard: int, options: dict[str, Any], caption_owners: dict[int, int], progress: tqdm
-) -> None:
-    """Writes one shard of a split.
+def shard_spans(split: str, total: int) -> Iterator[tuple[str, int, int]]:
+    """The samples of a split in parts that lie in one shard: (split, first, end)."""
+    for start in range(0, total, SHARD_SIZE):
+        stop = min(start + SHARD_SIZE, total)
+        yield from ((split, first, min(first + DRAWN_AT_ONCE, stop)) for first in range(start, stop, DRAWN_AT_ONCE))
+
+
+def draw_samples(
+    options: dict[str, Any], caption_owners: dict[int, int], shard_size: int, span: tuple[str, int, int]
+) -> dict[str, list[tuple[str, bytes]]]:
+    """Draws some samples of a split.
 
     Args:
-        folder: of the shards.
-        split, shard: which one.
         options: of `ensure_shards`.
         caption_owners: `mismatched_captions`.
-        progress: counts the images.
+        shard_size: samples of a shard.
+        span: the split, the first sample and the end.
+
+    Returns:
+        {"members": [(name in the shard, contents)]}.
     """
-    first, seed, size = shard * SHARD_SIZE, options["seed"], options["size"]
-    with tarfile.open(folder / f"{split}-{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for i in range(first, min(first + SHARD_SIZE, options[split])):
-            image = describe_image(seed, split, i)
-            owner = caption_owners.get(i) if split == "train" else None
-            caption = image.caption if owner is None else describe_image(seed, split, owner).caption
-            key = f"{shard:05d}{i - first:04d}"
-            fields = {
-                "key": key,
-                "status": "success",
-                "width": size,
-                "height": size,
-                "caption": caption,
-                "mismatched": owner is not None,
-                "true_caption": image.caption,
-                "objects": [CLASS_NAMES[shape.label] for shape in image.shapes],
-            }
-            pixels = draw_image(image.shapes, size, np.random.default_rng((seed, SPLITS[split], i)))
-            add_member(tar, f"{key}.jpg", simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorsubsampling="444"))
-            add_member(tar, f"{key}.txt", caption.encode())
-            add_member(tar, f"{key}.json", json.dumps(fields).encode())
-            if split == "test":
-                add_member(tar, f"{key}.cls", " ".join(str(shape.label) for shape in image.shapes).encode())
-            progress.update()
+    (split, first, end), seed, size = span, options["seed"], options["size"]
+    members = []
+    for i in range(first, end):
+        image = describe_image(seed, split, i)
+        owner = caption_owners.get(i) if split == "train" else None
+        caption = image.caption if owner is None else describe_image(seed, split, owner).caption
+        key = f"{i // shard_size:05d}{i % shard_size:04d}"
+        fields = {
+            "key": key,
+            "status": "success",
+            "width": size,
+            "height": size,
+            "caption": caption,
+            "mismatched": owner is not None,
+            "true_caption": image.caption,
+            "objects": [CLASS_NAMES[shape.label] for shape in image.shapes],
+        }
+        pixels = draw_image(image.shapes, size, np.random.default_rng((seed, SPLITS[split], i)))
+        jpeg = simplejpeg.encode_jpeg(pixels, quality=JPEG_QUALITY, colorsubsampling="444")
+        members += [(f"{key}.jpg", jpeg), (f"{key}.txt", caption.encode())]
+        members.append((f"{key}.json", json.dumps(fields).encode()))
+        if split == "test":
+            members.append((f"{key}.cls", " ".join(str(shape.label) for shape in image.shapes).encode()))
+    return {"members": members}
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:

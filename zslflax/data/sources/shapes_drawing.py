@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-cv2.setNumThreads(0)  # shards are written in threads
+cv2.setNumThreads(0)  # several processes draw
 
 COLOURS = {  # RGB
     "red": (212, 28, 34),
