@@ -14,13 +14,13 @@ from ml_collections import ConfigDict
 from zslflax.errors import UserError, nearest_names
 from zslflax.models.bert import Bert, BertConfig
 from zslflax.models.convnext import CONVNEXTS, ConvNeXt
-from zslflax.models.import_weights.architecture import (
+from zslflax.models.import_weights.architecture import read_architecture, text_architecture
+from zslflax.models.import_weights.description import read_pixel_statistics, read_text_pooling
+from zslflax.models.import_weights.image_architecture import (
     clip_resnet_architecture,
-    read_architecture,
-    text_architecture,
+    convnext_architecture,
     vit_architecture,
 )
-from zslflax.models.import_weights.description import read_pixel_statistics, read_text_pooling
 from zslflax.models.import_weights.locate import locate
 from zslflax.models.mobilenet import MOBILENETS, MobileNet
 from zslflax.models.resnet import RESNET_DS, RESNETS, ResNet
@@ -148,8 +148,8 @@ def text_pool(config: ConfigDict) -> str:
     pool = config.pool
     if not pool and config.pretrained:
         folder = locate(config.pretrained)
-        own = text_architecture(read_architecture(folder)).pool  # "last" of CLIP; else sentence-transformers' files say
-        pool = own if own == "last" else read_text_pooling(folder)
+        own = text_architecture(read_architecture(folder)).pool  # "mean" unless the file says; then other files may
+        pool = read_text_pooling(folder) if own == "mean" else own
     if pool not in ("", "mean", "cls", "last"):
         raise UserError(f'model.text.pool is {pool!r}; expected "", mean, cls or last')
     return pool or "mean"
@@ -211,6 +211,8 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
         "convnext_small": convnext(*CONVNEXTS["convnext_small"]),
         "convnext_base": convnext(*CONVNEXTS["convnext_base"]),
         "convnext_large": convnext(*CONVNEXTS["convnext_large"]),
+        "convnext_xlarge": convnext(*CONVNEXTS["convnext_xlarge"]),
+        "convnext_xxlarge": convnext(*CONVNEXTS["convnext_xxlarge"]),
         "mobilenet_v2": mobilenet(MOBILENETS["mobilenet_v2"]),
         "efficientnet_lite0": mobilenet(MOBILENETS["efficientnet_lite0"]),
         "efficientnet_lite1": mobilenet(MOBILENETS["efficientnet_lite1"]),
@@ -238,7 +240,7 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
     return tower
 
 
-def described_tower(config: ConfigDict, dtype: Any, axis_name: str | None = None) -> ViT | ResNet:
+def described_tower(config: ConfigDict, dtype: Any, axis_name: str | None = None) -> ViT | ResNet | ConvNeXt:
     """Builds the image tower that the files of `image.pretrained` describe.
 
     Args:
@@ -252,9 +254,11 @@ def described_tower(config: ConfigDict, dtype: Any, axis_name: str | None = None
         raise UserError('model.image.name is ""; expected a name, or model.image.pretrained, whose files describe it')
     folder = locate(config.pretrained)
     values = read_architecture(folder)
-    tower: ViT | ResNet
+    tower: ViT | ResNet | ConvNeXt
     if fields := clip_resnet_architecture(values):
         tower = ResNet(**fields, dtype=dtype, axis_name=axis_name, remat=config.remat)
+    elif fields := convnext_architecture(values):
+        tower = ConvNeXt(**fields, dtype=dtype, remat=config.remat)
     elif fields := vit_architecture(values):
         tower = ViT(**fields | {"pool": config.pool or fields["pool"]}, dtype=dtype, remat=config.remat)
     else:
