@@ -8,8 +8,8 @@ It answers this machine only unless --host says otherwise.
 import argparse
 import logging
 
-from zslflax import distributed
 from zslflax.cli import exit_on_error, start_logging
+from zslflax.compilation import keep_compiled_by_default
 from zslflax.files import local_path
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.test_names import read_test_names
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="to serve on; default: this machine only")
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args()
-    distributed.keep_compiled_by_default()
+    keep_compiled_by_default()
     start_logging()
     folder = args.images and local_path(args.images, "--images").resolve()
     log.info("loading the model")

@@ -7,8 +7,8 @@ zslflax train --config=… --config.data.exclude=runs/demo/noise/noise.csv
 import argparse
 import json
 
-from zslflax import distributed
 from zslflax.cli import exit_on_error, start_logging
+from zslflax.compilation import keep_compiled_by_default
 from zslflax.evaluation.caption_noise import analyse_source
 from zslflax.files import local_path
 from zslflax.inference.predictor import Predictor
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--worst", type=float, default=0.1, help="share of the pairs in noise.csv (default 0.1)")
     parser.add_argument("--to", help="folder of noise.json, noise.csv and noise.png; default: WORKDIR/noise")
     args = parser.parse_args()
-    distributed.keep_compiled_by_default()
+    keep_compiled_by_default()
     if not 0.0 < args.worst < 1.0:
         parser.error(f"--worst is {args.worst}, expected a share between 0 and 1")
     start_logging()

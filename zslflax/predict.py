@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from zslflax import distributed
 from zslflax.cli import exit_on_error
+from zslflax.compilation import keep_compiled_by_default
 from zslflax.errors import UserError
 from zslflax.figures import prediction_grid, text_bars
 from zslflax.files import local_path, storage_errors
@@ -27,7 +27,7 @@ CHUNK = 64  # images that are in memory at once, unless they are drawn
 
 def main() -> None:
     args = parse_arguments()
-    distributed.keep_compiled_by_default()
+    keep_compiled_by_default()
     predictor = Predictor.restore(args.workdir, allow_urls=args.allow_urls)
     templates = read_templates(args.templates) if args.templates else None
     class_names = read_class_names(args.class_names)
