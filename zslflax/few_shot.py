@@ -55,7 +55,9 @@ def main() -> None:
     kept = read_class_names(args.classes) if args.classes else None
     source = open_labelled(args.data, class_names, kept)
     predictor = Predictor.restore(args.workdir, step=args.step, use=args.use)
+    log.info("embedding %d images, each in %d views", len(source), 1 + args.views)
     images = embed_views(predictor, source, args.views, args.seed)
+    log.info("fitting classifiers in %d episodes for each of %s shots", args.episodes, args.shots)
     metrics = measure_few_shot(
         images, shots=args.shots, ways=args.ways, queries=args.queries, episodes=args.episodes, seed=args.seed
     )
