@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -121,6 +122,29 @@ def test_a_cpu_is_divided_unless_the_environment_chooses(chosen, devices):
         [sys.executable, "-c", program], env=own | {"JAX_PLATFORMS": "cpu"} | chosen, capture_output=True, text=True
     )
     assert done.stdout.split() == [str(devices)], done.stderr
+
+
+def test_jax_keeps_the_devices_that_it_has_started_with():
+    """As where a config file counts the devices."""
+    program = "import jax; jax.device_count(); from zslflax.distributed import initialize; initialize('', 2); "
+    own = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    command = [sys.executable, "-c", program + "print(jax.device_count())"]
+    done = subprocess.run(command, env=own | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.stdout.split() == ["1"], done.stderr
+
+
+def test_devices_of_a_cpu_wait_for_each_other_and_order_their_collectives(monkeypatch):
+    monkeypatch.setattr(distributed.jax, "config", types.SimpleNamespace(jax_num_cpu_devices=2))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=7")
+    distributed.divide_cpu(1)
+    assert os.environ["XLA_FLAGS"].split() == [
+        "--xla_cpu_collective_call_terminate_timeout_seconds=7",
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    ]
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(distributed.jax.config, "jax_num_cpu_devices", -1)
+    distributed.divide_cpu(1)
+    assert "XLA_FLAGS" not in os.environ
 
 
 def test_no_more_devices_are_chosen_than_batches_divide_among():

@@ -31,6 +31,12 @@ Tree = Any  # a pytree of arrays
 
 AXIS = "data"  # name of the mapped axis, over which the global batch is split
 MAX_CPU_DEVICES = 4  # chosen automatically; each shares its work among several cores where there are more
+CPU_FLAGS = {  # of XLA, where a CPU is several devices
+    # Otherwise a device may start two collectives in another order than the others, and all wait (jaxlib 0.10).
+    "xla_cpu_enable_concurrency_optimized_scheduler": "false",
+    # XLA ends the process where a device waits longer for another one, as on a core with other work: after 40 s.
+    "xla_cpu_collective_call_terminate_timeout_seconds": "1800",
+}
 
 _peers: Peers | None = None  # of a multi-process run
 
@@ -87,12 +93,22 @@ def choose_cpu_devices(cores: float, *batch_sizes: int) -> int:
 
 
 def divide_cpu(devices: int) -> None:
-    """Makes jax divide a CPU into devices, unless that is chosen already, or there are several processes."""
+    """Makes jax divide a CPU into devices, unless that is chosen already, or there are several processes.
+
+    If jax has started before, as by a config file that counts the devices, it keeps those that it has.
+    """
     chosen: Any = jax.config
     several = os.environ.get("JAX_COORDINATOR_ADDRESS") or os.environ.get("ZSLFLAX_DISTRIBUTED")
-    by_flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    flags = os.environ.get("XLA_FLAGS", "")
+    by_flag = "xla_force_host_platform_device_count" in flags
     if devices > 1 and chosen.jax_num_cpu_devices < 0 and not several and not by_flag:
-        jax.config.update("jax_num_cpu_devices", devices)
+        try:
+            jax.config.update("jax_num_cpu_devices", devices)
+        except RuntimeError:
+            return
+    if chosen.jax_num_cpu_devices > 1 or by_flag:
+        added = (f"--{name}={value}" for name, value in CPU_FLAGS.items() if name not in flags)
+        os.environ["XLA_FLAGS"] = " ".join([flags, *added]).strip()
 
 
 def read_process_variables() -> tuple[str, int, int]:

@@ -51,9 +51,16 @@ def read_architecture(folder: Path) -> Values:
 
     Raises:
         MissingFileError: the folder has neither.
+        UserError: the model of open_clip has an option that is not implemented, or its file is damaged.
     """
     if is_open_clip(folder):
-        return to_hugging_face(folder / OPEN_CLIP_CONFIG)
+        path = folder / OPEN_CLIP_CONFIG
+        try:
+            return to_hugging_face(path)
+        except UserError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path} lacks a field or has one of the wrong type: {error!r}") from error
     path = folder / "config.json"
     if not path.is_file():
         raise MissingFileError(f"{folder} has no config.json, which says how large the model is")

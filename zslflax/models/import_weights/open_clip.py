@@ -69,14 +69,14 @@ def to_hugging_face(path: Path) -> Values:
     check_options(path, model)
     width, activation = model["embed_dim"], "quick_gelu" if model.get("quick_gelu") else "gelu"
     hidden = {}
-    if "timm_model_name" in image:
+    if image.get("timm_model_name"):
         vision_config, image_projection = timm_fields(path, image)
         hidden["image"] = 2 * width
     elif isinstance(image.get("layers"), list):
         vision_config, image_projection = resnet_fields(image), "linear"
     else:
         vision_config, image_projection = vit_fields(image, activation), "linear_no_bias"
-    if "hf_model_name" in text:
+    if text.get("hf_model_name"):
         text_config, text_projection = hf_text_fields(path, text)
         hidden["text"] = (text_config["hidden_size"] + width) // 2
     else:
@@ -102,8 +102,8 @@ def check_options(path: Path, model: Values) -> None:
     image, text = model["vision_cfg"], model["text_cfg"]
     sections = (
         ("", model, MODEL_FIELDS),
-        ("vision_cfg.", image, TIMM_FIELDS if "timm_model_name" in image else VIT_FIELDS),
-        ("text_cfg.", text, HF_FIELDS if "hf_model_name" in text else TEXT_FIELDS),
+        ("vision_cfg.", image, TIMM_FIELDS if image.get("timm_model_name") else VIT_FIELDS),
+        ("text_cfg.", text, HF_FIELDS if text.get("hf_model_name") else TEXT_FIELDS),
         ("text_cfg.tokenizer_kwargs.", text.get("tokenizer_kwargs") or {}, {"clean"}),
         ("text_cfg.norm_kwargs.", text.get("norm_kwargs") or {}, {"eps"}),
         ("text_cfg.act_kwargs.", text.get("act_kwargs") or {}, {"approximate"}),
