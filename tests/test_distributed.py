@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.testing.configs import ROOT
 from zslflax import distributed
 from zslflax.errors import UserError
 
@@ -145,6 +146,19 @@ def test_devices_of_a_cpu_wait_for_each_other_and_order_their_collectives(monkey
     monkeypatch.setattr(distributed.jax.config, "jax_num_cpu_devices", -1)
     distributed.divide_cpu(1)
     assert "XLA_FLAGS" not in os.environ
+
+
+def test_a_cpu_beside_gpus_is_not_divided(tmp_path):
+    (tmp_path / "jax_plugins").mkdir()  # the namespace of the libraries of GPUs
+    program = "from zslflax import distributed; import jax; distributed.initialize('', 2); print(jax.device_count())"
+    own = {
+        name: v for name, v in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_PLATFORMS")
+    }
+    paths = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    for platforms, devices in (({}, "1"), ({"JAX_PLATFORMS": "cpu"}, "2")):
+        environment = own | {"PYTHONPATH": paths} | platforms
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == [devices], done.stderr
 
 
 def test_no_more_devices_are_chosen_than_batches_divide_among():

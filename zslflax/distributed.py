@@ -5,6 +5,7 @@ A process runs on each host and owns that host's devices. Mapped functions run o
 
 import atexit
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -95,8 +96,11 @@ def choose_cpu_devices(cores: float, *batch_sizes: int) -> int:
 def divide_cpu(devices: int) -> None:
     """Makes jax divide a CPU into devices, unless that is chosen already, or there are several processes.
 
-    If jax has started before, as by a config file that counts the devices, it keeps those that it has.
+    If jax has started before, as by a config file that counts the devices, it keeps those that it has. Nothing changes
+    where GPUs or TPUs may be used, whose libraries read `XLA_FLAGS` too.
     """
+    if os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
+        return
     chosen: Any = jax.config
     several = os.environ.get("JAX_COORDINATOR_ADDRESS") or os.environ.get("ZSLFLAX_DISTRIBUTED")
     flags = os.environ.get("XLA_FLAGS", "")
