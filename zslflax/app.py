@@ -13,7 +13,6 @@ from zslflax.compilation import keep_compiled_by_default
 from zslflax.files import local_path
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.test_names import read_test_names
-from zslflax.page import serve_page
 
 log = logging.getLogger("zslflax")
 
@@ -25,6 +24,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="to serve on; default: this machine only")
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args()
+    from zslflax.page import serve_page  # needs the extra "app"; where it is missing, main ends with the command
+
     keep_compiled_by_default()
     start_logging()
     folder = args.images and local_path(args.images, "--images").resolve()
