@@ -62,7 +62,7 @@ def test_json_has_a_line_for_each_image(tiny_config, finished_workdir, tmp_path,
         Image.new("RGB", (20, 20), colour).save(tmp_path / name)
     paths = [tmp_path / "one.png", tmp_path / "two.png"]
     expected = Predictor.restore(finished_workdir).classify(paths, CLASS_NAMES, top_k=2, probabilities=True)
-    command = *paths, f"--workdir={finished_workdir}", f"--class-names={','.join(CLASS_NAMES)}", "--top=2", "--json"
+    command = *paths, f"--model={finished_workdir}", f"--class-names={','.join(CLASS_NAMES)}", "--top=2", "--json"
     for line, path, answer in zip(
         run_command(monkeypatch, capsys, *command).splitlines(), paths, expected, strict=True
     ):

@@ -8,7 +8,7 @@ import argparse
 import json
 import logging
 
-from zslflax.cli import exit_on_error, start_logging
+from zslflax.cli import add_model_argument, exit_on_error, start_logging
 from zslflax.compilation import keep_compiled_by_default
 from zslflax.evaluation.few_shot_sets import (
     embed_views,
@@ -26,7 +26,7 @@ log = logging.getLogger("zslflax")
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser("zslflax few-shot", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", required=True, help="a training run, an exported folder or a Hub id")
+    add_model_argument(parser)
     parser.add_argument("--step", type=int, help="of a checkpoint of the run; default: the newest")
     parser.add_argument("--use", default="teacher", choices=("teacher", "student"), help="default: teacher, if any")
     parser.add_argument("--data", required=True, help="labelled images, as in the config's eval.sets.NAME.data")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zslflax.cli import exit_on_error
+from zslflax.cli import add_model_argument, exit_on_error
 from zslflax.compilation import keep_compiled_by_default
 from zslflax.errors import UserError
 from zslflax.figures import prediction_grid, text_bars
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser("zslflax predict", description=__doc__.partition("\n")[0])
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="a file, or a folder: the images below it")
-    parser.add_argument("--workdir", required=True, help="a training run, an exported folder or a Hub id")
+    add_model_argument(parser)
     parser.add_argument("--class-names", help='"a cat,a dog", or a file with one class name per line')
     parser.add_argument(
         "--templates", help='a prompt template, such as "a photo of a {}.", or a file of them; default: the run\'s'

@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 
-from zslflax.cli import exit_on_error
+from zslflax.cli import add_model_argument, exit_on_error
 from zslflax.compilation import keep_compiled_by_default
 from zslflax.errors import UserError
 from zslflax.figures import text_bars
@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("zslflax search", description=__doc__.partition("\n")[0])
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, or a folder: the images below it")
     parser.add_argument("--query", action="append", required=True, help="a sentence; several give several answers")
-    parser.add_argument("--workdir", required=True, help="a training run, an exported folder or a Hub id")
+    add_model_argument(parser)
     parser.add_argument("--top", type=int, default=5, help="images per query (default: 5)")
     parser.add_argument("--json", action="store_true", help="print a JSON object per query")
     parser.add_argument("--allow-urls", action="store_true", help="an IMAGE may be an http(s) address, and is fetched")
