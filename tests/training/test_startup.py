@@ -55,7 +55,12 @@ def test_a_run_logs_the_times_of_its_start(tiny_config, tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("steps", "batch_size", "samples", "logged"),
-    [(1000, 128, 20_000, "6.4"), (562, 512, 24_000, "12.0"), (10_000, 512, 4_000, "1,280.0"), (2, 128, 20_000, "0.013")],
+    [
+        (1000, 128, 20_000, "6.4"),
+        (562, 512, 24_000, "12.0"),
+        (10_000, 512, 4_000, "1,280.0"),
+        (2, 128, 20_000, "0.013"),
+    ],
 )
 def test_the_passes_over_the_data_are_logged(tiny_config, caplog, steps, batch_size, samples, logged):
     tiny_config.steps, tiny_config.batch_size = steps, batch_size
