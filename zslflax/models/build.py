@@ -21,7 +21,7 @@ from zslflax.models.import_weights.image_architecture import (
     convnext_architecture,
     vit_architecture,
 )
-from zslflax.models.import_weights.locate import locate
+from zslflax.models.import_weights.locate import locate_weights
 from zslflax.models.mobilenet import MOBILENETS, MobileNet
 from zslflax.models.resnet import RESNET_DS, RESNETS, ResNet
 from zslflax.models.resnet12 import RESNET12S, ResNet12
@@ -126,7 +126,7 @@ def resolve_model(config: ConfigDict, check: bool = True) -> ConfigDict:
     image, text = config.image, config.text
     published = None
     if image.pretrained and (check or not (image.mean and image.std)):
-        published = read_pixel_statistics(locate(image.pretrained))
+        published = read_pixel_statistics(locate_weights(image, "image"))
     own = (0.5,) * 3, (0.5,) * 3
     fallback = own if image.name.startswith("efficientnet_lite") else (IMAGENET_MEAN, IMAGENET_STD)
     for field, default in zip(("mean", "std"), fallback):
@@ -147,7 +147,7 @@ def text_pool(config: ConfigDict) -> str:
     """Returns the pooling of the text tower that the `model.text` section of a config describes, see `BertConfig`."""
     pool = config.pool
     if not pool and config.pretrained:
-        folder = locate(config.pretrained)
+        folder = locate_weights(config, "text")
         own = text_architecture(read_architecture(folder)).pool  # "mean" unless the file says; then other files may
         pool = read_text_pooling(folder) if own == "mean" else own
     if pool not in ("", "mean", "cls", "last"):
@@ -252,7 +252,7 @@ def described_tower(config: ConfigDict, dtype: Any, axis_name: str | None = None
     """
     if not config.pretrained:
         raise UserError('model.image.name is ""; expected a name, or model.image.pretrained, whose files describe it')
-    folder = locate(config.pretrained)
+    folder = locate_weights(config, "image")
     values = read_architecture(folder)
     tower: ViT | ResNet | ConvNeXt
     if fields := clip_resnet_architecture(values):
@@ -285,7 +285,7 @@ def text_config(config: ConfigDict) -> BertConfig:
     They come from the config.json of the pretrained encoder, or from `scratch` where there is none.
     """
     if config.pretrained:
-        sizes = text_architecture(read_architecture(locate(config.pretrained)), config.dropout)
+        sizes = text_architecture(read_architecture(locate_weights(config, "text")), config.dropout)
     else:
         s = config.scratch
         sizes = BertConfig(s.vocab_size, s.width, s.layers, s.heads, 4 * s.width, dropout=config.dropout)

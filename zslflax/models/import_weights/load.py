@@ -68,7 +68,7 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
     """
     if not name:
         return load_described_tower(folder, variables, image_size)
-    check_config(folder, name, expected_options(name))
+    check_config(folder, name, expected_options(name), towers_by_architecture())
     if name in RESNETS:
         return load_variables(folder, variables, (TORCHVISION_RESNET, HF_RESNET))
     if name in RESNET_DS:
@@ -108,6 +108,12 @@ def load_described_tower(folder: Path, variables: dict[str, Any], image_size: in
         ("cls_token",): lambda token, layout: token.reshape(1, 1, -1),
     }
     return load_variables(folder, variables, (HF_CLIP_IMAGE, OPEN_CLIP_IMAGE, TIMM_VIT), transforms)
+
+
+def towers_by_architecture() -> dict[str, str]:
+    """Returns the name of the image tower that computes what a value of "architecture" in config.json stands for."""
+    towers = (*RESNETS, *RESNET_DS, *CONVNEXTS, *MOBILENETS)
+    return {value: name for name in towers for value in expected_options(name)["architecture"]}
 
 
 def expected_options(name: str) -> dict[str, tuple[Any, ...]]:
