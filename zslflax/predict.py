@@ -6,14 +6,13 @@ zslflax predict cat.jpg FOLDER --workdir=runs/demo --class-names="a cat,a dog"
 import argparse
 import itertools
 import json
-import logging
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from zslflax.cli import add_model_argument, exit_on_error, start_logging
+from zslflax.cli import add_model_argument, exit_on_error
 from zslflax.compilation import keep_compiled_by_default
 from zslflax.errors import UserError
 from zslflax.figures import prediction_grid, text_bars
@@ -26,16 +25,13 @@ from zslflax.inference.test_names import read_test_names
 from zslflax.inference.top_k import top_k_or_all
 from zslflax.models.import_weights.locate import locate
 
-log = logging.getLogger("zslflax")
-
 CHUNK = 64  # images that are in memory at once, unless they are drawn
-SHOWN_NAMES = 5  # of the model's own class names, in the log
+SHOWN_NAMES = 5  # of the model's own class names, on standard error
 
 
 def main() -> None:
     args = parse_arguments()
     keep_compiled_by_default()
-    start_logging()
     predictor = Predictor.restore(args.workdir, allow_urls=args.allow_urls)
     templates = read_templates(args.templates) if args.templates else None
     class_names = read_class_names(args.class_names) if args.class_names else own_class_names(predictor, args.workdir)
@@ -71,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def own_class_names(predictor: Predictor, model: str) -> list[str]:
-    """The classes of a classifier, or the class names of a test set of the model's run. The log says which.
+    """The classes of a classifier, or the class names of a test set of the model's run. Standard error says which.
 
     Args:
         predictor: the model.
@@ -89,7 +85,7 @@ def own_class_names(predictor: Predictor, model: str) -> list[str]:
             f'{model} has no class names of its own; give --class-names="a cat,a dog", or a file with one a line'
         )
     shown = ", ".join([*names[:SHOWN_NAMES], *(["…"] if len(names) > SHOWN_NAMES else [])])
-    log.info("no --class-names: the %d %s are taken (%s)", len(names), origin, shown)
+    print(f"zslflax: no --class-names: the {len(names)} {origin} are taken ({shown})", file=sys.stderr)
     return names
 
 
@@ -128,7 +124,7 @@ def classify_files(
     if png and drawn:
         with storage_errors(png):
             prediction_grid(*zip(*drawn)).save(png)
-        log.info("wrote %s", png)
+        print(f"zslflax: wrote {png}", file=sys.stderr)
     return answered, broken
 
 
