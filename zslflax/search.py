@@ -38,6 +38,8 @@ def main() -> None:
             print(json.dumps({"query": query, "images": images}, ensure_ascii=False))
         elif found:
             print("\n".join([query, *text_bars(found)]))
+    if errors and not paths:
+        sys.exit("zslflax: none of the images could be read")
     if errors:
         sys.exit(f"zslflax: {len(errors)} of the images could not be read; the others were searched")
 
