@@ -2,13 +2,14 @@
 
     python -m zslflax.main --config=configs/photos.py --config.data.train='photos/train-{00000..00004}.tar' \
         --config.eval.sets.test.data='photos/test-00000.tar' --config.eval.sets.test.class_names=names.txt \
-        --config.eval.sets.test.unseen='cat,truck' --config.steps=94
+        --config.eval.sets.test.unseen='cat,truck' --config.steps=200
 
-Give 12 × pairs / batch_size steps (94 for 4,000 pairs): the default, 562, is for 24,000 pairs. The weights of
-EfficientNet-Lite0 come from the Hugging Face Hub; without network, `--config.model.image.pretrained=FOLDER` names a
-folder with their safetensors. Another tower needs `--config.model.image.name` too; the mean and deviation of its pixels
-are those of its files, or else the tower's own. The first start computes the features of every image and says how long
-that takes; later ones train in seconds. `python -m zslflax.features` with the same arguments computes them beforehand.
+The 562 steps of the default are 12 passes over 24,000 pairs; 4,000 pairs had their best result with 200, which are 25.6
+passes (docs/your-data.md, "Steps"). The weights of EfficientNet-Lite0 come from the Hugging Face Hub; without network,
+`--config.model.image.pretrained=FOLDER` names a folder with their safetensors. Another tower needs
+`--config.model.image.name` too; the mean and deviation of its pixels are those of its files, or else the tower's own.
+The first start computes the features of every image and says how long that takes; later ones train in seconds.
+`python -m zslflax.features` with the same arguments computes them beforehand.
 
 Where a comment gives hit@1, it is that of 24,000 photographs, 40% of which have a wrong sentence, on photographs held
 out of training (docs/study.md, "The search").
