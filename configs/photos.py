@@ -4,8 +4,8 @@
         --config.eval.sets.test.data='photos/test-00000.tar' --config.eval.sets.test.class_names=names.txt \
         --config.eval.sets.test.unseen='cat,truck' --config.steps=200
 
-The 562 steps of the default are 12 passes over 24,000 pairs; 4,000 pairs had their best result with 200, which are 25.6
-passes (docs/your-data.md, "Steps"). The weights of EfficientNet-Lite0 come from the Hugging Face Hub; without network,
+The 562 steps of the default are 12 passes over 24,000 pairs; 4,000 pairs do better with 200 to 300 (docs/your-data.md,
+"Steps"). The weights of EfficientNet-Lite0 come from the Hugging Face Hub; without network,
 `--config.model.image.pretrained=FOLDER` names a folder with their safetensors. Another tower needs
 `--config.model.image.name` too; the mean and deviation of its pixels are those of its files, or else the tower's own.
 The first start computes the features of every image and says how long that takes; later ones train in seconds.
