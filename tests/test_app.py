@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from tests.testing.range_server import serve
 from zslflax.data import preprocess
 from zslflax.data.sources import shapes
 from zslflax.data.sources.opening import open_source
+from zslflax.errors import MissingLibraryError
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.test_names import read_test_names, write_test_names
 
@@ -149,6 +151,20 @@ def message(browser) -> str:
     each(browser, ".toast-close", "click()")
     wait(lambda: not texts(browser, ".toast-body"))
     return text
+
+
+def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for module in ("zslflax.app", "zslflax.page"):  # a new process has imported neither
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    app = importlib.import_module("zslflax.app")
+    monkeypatch.setattr(sys, "argv", ["app", f"--model={tmp_path}"])
+    with pytest.raises(MissingLibraryError, match=r'gradio.*; pip install "zslflax\[app\]"'):
+        app.main()
+    monkeypatch.setattr(sys, "argv", ["app", "--help"])
+    with pytest.raises(SystemExit):
+        app.main()
+    assert "usage: zslflax app" in capsys.readouterr().out
 
 
 def test_an_image_is_classified_after_a_drop_and_after_a_click(page, served):

@@ -1,5 +1,6 @@
 """The command `zslflax`: the table of its commands, names of shipped configs, and the installed wheel."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ from PIL import Image
 import zslflax
 from tests.testing.configs import CONFIG_FILES, ROOT
 from zslflax import commands, search
+from zslflax.errors import MissingFileError
 from zslflax.main import find_config_file
 
 
@@ -130,3 +132,24 @@ class TestSearch:
             run_search(folder, f"--workdir={finished_workdir}", "--query=red", "--json")
         out, err = capsys.readouterr()
         assert len(json.loads(out)["images"]) == 4 and "left out: " in err and "5.png" in err
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("predict", ["image.png", "--class-names=a,b"]),
+        ("search", ["image.png", "--query=a"]),
+        ("export", ["{new}"]),
+        ("noise", ["--data=shapes"]),
+        ("few-shot", ["--data=folder:{colours}"]),
+        ("app", []),
+    ],
+)
+def test_the_model_may_be_called_model_or_workdir(name, arguments, colour_folder, tmp_path, monkeypatch):
+    command = importlib.import_module(commands.COMMANDS[name].module)
+    arguments = [argument.format(new=tmp_path / "new", colours=colour_folder) for argument in arguments]
+    (tmp_path / "empty").mkdir()
+    for option in ("--model", "--workdir"):
+        monkeypatch.setattr(sys, "argv", [name, *arguments, f"{option}={tmp_path / 'empty'}"])
+        with pytest.raises(MissingFileError, match=f"{tmp_path / 'empty'} has no config.json"):
+            command.main()

@@ -4,15 +4,15 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.testing.configs import ROOT
 from zslflax import distributed
-from zslflax.config import default_config
 from zslflax.errors import UserError
 
 
@@ -92,31 +92,6 @@ def test_processes_that_differ_are_told_so(monkeypatch):
         distributed.check_same_on_hosts("the number of samples", 3)
 
 
-def test_compiled_functions_are_cached_unless_the_config_says_otherwise(tmp_path, caplog, monkeypatch):
-    assert default_config().compilation_cache
-    before, shortest = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)  # jax's own value
-    try:
-        distributed.initialize(str(tmp_path))
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.0
-        distributed.initialize("")
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-        (tmp_path / "file").write_text("in the way")
-        distributed.initialize(f"{tmp_path}/file/folder")
-        assert f"compiled programs are not kept: {tmp_path}/file/folder cannot be written" in caplog.text
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-        monkeypatch.setattr(distributed, "COMPILATION_CACHE", str(tmp_path / "other"))
-        distributed.keep_compiled_by_default()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path) and not (tmp_path / "other").exists()
-        jax.config.update("jax_compilation_cache_dir", None)
-        distributed.keep_compiled_by_default()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "other")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
-
-
 @pytest.mark.parametrize(
     "address, count, process",
     [
@@ -148,6 +123,42 @@ def test_a_cpu_is_divided_unless_the_environment_chooses(chosen, devices):
         [sys.executable, "-c", program], env=own | {"JAX_PLATFORMS": "cpu"} | chosen, capture_output=True, text=True
     )
     assert done.stdout.split() == [str(devices)], done.stderr
+
+
+def test_jax_keeps_the_devices_that_it_has_started_with():
+    """As where a config file counts the devices."""
+    program = "import jax; jax.device_count(); from zslflax.distributed import initialize; initialize('', 2); "
+    own = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    command = [sys.executable, "-c", program + "print(jax.device_count())"]
+    done = subprocess.run(command, env=own | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.stdout.split() == ["1"], done.stderr
+
+
+def test_devices_of_a_cpu_wait_for_each_other_and_order_their_collectives(monkeypatch):
+    monkeypatch.setattr(distributed.jax, "config", types.SimpleNamespace(jax_num_cpu_devices=2))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=7")
+    distributed.divide_cpu(1)
+    assert os.environ["XLA_FLAGS"].split() == [
+        "--xla_cpu_collective_call_terminate_timeout_seconds=7",
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    ]
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(distributed.jax.config, "jax_num_cpu_devices", -1)
+    distributed.divide_cpu(1)
+    assert "XLA_FLAGS" not in os.environ
+
+
+def test_a_cpu_beside_gpus_is_not_divided(tmp_path):
+    (tmp_path / "jax_plugins").mkdir()  # the namespace of the libraries of GPUs
+    program = "from zslflax import distributed; import jax; distributed.initialize('', 2); print(jax.device_count())"
+    own = {
+        name: v for name, v in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_PLATFORMS")
+    }
+    paths = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    for platforms, devices in (({}, "1"), ({"JAX_PLATFORMS": "cpu"}, "2")):
+        environment = own | {"PYTHONPATH": paths} | platforms
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == [devices], done.stderr
 
 
 def test_no_more_devices_are_chosen_than_batches_divide_among():

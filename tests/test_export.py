@@ -17,6 +17,7 @@ from zslflax import export
 from zslflax.errors import UserError
 from zslflax.inference import onnx_export
 from zslflax.inference.predictor import Predictor
+from zslflax.training.evaluate import evaluate_run
 
 
 @pytest.fixture
@@ -43,12 +44,11 @@ def test_the_card_has_licence_data_and_results(run_export, trained_workdir, tmp_
     assert f"| test | hit@1 | {100 * last['eval/test/hit@1']:.1f} | – |" in card
     assert "Coloured shapes, 96 image-caption pairs." in card and "The weights are under mit." in card
 
-    interval = {"eval/test/hit@1": 0.5, "eval/test/hit@1/low": 0.41, "eval/test/hit@1/high": 0.6, "step": 6}
-    (trained_workdir / "evaluation").mkdir(exist_ok=True)
-    (trained_workdir / "evaluation" / "6.json").write_text(json.dumps(interval))
+    measured = evaluate_run(trained_workdir, {"eval.bootstrap_resamples": 50}, None)
     run_export(tmp_path / "b", workdir=trained_workdir)
     card = (tmp_path / "b" / "README.md").read_text()
-    assert "| test | hit@1 | 50.0 | 41.0 to 60.0 |" in card and str(trained_workdir) not in card
+    hit, low, high = (100 * measured[f"eval/test/hit@1{end}"] for end in ("", "/low", "/high"))
+    assert f"| test | hit@1 | {hit:.1f} | {low:.1f} to {high:.1f} |" in card and str(trained_workdir) not in card
     run_export(tmp_path / "c", workdir=tmp_path / "b")  # an exported model knows no results
     card = (tmp_path / "c" / "README.md").read_text()
     assert "exported without results" in card and "has given none" in card and "has not described it" in card

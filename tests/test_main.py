@@ -125,14 +125,18 @@ def test_a_mistyped_field_is_named_with_the_nearest(parse, argument, message):
 @pytest.mark.parametrize(
     "arguments, config, message",
     [
-        (["--config.batch_size=many"], DEMO, "--config.batch_size=many"),
+        (["--config.batch_size=many"], DEMO, "--config.batch_size=many: expected a whole number, found 'many'"),
+        (["--config.optimizer.learning_rate=fast"], DEMO, "learning_rate=fast: expected a number, found 'fast'"),
+        (["--config.data.flip=maybe"], DEMO, "--config.data.flip=maybe: expected true or false, found 'maybe'"),
+        (["--config.model=vit"], DEMO, "model is a group of fields; set one: --config.model.FIELD=VALUE"),
+        (["--config.data.train=x"], None, "--config=NAME is missing, such as --config=photos; shipped configs: coco_"),
         (["--mode=train_it"], DEMO, "--mode=train_it: value should be one of <train|evaluate>"),
         (["--step=first"], DEMO, "--step=first"),
         (["--stopped_status=256"], DEMO, "256"),
         (["--work_dir=x"], DEMO, "Unknown command line flag 'work_dir'"),
         ([], "nowhere.py:otter", "--config=nowhere.py: there is no such file"),
         (["--config.steps=3"], "nowhere.py", "--config=nowhere.py: there is no such file"),
-        ([], None, "--config"),
+        ([], None, "--config=NAME is missing, such as --config=photos"),
     ],
 )
 def test_a_wrong_flag_ends_in_one_line(parse, arguments, config, message):

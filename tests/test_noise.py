@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,3 +87,10 @@ def test_mismatched_pairs_score_lowest_and_training_can_exclude_them(noisy, tmp_
     noisy.data.exclude, noisy.steps = str(folder / "noise.csv"), 2
     loop.train(noisy, tmp_path / "cleaner")
     assert checkpoint.complete_steps(tmp_path / "cleaner") == [2]
+
+
+def test_the_results_of_a_model_of_the_hub_are_not_in_a_folder_called_like_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    assert noise.own_folder("run") == Path("run")
+    assert noise.own_folder("openai/clip-vit-base-patch32") == Path("runs/clip-vit-base-patch32")

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from zslflax import predict, search
+from zslflax.data.sources import shapes
 from zslflax.errors import UserError
 from zslflax.inference.predictor import Predictor
+from zslflax.inference.test_names import NAMES_FILE
 from zslflax.predict import main
 
 CLASS_NAMES = ["red circle", "blue square", "a cat"]
@@ -38,16 +41,17 @@ def test_the_command_classifies_and_draws(tiny_config, finished_workdir, tmp_pat
         assert [lines[0], lines[3]] == list(map(str, paths)) and len(lines) == 6
         for line, (name, score) in zip(lines[1:3] + lines[4:], expected[0] + expected[1]):
             assert line.strip().startswith(name) and line.endswith(f" {score:.3f}")
-    other = run_command(
-        monkeypatch, capsys, *command, "--class-names=a cat,a dog", "--templates=the {}", f"--png={tmp_path}/p.png"
-    )
-    assert other == ""
+    options = "--class-names=a cat,a dog", "--templates=the {}", f"--png={tmp_path}/p.png"
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, command), *options])
+    main()
+    other = capsys.readouterr()
+    assert other.out == "" and f"wrote {tmp_path}/p.png" in other.err
     with Image.open(tmp_path / "p.png") as grid:
         assert grid.width > 600 and len(grid.getcolors(1 << 20)) > 100
-    for incomplete in ([], [paths[0]], ["--class-names=a cat,a dog"]):
+    for incomplete in ([], ["--class-names=a cat,a dog"]):
         with pytest.raises(SystemExit):
             run_command(monkeypatch, capsys, f"--workdir={exported}", *incomplete)
-        assert "give images and --class-names" in capsys.readouterr().err
+        assert "give images" in capsys.readouterr().err
 
 
 def test_the_option_that_exported_a_model_says_where_it_went(tmp_path, monkeypatch, capsys):
@@ -62,7 +66,7 @@ def test_json_has_a_line_for_each_image(tiny_config, finished_workdir, tmp_path,
         Image.new("RGB", (20, 20), colour).save(tmp_path / name)
     paths = [tmp_path / "one.png", tmp_path / "two.png"]
     expected = Predictor.restore(finished_workdir).classify(paths, CLASS_NAMES, top_k=2, probabilities=True)
-    command = *paths, f"--workdir={finished_workdir}", f"--class-names={','.join(CLASS_NAMES)}", "--top=2", "--json"
+    command = *paths, f"--model={finished_workdir}", f"--class-names={','.join(CLASS_NAMES)}", "--top=2", "--json"
     for line, path, answer in zip(
         run_command(monkeypatch, capsys, *command).splitlines(), paths, expected, strict=True
     ):
@@ -101,6 +105,35 @@ def test_a_folder_is_its_images_and_a_broken_image_does_not_stop_the_others(
     assert out == whole
     for words in ("aa.png: the data is not an image", "pipe.png is no regular file", "no file .*nowhere.png"):
         assert re.search(f"left out: .*{words}", err)
+
+
+@pytest.mark.parametrize("command, option", [(predict, "--class-names=a cat,a dog"), (search, "--query=a cat")])
+def test_it_is_said_when_no_image_could_be_read(
+    command, option, tiny_config, finished_workdir, tmp_path, monkeypatch, capsys
+):
+    paths = [str(tmp_path / name) for name in ("a.png", "nowhere.png")]
+    (tmp_path / "a.png").write_bytes(b"no image")
+    monkeypatch.setattr(sys, "argv", ["command", *paths, f"--model={finished_workdir}", option])
+    with pytest.raises(SystemExit, match="zslflax: none of the images could be read$"):
+        command.main()
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("left out") == 2
+
+
+def test_without_class_names_those_of_the_runs_test_set_are_taken(
+    tiny_config, finished_workdir, trained_workdir, tmp_path, monkeypatch, capsys
+):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    (expected,) = Predictor.restore(finished_workdir).classify(tmp_path / "red.png", shapes.CLASS_NAMES)
+    monkeypatch.setattr(sys, "argv", ["predict", str(tmp_path / "red.png"), f"--model={trained_workdir}", "--json"])
+    main()
+    out, err = capsys.readouterr()
+    assert [found["name"] for found in json.loads(out)["classes"]] == [name for name, _ in expected]
+    count, first = len(shapes.CLASS_NAMES), shapes.CLASS_NAMES[0]
+    assert f"no --class-names: the {count} class names of the model's test set are taken ({first}, " in err
+    (trained_workdir / NAMES_FILE).unlink()
+    with pytest.raises(UserError, match="finished has no class names of its own; give --class-names="):
+        main()
 
 
 def test_a_reader_that_leaves_early_ends_the_command_quietly(learned_workdir, tmp_path):

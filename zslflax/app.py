@@ -8,24 +8,25 @@ It answers this machine only unless --host says otherwise.
 import argparse
 import logging
 
-from zslflax import distributed
-from zslflax.cli import exit_on_error, start_logging
+from zslflax.cli import add_model_argument, exit_on_error, start_logging
+from zslflax.compilation import keep_compiled_by_default
 from zslflax.files import local_path
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.test_names import read_test_names
-from zslflax.page import serve_page
 
 log = logging.getLogger("zslflax")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("zslflax app", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", required=True, help="of a training run; or an exported folder, or a Hub id")
+    add_model_argument(parser)
     parser.add_argument("--images", metavar="FOLDER", help="whose images can be searched")
     parser.add_argument("--host", default="127.0.0.1", help="to serve on; default: this machine only")
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args()
-    distributed.keep_compiled_by_default()
+    from zslflax.page import serve_page  # needs the extra "app"; where it is missing, main ends with the command
+
+    keep_compiled_by_default()
     start_logging()
     folder = args.images and local_path(args.images, "--images").resolve()
     log.info("loading the model")

@@ -1,5 +1,6 @@
 """What all commands share: the log and progress on standard error, and user errors without a traceback."""
 
+import argparse
 import contextlib
 import errno
 import io
@@ -53,6 +54,20 @@ class _TqdmStream:
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --workdir, which `zslflax evaluate` calls --model where it is no training run: both names are one argument.
+
+    The value is that of `Predictor.restore`.
+    """
+    parser.add_argument(
+        "--workdir",
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="a training run's folder, an exported or published model, or a Hub id",
+    )
 
 
 @contextlib.contextmanager

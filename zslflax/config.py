@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from zslflax.distributed import COMPILATION_CACHE
+from zslflax.compilation import COMPILATION_CACHE
 from zslflax.errors import UserError
 from zslflax.losses import classification
 

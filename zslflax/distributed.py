@@ -4,14 +4,13 @@ A process runs on each host and owns that host's devices. Mapped functions run o
 """
 
 import atexit
-import errno
 import functools
+import importlib.util
 import json
 import logging
 import os
 import re
 import socket
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from zslflax.background import BackgroundIterator
+from zslflax.compilation import keep_compiled
 from zslflax.errors import UserError
-from zslflax.files import expand_user, storage_errors
 from zslflax.peers import Peers
 
 log = logging.getLogger("zslflax")
@@ -32,8 +31,13 @@ log = logging.getLogger("zslflax")
 Tree = Any  # a pytree of arrays
 
 AXIS = "data"  # name of the mapped axis, over which the global batch is split
-COMPILATION_CACHE = "~/.cache/zslflax/xla"  # the default folder of compiled programs
 MAX_CPU_DEVICES = 4  # chosen automatically; each shares its work among several cores where there are more
+CPU_FLAGS = {  # of XLA, where a CPU is several devices
+    # Otherwise a device may start two collectives in another order than the others, and all wait (jaxlib 0.10).
+    "xla_cpu_enable_concurrency_optimized_scheduler": "false",
+    # XLA ends the process where a device waits longer for another one, as on a core with other work: after 40 s.
+    "xla_cpu_collective_call_terminate_timeout_seconds": "1800",
+}
 
 _peers: Peers | None = None  # of a multi-process run
 
@@ -90,44 +94,25 @@ def choose_cpu_devices(cores: float, *batch_sizes: int) -> int:
 
 
 def divide_cpu(devices: int) -> None:
-    """Makes jax divide a CPU into devices, unless that is chosen already, or there are several processes."""
+    """Makes jax divide a CPU into devices, unless that is chosen already, or there are several processes.
+
+    If jax has started before, as by a config file that counts the devices, it keeps those that it has. Nothing changes
+    where GPUs or TPUs may be used, whose libraries read `XLA_FLAGS` too.
+    """
+    if os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
+        return
     chosen: Any = jax.config
     several = os.environ.get("JAX_COORDINATOR_ADDRESS") or os.environ.get("ZSLFLAX_DISTRIBUTED")
-    by_flag = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    flags = os.environ.get("XLA_FLAGS", "")
+    by_flag = "xla_force_host_platform_device_count" in flags
     if devices > 1 and chosen.jax_num_cpu_devices < 0 and not several and not by_flag:
-        jax.config.update("jax_num_cpu_devices", devices)
-
-
-def keep_compiled_by_default() -> None:
-    """Keeps compiled programs for a command without the config of a run, in `COMPILATION_CACHE`.
-
-    A folder that was chosen before, as by the environment variable JAX_COMPILATION_CACHE_DIR, stays.
-    """
-    chosen: Any = jax.config
-    if not chosen.jax_compilation_cache_dir:
-        keep_compiled(COMPILATION_CACHE)
-
-
-def keep_compiled(folder: str) -> None:
-    """Keeps compiled programs in a folder, or warns that this is not possible; another process finds them there.
-
-    Args:
-        folder: is made where it is missing.
-    """
-    try:
-        path = expand_user(folder)
-        with storage_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            if not os.access(path, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except UserError as error:
-        log.warning("compiled programs are not kept: %s", error)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    # A start compiles a hundred small functions; jax would keep only those that take more than a second.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # On a full disk it would say so for each of them.
-    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
+        try:
+            jax.config.update("jax_num_cpu_devices", devices)
+        except RuntimeError:
+            return
+    if chosen.jax_num_cpu_devices > 1 or by_flag:
+        added = (f"--{name}={value}" for name, value in CPU_FLAGS.items() if name not in flags)
+        os.environ["XLA_FLAGS"] = " ".join([flags, *added]).strip()
 
 
 def read_process_variables() -> tuple[str, int, int]:

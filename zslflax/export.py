@@ -6,7 +6,7 @@ zslflax export FOLDER --workdir=runs/demo [--onnx] [--push=USER/NAME --license=a
 import argparse
 import json
 
-from zslflax.cli import exit_on_error, start_logging
+from zslflax.cli import add_model_argument, exit_on_error, start_logging
 from zslflax.files import local_path
 from zslflax.inference.hub import check_repository, push_folder
 from zslflax.inference.model_card import read_facts
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     """Parses the command line; everything that can be refused at once is."""
     parser = argparse.ArgumentParser("zslflax export", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", metavar="FOLDER", help="a new folder")
-    parser.add_argument("--workdir", required=True, help="a training run, an exported folder or a Hub id")
+    add_model_argument(parser)
     parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
     parser.add_argument("--onnx", action="store_true", help='write both towers as ONNX too (the extra "onnx")')
     parser.add_argument("--push", metavar="USER/NAME", help="upload the folder to this repository of the Hub")

@@ -8,8 +8,8 @@ import argparse
 import json
 import logging
 
-from zslflax import distributed
-from zslflax.cli import exit_on_error, start_logging
+from zslflax.cli import add_model_argument, exit_on_error, start_logging
+from zslflax.compilation import keep_compiled_by_default
 from zslflax.evaluation.few_shot_sets import (
     embed_views,
     format_metrics,
@@ -26,7 +26,7 @@ log = logging.getLogger("zslflax")
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser("zslflax few-shot", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", required=True, help="a training run, an exported folder or a Hub id")
+    add_model_argument(parser)
     parser.add_argument("--step", type=int, help="of a checkpoint of the run; default: the newest")
     parser.add_argument("--use", default="teacher", choices=("teacher", "student"), help="default: teacher, if any")
     parser.add_argument("--data", required=True, help="labelled images, as in the config's eval.sets.NAME.data")
@@ -49,13 +49,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    distributed.keep_compiled_by_default()
+    keep_compiled_by_default()
     start_logging()
     class_names = read_class_names(args.class_names) if args.class_names else None
     kept = read_class_names(args.classes) if args.classes else None
     source = open_labelled(args.data, class_names, kept)
     predictor = Predictor.restore(args.workdir, step=args.step, use=args.use)
+    log.info("embedding %d images, each in %d views", len(source), 1 + args.views)
     images = embed_views(predictor, source, args.views, args.seed)
+    log.info("fitting classifiers in %d episodes for each of %s shots", args.episodes, args.shots)
     metrics = measure_few_shot(
         images, shots=args.shots, ways=args.ways, queries=args.queries, episodes=args.episodes, seed=args.seed
     )

@@ -52,6 +52,7 @@ STOPPED_STATUS = flags.DEFINE_integer(
     lower_bound=0,
     upper_bound=255,
 )
+TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false"}  # of config fields, as absl calls them
 flags.mark_flag_as_required("config")
 
 
@@ -82,7 +83,28 @@ def parse(arguments: list[str]) -> list[str]:
         check_overrides(CONFIG.value, arguments)
         raise
     except flags.Error as error:
-        sys.exit(f"zslflax: {error}")
+        sys.exit(f"zslflax: {explain(error)}")
+
+
+def explain(error: flags.Error) -> str:
+    """The message for a wrong flag: absl's own, except where it does not say what to change."""
+    message = str(error)
+    if re.match(r"Unknown command line flag 'config\.|flag --config=None:", message):  # no config has defined fields
+        return f"--config=NAME is missing, such as --config=photos; shipped configs: {', '.join(shipped_configs())}"
+    if found := re.match(r"flag --(config\.[^=]+)=(.*?): ", message, re.DOTALL):
+        name, value = found.groups()
+        if (kind := flags.FLAGS[name].flag_type()) in TYPES:
+            return f"--{name}={value}: expected {TYPES[kind]}, found {value!r}"
+        if "ConfigDict" in message:
+            return (
+                f"--{name}={value}: {name.removeprefix('config.')} is a group of fields; set one: --{name}.FIELD=VALUE"
+            )
+    return message
+
+
+def shipped_configs() -> list[str]:
+    """The names of the configs that are installed with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.py"))
 
 
 class ConfigParser(flags.ArgumentParser):
@@ -130,7 +152,7 @@ def find_config_file(arguments: list[str]) -> list[str]:
         given, colon, config_argument = (value if equals else "".join(arguments[at : at + 1])).partition(":")
         path = CONFIGS / f"{given}.py" if re.fullmatch(r"\w+", given) and not Path(given).is_file() else Path(given)
         if not path.is_file():
-            names = sorted(shipped.stem for shipped in CONFIGS.glob("*.py"))
+            names = shipped_configs()
             near = f"; nearest of the shipped configs {', '.join(names)}: {nearest_names(Path(given).stem, names)}"
             sys.exit(f"zslflax: {flag}={given}: there is no such file{near}")
         if path != Path(given):

@@ -6,9 +6,10 @@ zslflax train --config=… --config.data.exclude=runs/demo/noise/noise.csv
 
 import argparse
 import json
+from pathlib import Path
 
-from zslflax import distributed
-from zslflax.cli import exit_on_error, start_logging
+from zslflax.cli import add_model_argument, exit_on_error, start_logging
+from zslflax.compilation import keep_compiled_by_default
 from zslflax.evaluation.caption_noise import analyse_source
 from zslflax.files import local_path
 from zslflax.inference.predictor import Predictor
@@ -17,20 +18,31 @@ from zslflax.training.frozen_features import open_kept_features
 
 def main() -> None:
     parser = argparse.ArgumentParser("zslflax noise", description=__doc__.partition("\n")[0])
-    parser.add_argument("--workdir", required=True, help="of a training run; or an exported folder, or a Hub id")
+    add_model_argument(parser)
     parser.add_argument("--data", required=True, help="a source of pairs, as in the config's data.train")
     parser.add_argument("--worst", type=float, default=0.1, help="share of the pairs in noise.csv (default 0.1)")
-    parser.add_argument("--to", help="folder of noise.json, noise.csv and noise.png; default: WORKDIR/noise")
+    parser.add_argument(
+        "--to", help="folder of noise.json, noise.csv and noise.png; default: MODEL/noise, runs/NAME/noise for a Hub id"
+    )
     args = parser.parse_args()
-    distributed.keep_compiled_by_default()
+    keep_compiled_by_default()
     if not 0.0 < args.worst < 1.0:
         parser.error(f"--worst is {args.worst}, expected a share between 0 and 1")
     start_logging()
-    folder = local_path(args.to or local_path(args.workdir, "--workdir") / "noise", "--to")
+    folder = local_path(args.to or own_folder(args.workdir) / "noise", "--to")
     predictor = Predictor.restore(args.workdir)
     features_of = open_kept_features(predictor, predictor.config)
     summary = analyse_source(predictor, args.data, args.worst, folder, features_of)
     print(json.dumps(summary, ensure_ascii=False))
+
+
+def own_folder(model: str) -> Path:
+    """The folder of a model: its own, or runs/NAME for one of the Hub.
+
+    A folder called like the id of a model on the Hub would hide that model.
+    """
+    folder = local_path(model, "--workdir")
+    return folder if folder.is_dir() else Path("runs") / folder.name
 
 
 if __name__ == "__main__":

@@ -16,20 +16,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
-import gradio as gr
 import numpy as np
 from PIL import Image
-from starlette.middleware import Middleware
 
 from zslflax import figures
 from zslflax.cli import Progress
 from zslflax.data.images import IMAGE_EXTENSIONS, BadSample, available_formats, decode
-from zslflax.errors import UserError
+from zslflax.errors import MissingLibraryError, UserError
 from zslflax.files import read_bytes
 from zslflax.inference.embed_files import embed_files
 from zslflax.inference.image_input import find_images, read_image
 from zslflax.inference.predictor import Predictor
 from zslflax.page_guard import Guard
+
+try:
+    import gradio as gr
+    from starlette.middleware import Middleware
+except ImportError as error:
+    raise MissingLibraryError(f'{error}; pip install "zslflax[app]"') from error
 
 log = logging.getLogger("zslflax")
 MAX_UPLOAD = 20 << 20  # bytes of an image

@@ -12,26 +12,32 @@ from pathlib import Path
 
 import numpy as np
 
-from zslflax import distributed
-from zslflax.cli import exit_on_error
+from zslflax.cli import add_model_argument, exit_on_error
+from zslflax.compilation import keep_compiled_by_default
 from zslflax.errors import UserError
 from zslflax.figures import prediction_grid, text_bars
 from zslflax.files import local_path, storage_errors
+from zslflax.inference.classifier import Classifier
 from zslflax.inference.image_input import expand_folders, read_image
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.prompts import read_class_names, read_templates
+from zslflax.inference.test_names import read_test_names
 from zslflax.inference.top_k import top_k_or_all
+from zslflax.models.import_weights.locate import locate
 
 CHUNK = 64  # images that are in memory at once, unless they are drawn
+SHOWN_NAMES = 5  # of the model's own class names, on standard error
 
 
 def main() -> None:
     args = parse_arguments()
-    distributed.keep_compiled_by_default()
+    keep_compiled_by_default()
     predictor = Predictor.restore(args.workdir, allow_urls=args.allow_urls)
     templates = read_templates(args.templates) if args.templates else None
-    class_names = read_class_names(args.class_names)
-    broken = classify_files(predictor, args.images, class_names, templates, args.top, args.png, args.json)
+    class_names = read_class_names(args.class_names) if args.class_names else own_class_names(predictor, args.workdir)
+    answered, broken = classify_files(predictor, args.images, class_names, templates, args.top, args.png, args.json)
+    if broken and not answered:
+        sys.exit("zslflax: none of the images could be read")
     if broken:
         sys.exit(f"zslflax: {broken} of the images could not be read; the others are answered")
 
@@ -40,8 +46,8 @@ def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser("zslflax predict", description=__doc__.partition("\n")[0])
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="a file, or a folder: the images below it")
-    parser.add_argument("--workdir", required=True, help="a training run, an exported folder or a Hub id")
-    parser.add_argument("--class-names", help='"a cat,a dog", or a file with one class name per line')
+    add_model_argument(parser)
+    parser.add_argument("--class-names", help='"a cat,a dog", or a file with one a line; default: the model\'s own')
     parser.add_argument(
         "--templates", help='a prompt template, such as "a photo of a {}.", or a file of them; default: the run\'s'
     )
@@ -53,11 +59,34 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.export is not None:
         parser.error(f"--export is a command of its own now: zslflax export {args.export} --workdir={args.workdir}")
-    if not (args.images and args.class_names):
-        parser.error("give images and --class-names")
+    if not args.images:
+        parser.error("give images")
     if args.png:
         args.png = local_path(args.png, "--png")
     return args
+
+
+def own_class_names(predictor: Predictor, model: str) -> list[str]:
+    """The classes of a classifier, or the class names of a test set of the model's run. Standard error says which.
+
+    Args:
+        predictor: the model.
+        model: the folder or the Hub id from which it was restored.
+
+    Raises:
+        UserError: the model has no class names of its own.
+    """
+    if isinstance(predictor, Classifier):
+        names, origin = list(predictor.class_names), "classes of the classifier"
+    else:
+        names, origin = read_test_names(locate(model)), "class names of the model's test set"
+    if not names:
+        raise UserError(
+            f'{model} has no class names of its own; give --class-names="a cat,a dog", or a file with one a line'
+        )
+    shown = ", ".join([*names[:SHOWN_NAMES], *(["…"] if len(names) > SHOWN_NAMES else [])])
+    print(f"zslflax: no --class-names: the {len(names)} {origin} are taken ({shown})", file=sys.stderr)
+    return names
 
 
 def classify_files(
@@ -68,16 +97,17 @@ def classify_files(
     top_k: int,
     png: Path | None,
     as_json: bool,
-) -> int:
+) -> tuple[int, int]:
     """Classifies image files, and prints the best class names of each or draws them into the file `png`.
 
     Returns:
-        The number of images that could not be read. Each is reported, and the others are classified.
+        The numbers of images that were classified, and that could not be read. Each of the latter is reported.
     """
     class_emb = predictor.class_embeddings(class_names, templates)
-    remaining, drawn, broken = expand_folders(paths), [], 0
+    remaining, drawn, answered, broken = expand_folders(paths), [], 0, 0
     while chunk := list(itertools.islice(remaining, CHUNK)):
         images, readable = read_images(chunk, predictor.allow_urls)
+        answered += len(readable)
         broken += len(chunk) - len(readable)
         image_emb = predictor.encode_image(images)
         scores, ids = top_k_or_all(image_emb, class_emb, top_k)
@@ -94,7 +124,8 @@ def classify_files(
     if png and drawn:
         with storage_errors(png):
             prediction_grid(*zip(*drawn)).save(png)
-    return broken
+        print(f"zslflax: wrote {png}", file=sys.stderr)
+    return answered, broken
 
 
 def format_json(path: str | Path, answer: Sequence[tuple[str, float, float]]) -> str:

@@ -7,8 +7,8 @@ import argparse
 import json
 import sys
 
-from zslflax import distributed
-from zslflax.cli import exit_on_error
+from zslflax.cli import add_model_argument, exit_on_error
+from zslflax.compilation import keep_compiled_by_default
 from zslflax.errors import UserError
 from zslflax.figures import text_bars
 from zslflax.inference.embed_files import embed_files
@@ -20,12 +20,12 @@ def main() -> None:
     parser = argparse.ArgumentParser("zslflax search", description=__doc__.partition("\n")[0])
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, or a folder: the images below it")
     parser.add_argument("--query", action="append", required=True, help="a sentence; several give several answers")
-    parser.add_argument("--workdir", required=True, help="a training run, an exported folder or a Hub id")
+    add_model_argument(parser)
     parser.add_argument("--top", type=int, default=5, help="images per query (default: 5)")
     parser.add_argument("--json", action="store_true", help="print a JSON object per query")
     parser.add_argument("--allow-urls", action="store_true", help="an IMAGE may be an http(s) address, and is fetched")
     args = parser.parse_args()
-    distributed.keep_compiled_by_default()
+    keep_compiled_by_default()
     predictor = Predictor.restore(args.workdir, allow_urls=args.allow_urls)
     errors: list[UserError] = []
     paths, image_emb = embed_files(predictor, expand_folders(args.images), errors.append)
@@ -38,6 +38,8 @@ def main() -> None:
             print(json.dumps({"query": query, "images": images}, ensure_ascii=False))
         elif found:
             print("\n".join([query, *text_bars(found)]))
+    if errors and not paths:
+        sys.exit("zslflax: none of the images could be read")
     if errors:
         sys.exit(f"zslflax: {len(errors)} of the images could not be read; the others were searched")
 

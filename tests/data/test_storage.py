@@ -20,11 +20,12 @@ import pytest
 
 from tests.testing.range_server import Handler, serve
 from tests.testing.shards import samples, write_tar
-from zslflax.data import retries, storage
+from zslflax.data import remote_files, retries, storage
 from zslflax.data.retries import ReadLimits
 from zslflax.data.sources import tar_index
 from zslflax.data.sources.shard_patterns import expand_patterns
 from zslflax.data.sources.webdataset import WebDataset
+from zslflax.errors import MissingLibraryError
 
 
 @pytest.fixture(autouse=True)
@@ -420,6 +421,7 @@ def test_many_shards_are_read_where_few_files_may_be_open(tmp_path):
 import os
 import pathlib
 from zslflax.data.sources.webdataset import WebDataset
+from zslflax.errors import MissingLibraryError
 source = WebDataset("{tmp_path}/{{0..99}}.tar")
 assert [source[i]["text"] for i in range(100)] == [(f"caption {{i}}",) for i in range(100)]
 print(len(os.listdir("/proc/self/fd")))
@@ -434,6 +436,7 @@ HUB_PROGRAM = """
 import json, random
 from zslflax.data import storage
 from zslflax.data.sources.webdataset import WebDataset
+from zslflax.errors import MissingLibraryError
 source = WebDataset("hf://datasets/some-org/shards/0.tar", require_captions=True)
 texts = [source[i]["text"][0] for i in random.Random(0).sample(range(8), 8)]
 print(json.dumps([texts, source.fingerprints[0][2]]))
@@ -485,3 +488,10 @@ def test_the_hub_is_asked_for_the_bytes_of_a_sample_alone_and_for_its_hash(root,
     replace_samples(root / "0.tar", 0)  # of equal size, with other captions
     other_texts, other_version = read()
     assert set(other_texts) == {(bytes([9]) * 100).decode().strip()} and other_version != version
+
+
+@pytest.mark.parametrize("library", ["fsspec", "aiohttp"])
+def test_a_missing_library_is_named_with_its_extra(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingLibraryError, match=rf"{library}.*; pip install 'zslflax\[remote\]'"):
+        remote_files.open_file_system("https://example.org/0.tar")

@@ -123,13 +123,14 @@ def test_a_loader_that_cannot_be_unpickled_gives_the_reason():
 
 
 def test_a_killed_worker_is_an_error_that_says_what_to_change():
-    pool = WorkerPool(Squares(), itertools.cycle(chunks(2)), 2, 1)
-    next(pool)
-    pool.workers[1].process.kill()
-    with pytest.raises(UserError, match="killed by SIGKILL; .* memory .* data.workers below 2, or to -1"):
-        for _ in pool:
-            pass
-    pool.close()
+    for setting, advice in (("data.workers", "Set data.workers below 2, or to -1"), ("", "Start the command again$")):
+        pool = WorkerPool(Squares(), itertools.cycle(chunks(2)), 2, 1, setting)
+        next(pool)
+        pool.workers[1].process.kill()
+        with pytest.raises(UserError, match=f"killed by SIGKILL; .* memory .* {advice}"):
+            for _ in pool:
+                pass
+        pool.close()
 
 
 def test_signals_for_the_run_do_not_end_a_worker():

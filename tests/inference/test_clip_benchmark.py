@@ -1,12 +1,14 @@
 """CLIP_benchmark measures a model with its own code, and finds what this project's evaluation finds."""
 
 import pickle
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from zslflax.inference.clip_benchmark import load_clip
+from zslflax.errors import MissingLibraryError
+from zslflax.inference.clip_benchmark import load_clip, main
 from zslflax.inference.predictor import Predictor
 from zslflax.training.evaluate import evaluate_model
 
@@ -32,6 +34,13 @@ def labelled(colour_folder, tmp_path):
         (folder / f"{i:02}.txt").write_text("\n".join(captions))
         images.append((Image.open(path), label, captions))
     return folder, images
+
+
+def test_a_missing_library_is_named_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "clip_benchmark", None)
+    monkeypatch.setattr(sys, "argv", ["clip-benchmark", "--model=runs/demo", "--dataset=cifar10"])
+    with pytest.raises(MissingLibraryError, match="pip install clip-benchmark"):
+        main()
 
 
 def test_both_measure_the_same(require, learned_workdir, labelled, tmp_path):

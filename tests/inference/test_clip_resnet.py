@@ -16,7 +16,7 @@ from zslflax.config_checks import validate
 from zslflax.errors import UserError
 from zslflax.inference.predictor import Predictor
 from zslflax.models.build import configured_tower, described_tower
-from zslflax.models.import_weights.architecture import clip_resnet_architecture
+from zslflax.models.import_weights.image_architecture import clip_resnet_architecture
 from zslflax.models.import_weights.load import load_image_tower
 from zslflax.models.import_weights.open_clip import to_hugging_face
 from zslflax.models.resnet import ResNet

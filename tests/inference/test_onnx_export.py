@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from zslflax.inference import onnx_export
 from zslflax.inference.onnx_export import export_function
 from zslflax.models.convnext import ConvNeXt
 from zslflax.models.mobilenet import MobileNet, Stage, Variant
@@ -57,3 +58,15 @@ def test_onnx_runtime_computes_the_same_as_the_tower(require, tmp_path, name):
         assert used["Conv"] == 10
     if isinstance(TOWERS[name], ConvNeXt):
         assert used["Conv"] == 4
+
+
+def test_weights_beyond_the_limit_of_a_file_are_in_a_second_one(require, tmp_path, monkeypatch):
+    require("jax2onnx")
+    image = np.random.default_rng(1).normal(size=(3, 32, 32, 3)).astype(np.float32)
+    variables = random_variables(TOWERS["vit"], image)
+    path, sizes = tmp_path / "tower.onnx", []
+    monkeypatch.setattr(onnx_export, "MAX_WEIGHTS", 1_000)
+    for _ in range(2):  # the second time over the first one's files
+        export_function(lambda image: TOWERS["vit"].apply(variables, image), {"image": image}, "features", path)
+        sizes.append({file.name: file.stat().st_size for file in tmp_path.iterdir()})
+    assert sizes[0] == sizes[1] and sizes[0].keys() == {"tower.onnx", "tower.onnx.data"}

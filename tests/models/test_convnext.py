@@ -1,12 +1,12 @@
 """ConvNeXt compared with Hugging Face's PyTorch model, with weights in its own names and in timm's."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.testing.open_clip import TIMM_CONVNEXT_NAMES
+from tests.testing.published import rename
 from zslflax.models.convnext import CONVNEXTS, ConvNeXt
 from zslflax.models.import_weights.layouts import HF_CONVNEXT, TIMM_CONVNEXT
 from zslflax.models.import_weights.load import load_image_tower, load_variables
@@ -17,18 +17,8 @@ PARAMETERS = {  # of timm's models without their classifier of 1,000 classes
     "convnext_small": 50_223_688 - 769_000,
     "convnext_base": 88_591_464 - 1_025_000,
     "convnext_large": 197_767_336 - 1_537_000,
-}
-TIMM_NAMES = {
-    r"convnext\.embeddings\.patch_embeddings": "stem.0",
-    r"convnext\.embeddings\.layernorm": "stem.1",
-    r"convnext\.layernorm": "head.norm",
-    r"convnext\.encoder\.stages\.(\d)\.layers\.(\d)": r"stages.\1.blocks.\2",
-    r"convnext\.encoder\.stages\.(\d)\.downsampling_layer": r"stages.\1.downsample",
-    r"\.dwconv": ".conv_dw",
-    r"\.layernorm": ".norm",
-    r"\.pwconv(\d)": r".mlp.fc\1",
-    r"\.layer_scale_parameter": ".gamma",
-    r"classifier": "head.fc",
+    "convnext_xlarge": 350_196_968 - 2_049_000,
+    "convnext_xxlarge": 846_471_016 - 3_073_000,
 }
 
 
@@ -48,12 +38,7 @@ def test_agrees_with_transformers(require, tmp_path, names):
             value.add_(torch.randn_like(value) * 0.2)
     original.save_pretrained(tmp_path)
     if names == "timm":
-        weights = files.load_file(tmp_path / "model.safetensors")
-        renamed = {}
-        for name, value in weights.items():
-            for old, new in TIMM_NAMES.items():
-                name = re.sub(old, new, name)
-            renamed[name] = value
+        renamed = rename(files.load_file(tmp_path / "model.safetensors"), TIMM_CONVNEXT_NAMES)
         assert not [name for name in renamed if "convnext" in name]
         files.save_file(renamed, tmp_path / "model.safetensors")
     model = ConvNeXt(DEPTHS, WIDTHS)

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from zslflax.models.depthwise import DepthwiseConv, grouped_convolution, sum_of_shifts
+from zslflax.models.depthwise import (
+    DepthwiseConv,
+    grouped_convolution,
+    sum_of_shifts,
+    sum_with_grouped_gradient,
+)
 from zslflax.models.mobilenet import paddings
 
 
@@ -38,3 +43,19 @@ def test_a_depthwise_convolution_is_flax_convolution_with_groups():
     params = jax.tree.map(lambda value: jnp.asarray(rng.normal(size=value.shape), jnp.float32), params)
     assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), x)) == jax.tree.map(jnp.shape, params)
     np.testing.assert_allclose(ours.apply(params, x), flax_layer.apply(params, x), atol=2e-5)
+
+
+def test_the_gradient_of_a_large_kernel_has_no_shifts():
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(2, 8, 9, 6)).astype(np.float32), rng.normal(size=(7, 7, 1, 6)).astype(np.float32)
+    weights_of_output = jnp.asarray(rng.normal(size=(2, 8, 9, 6)), jnp.float32)
+    loss = lambda method, *args: jnp.sum(weights_of_output * method(*args, 1, ((3, 3), (3, 3))))
+    ours, shifted, grouped = (
+        jax.grad(functools.partial(loss, method), (0, 1))(x, weight)
+        for method in (sum_with_grouped_gradient, sum_of_shifts, grouped_convolution)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), ours, shifted)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), ours, grouped)
+    layer = DepthwiseConv(kernel=7, stride=1, padding=[(3, 3), (3, 3)], use_bias=False, dtype=jnp.float32)
+    program = jax.make_jaxpr(jax.grad(lambda x: layer.apply({"params": {"kernel": weight}}, x).sum()))(x)
+    assert "conv_general_dilated[" in str(program) and str(program).count("pad[") < 5

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.testing.configs import MINILM, ROOT, load_config
 from zslflax.config import default_config
-from zslflax.errors import UserError
+from zslflax.errors import MissingFileError, UserError
 from zslflax.models.bert import Bert
 from zslflax.models.build import IMAGENET_MEAN, IMAGENET_STD, build_two_tower, resolve_model, text_config
 from zslflax.models.import_weights.description import (
@@ -205,6 +206,59 @@ def test_options_that_change_the_computation_are_refused(tmp_path, name, values,
     write(tmp_path / "config.json", values)
     with pytest.raises(UserError, match=message):
         load_image_tower(tmp_path, name, {"params": {"x": jnp.zeros(1)}}, 224)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "right"),
+    [
+        ("efficientnet_lite0", "mobilenet_v2", "mobilenet_v2"),
+        ("efficientnet_lite0", "mobilenetv2_100", "mobilenet_v2"),
+        ("mobilenet_v2", "tf_efficientnet_lite3", "efficientnet_lite3"),
+        ("resnet50d", "gluon_resnet50_v1b", "resnet50"),
+        ("resnet50", "convnext_tiny_in22k", "convnext_tiny"),
+        ("efficientnet_lite0", "efficientnet_lite0", ""),  # timm's own, which no tower here computes
+        ("resnet50", "resnetblur50", ""),
+    ],
+)
+def test_the_tower_that_config_json_names_is_suggested(tmp_path, name, architecture, right):
+    write(tmp_path / "config.json", {"architecture": architecture})
+    with pytest.raises(UserError, match=f"architecture '{architecture}', but {name} here") as error:
+        load_image_tower(tmp_path, name, {"params": {"x": jnp.zeros(1)}}, 224)
+    found = str(error.value).partition("; set model.image.name=")[2]
+    assert found == (f"{right} for it" if right else "")
+
+
+@pytest.mark.parametrize("name", ["", "efficientnet_lite0", "vit_nano4"])
+def test_a_missing_folder_of_weights_is_reported_with_its_field_and_an_id(tmp_path, name):
+    with pytest.raises(MissingFileError, match=f"{tmp_path}/none' is no folder here") as error:
+        resolve_model(image_config(tmp_path / "none", name))
+    hub_id = "timm/tf_efficientnet_lite0.in1k" if name == "efficientnet_lite0" else "microsoft/resnet-18"
+    assert str(error.value).startswith("set model.image.pretrained to a folder") and hub_id in str(error.value)
+    config = image_config()
+    config.text.pretrained = str(tmp_path / "none")
+    with pytest.raises(MissingFileError, match="set model.text.pretrained to .* sentence-transformers/all-MiniLM-L6"):
+        resolve_model(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "mean"),
+    [
+        ("efficientnet_lite0", {"architecture": "efficientnet-lite0"}, (0.5,) * 3),
+        (
+            "efficientnet_lite0",
+            {"architecture": "tf_efficientnet_lite0", "mean": [0.5] * 3, "std": [0.5] * 3},
+            (0.5,) * 3,
+        ),
+        ("mobilenet_v2", {"architecture": "mobilenet_v2"}, IMAGENET_MEAN),
+        ("mobilenet_v2", {"mean": [0.4] * 3, "std": [0.25] * 3}, (0.4,) * 3),
+    ],
+)
+def test_photos_normalises_pixels_as_its_tower_was_trained(tmp_path, name, values, mean):
+    write(tmp_path / "config.json", values)
+    config = load_config(ROOT / "configs" / "photos.py").model
+    config.image.name, config.image.pretrained, config.text.pretrained = name, str(tmp_path), MINILM
+    for check in (True, False):
+        assert resolve_model(config, check).image.mean == mean
 
 
 CLIPS_OWN = Resizing(224, 224, "bicubic")

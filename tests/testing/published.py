@@ -41,15 +41,15 @@ def save_clip(require, folder: Path, text_width: int = 32):
     )
 
 
-def save_siglip(require, folder: Path):
-    """Saves a SigLIP likewise."""
+def save_siglip(require, folder: Path, size: int = SIZE):
+    """Saves a SigLIP for images of a size likewise."""
     torch, transformers = require("torch"), require("transformers")
     torch.manual_seed(1)
     backend = unigram_tokenizer()
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "vocab_size": backend.get_vocab_size()}
     config = transformers.SiglipConfig(
         text_config=TEXT | ids | {"max_position_embeddings": TOKENS, "projection_size": 24},
-        vision_config=IMAGE | {"image_size": SIZE, "patch_size": PATCH},
+        vision_config=IMAGE | {"image_size": size, "patch_size": PATCH},
     )
     return save(
         torch,
@@ -58,7 +58,7 @@ def save_siglip(require, folder: Path):
         transformers.PreTrainedTokenizerFast(
             tokenizer_object=backend, pad_token="</s>", eos_token="</s>", model_max_length=TOKENS
         ),
-        transformers.SiglipImageProcessor(size={"height": SIZE, "width": SIZE}),
+        transformers.SiglipImageProcessor(size={"height": size, "width": size}),
     )
 
 
@@ -96,35 +96,50 @@ def unigram_tokenizer() -> tokenizers.Tokenizer:
     return backend
 
 
-def to_open_clip(require, source: Path, folder: Path) -> None:
-    """Writes the CLIP of a folder in the names, the files and the layout of tensors that open_clip has."""
-    torch, weights = require("torch"), require("safetensors.torch").load_file(source / "model.safetensors")
-    names = {
-        r"text_model\.embeddings\.token_embedding": "token_embedding",
-        r"text_model\.embeddings\.position_embedding\.weight": "positional_embedding",
-        r"text_model\.encoder\.layers": "transformer.resblocks",
-        r"text_model\.final_layer_norm": "ln_final",
-        r"text_projection\.weight": "text_projection",
-        r"vision_model\.embeddings\.class_embedding": "visual.class_embedding",
-        r"vision_model\.embeddings\.patch_embedding": "visual.conv1",
-        r"vision_model\.embeddings\.position_embedding\.weight": "visual.positional_embedding",
-        r"vision_model\.pre_layrnorm": "visual.ln_pre",
-        r"vision_model\.post_layernorm": "visual.ln_post",
-        r"vision_model\.encoder\.layers": "visual.transformer.resblocks",
-        r"visual_projection\.weight": "visual.proj",
-        r"layer_norm(\d)": r"ln_\1",
-        r"mlp\.fc1": "mlp.c_fc",
-        r"mlp\.fc2": "mlp.c_proj",
-        r"self_attn\.out_proj": "attn.out_proj",
-    }
+OPEN_CLIP_NAMES = {  # of a CLIP in open_clip: what becomes of the parts of a name of Hugging Face
+    r"text_model\.embeddings\.token_embedding": "token_embedding",
+    r"text_model\.embeddings\.position_embedding\.weight": "positional_embedding",
+    r"text_model\.encoder\.layers": "transformer.resblocks",
+    r"text_model\.final_layer_norm": "ln_final",
+    r"text_projection\.weight": "text_projection",
+    r"vision_model\.embeddings\.class_embedding": "visual.class_embedding",
+    r"vision_model\.embeddings\.patch_embedding": "visual.conv1",
+    r"vision_model\.embeddings\.position_embedding\.weight": "visual.positional_embedding",
+    r"vision_model\.pre_layrnorm": "visual.ln_pre",
+    r"vision_model\.post_layernorm": "visual.ln_post",
+    r"vision_model\.encoder\.layers": "visual.transformer.resblocks",
+    r"visual_projection\.weight": "visual.proj",
+    r"layer_norm(\d)": r"ln_\1",
+    r"mlp\.fc1": "mlp.c_fc",
+    r"mlp\.fc2": "mlp.c_proj",
+    r"self_attn\.out_proj": "attn.out_proj",
+}
+
+
+def rename(weights, names):
+    """Returns weights under other names: regular expressions in `names` are replaced where a part of a name starts."""
     renamed = {}
     for name, value in weights.items():
         for old, new in names.items():
             name = re.sub(rf"(?:^|(?<=\.)){old}", new, name)
-        renamed[name] = value.T.contiguous() if name in ("visual.proj", "text_projection") else value
-    for name in [name for name in renamed if ".q_proj." in name]:
-        parts = [renamed.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
-        renamed[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(parts)
+        renamed[name] = value
+    return renamed
+
+
+def join_attention(torch, weights, joined="attn.in_proj_"):
+    """Replaces the three projections of each attention by one, whose name ends with `joined` and weight or bias."""
+    for name in [name for name in weights if ".self_attn.q_proj." in name]:
+        parts = [weights.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        weights[name.replace("self_attn.q_proj.", joined)] = torch.cat(parts)
+    return weights
+
+
+def to_open_clip(require, source: Path, folder: Path) -> None:
+    """Writes the CLIP of a folder in the names, the files and the layout of tensors that open_clip has."""
+    torch, weights = require("torch"), require("safetensors.torch").load_file(source / "model.safetensors")
+    renamed = join_attention(torch, rename(weights, OPEN_CLIP_NAMES))
+    for name in ("visual.proj", "text_projection"):
+        renamed[name] = renamed[name].T.contiguous()
     folder.mkdir()
     require("safetensors.torch").save_file(renamed, folder / "open_clip_model.safetensors")
     for path in source.glob("tokenizer*.json"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 from tests.testing.configs import COMPILATION_CACHE
 from tests.testing.images import COLOURS, jpeg, write
 from tests.testing.runs import act_at_batch, assert_same_bits, assert_same_run, read_metrics, read_state
-from zslflax import checkpoint
+from zslflax import checkpoint, predict
 from zslflax.config import default_config
 from zslflax.config_checks import validate
 from zslflax.data.image_features import evaluation_view
@@ -104,7 +105,9 @@ def test_a_stopped_run_resumes_bit_for_bit(base_config, generation_0, tmp_path, 
     assert_same_run(generation_0, tmp_path / "stopped")
 
 
-def test_a_student_of_prompts_learns_resumes_and_is_exported(base_config, finished_workdir, tmp_path):
+def test_a_student_of_prompts_learns_resumes_and_is_exported(
+    base_config, finished_workdir, tmp_path, monkeypatch, capsys
+):
     config = prompt_config(base_config, finished_workdir, tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(config, whole)
@@ -140,6 +143,12 @@ def test_a_student_of_prompts_learns_resumes_and_is_exported(base_config, finish
     assert exported.search("red", images, top_k=4)[0][0] == probabilities[:, NAMES.index("red")].argmax()
     with pytest.raises(ValueError, match="has 4 classes, and 'rod' is not among them; nearest: red"):
         exported.classify(images, ["rod", "blue"])
+
+    monkeypatch.setattr(sys, "argv", ["predict", str(images[0]), f"--model={tmp_path / 'export'}", "--json", "--top=1"])
+    predict.main()
+    out, err = capsys.readouterr()
+    assert json.loads(out)["classes"][0]["name"] == best[0]
+    assert f"no --class-names: the 4 classes of the classifier are taken ({', '.join(NAMES)})" in err
 
     metrics = evaluate_run(whole)
     labels = [NAMES.index(path.parent.name) for path in sorted(images[0].parents[1].glob("*/*.png"))]

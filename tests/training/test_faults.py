@@ -20,7 +20,7 @@ from zslflax.data.sources import shapes
 from zslflax.errors import MissingFileError, NonFiniteError, StorageError, UserError
 from zslflax.evaluation import zero_shot
 from zslflax.inference.predictor import Predictor
-from zslflax.training import input, loop, setup, workdir
+from zslflax.training import initial_state, input, loop, workdir
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -294,7 +294,7 @@ def test_nonfinite_steps_are_skipped_and_counted_up_to_a_limit(tiny_config, tmp_
 
 
 def test_what_does_not_fit_together_is_refused_before_a_state_is_made(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, "create_train_state", None)  # would be next
+    monkeypatch.setattr(initial_state, "create_train_state", None)  # would be next
     tiny_config.freeze = (("text/towr", -1),)
     with pytest.raises(UserError, match="freeze: no parameter matches 'text/towr'.*nearest: text/tower$"):
         loop.train(tiny_config, tmp_path / "a")

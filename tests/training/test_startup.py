@@ -4,8 +4,13 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
 
 from zslflax.training import loop, startup
+from zslflax.training.setup import log_setup
 from zslflax.training.startup import StartupTimes
 
 
@@ -46,3 +51,22 @@ def test_a_run_logs_the_times_of_its_start(tiny_config, tmp_path, caplog):
     ]
     before = caplog.messages.index("compiling the train step; this can take minutes the first time")
     assert before < caplog.messages.index(line)
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "samples", "logged"),
+    [
+        (1000, 128, 20_000, "6.4"),
+        (562, 512, 24_000, "12.0"),
+        (10_000, 512, 4_000, "1,280.0"),
+        (2, 128, 20_000, "0.013"),
+    ],
+)
+def test_the_passes_over_the_data_are_logged(tiny_config, caplog, steps, batch_size, samples, logged):
+    tiny_config.steps, tiny_config.batch_size = steps, batch_size
+    caplog.set_level("INFO", "zslflax")
+    tower = {"tower": {"kernel": np.zeros((2, 2))}}
+    state = SimpleNamespace(params={"image": tower, "text": tower}, frozen_params={})
+    log_setup(tiny_config, state, [range(samples // 2), range(samples // 2)])
+    assert caplog.messages[-1].startswith(f"{samples:,} samples, batches of {batch_size} on ")
+    assert caplog.messages[-1].endswith(f", {steps} steps = {logged} passes")

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 
 import pytest
+from PIL import Image
 
 from tests.testing.runs import read_metrics
 from tests.testing.shards import write_tar
@@ -62,6 +63,22 @@ def test_a_run_resumes_on_the_same_data_alone_unless_told(sharded_config, tmp_pa
     (workdir / "data.json").write_text("[1")
     with pytest.raises(UserError, match="data.json is not valid JSON"):
         train(sharded_config, workdir)
+
+
+def test_other_data_of_as_many_samples_is_told_apart(tiny_config, tmp_path):
+    for folder, caption in (("cats", "a cat"), ("dogs", "a dog")):
+        (tmp_path / folder).mkdir()
+        for i in range(16):
+            Image.new("RGB", (24, 24), (i, 0, 0)).save(tmp_path / folder / f"{i}.png")
+            (tmp_path / folder / f"{i}.txt").write_text(caption)
+    tiny_config.eval.sets.test.data = ""
+    tiny_config.steps = tiny_config.eval.every = tiny_config.checkpoint.every = 1
+    tiny_config.data.train = (str(tmp_path / "cats"),)
+    assert train(tiny_config, tmp_path / "run")
+    tiny_config.data.train = (str(tmp_path / "dogs"),)
+    expected = r"/cats there, .*/dogs now: 16 samples there, 16 now, with other contents"
+    with pytest.raises(UserError, match=expected):
+        train(tiny_config, tmp_path / "run")
 
 
 def test_a_run_resumes_for_more_steps_and_from_another_path_to_the_same_data(sharded_config, tmp_path, caplog):

@@ -15,6 +15,7 @@ import tokenizers
 
 from zslflax.errors import MissingFileError, UserError
 from zslflax.files import read_json, storage_errors, write_json, write_text
+from zslflax.models.import_weights.open_clip import text_cleaning
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -23,6 +24,7 @@ SENTENCEPIECE_FILE = "spiece.model"  # of SigLIP
 GEMMA_TOKENIZERS = ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast")
 VOCABULARY_FILES = {"BertTokenizer": ("vocab.txt",), "RobertaTokenizer": ("vocab.json", "merges.txt")}
 MAX_VOCABULARY = 1 << 24  # ids; published vocabularies have up to 2**18. The backend aborts the process near 2**32
+PUNCTUATION = tokenizers.Regex("[" + "".join(f"\\x{ord(mark):02x}" for mark in string.punctuation) + "]")
 PAD_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")  # tried where no file names the padding token
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pipeline has threads of its own
@@ -92,6 +94,9 @@ class Tokenizer:
                     backend.normalizer = tokenizers.normalizers.Sequence(steps)
             else:
                 backend = load_from_vocabulary(folder, config)
+            if cleaning := text_cleaning(folder):
+                steps = [*cleaning_steps(cleaning), *filter(None, [backend.normalizer])]
+                backend.normalizer = tokenizers.normalizers.Sequence(steps)
             return cls(backend, max_tokens, find_pad_token(folder, config, backend), attends_padding)
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -202,16 +207,15 @@ def load_siglip_tokenizer(path: Path) -> tokenizers.Tokenizer:
     model.ParseFromString(path.read_bytes())
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, model.trainer_spec.unk_id))
-    replace, pattern = tokenizers.normalizers.Replace, tokenizers.Regex
+    replace = tokenizers.normalizers.Replace
     characters = model.normalizer_spec.precompiled_charsmap
     backend.normalizer = tokenizers.normalizers.Sequence(
         [
             tokenizers.normalizers.Lowercase(),
-            replace(pattern("[" + "".join(f"\\x{ord(mark):02x}" for mark in string.punctuation) + "]"), ""),
-            replace(pattern(r"\s+"), " "),
-            tokenizers.normalizers.Strip(),
+            replace(PUNCTUATION, ""),
+            *single_spaces(),
             *([tokenizers.normalizers.Precompiled(characters)] if characters else []),
-            replace(pattern(" {2,}"), " "),
+            replace(tokenizers.Regex(" {2,}"), " "),
         ]
     )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -219,6 +223,32 @@ def load_siglip_tokenizer(path: Path) -> tokenizers.Tokenizer:
     template = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
     backend.post_processor = template
     return backend
+
+
+def cleaning_steps(kind: str) -> list[Any]:
+    """How open_clip cleans a text before a tokenizer of Hugging Face, as normalizers.
+
+    Characters are composed and typographic quotation marks become straight ones, as by ftfy. Its repair of wrongly
+    decoded texts, of ligatures and of wide letters is left out.
+
+    Args:
+        kind: "whitespace": white space becomes single spaces; "lower": the case as well; "canonicalize": punctuation
+            is left out, too.
+    """
+    replace, lowercase = tokenizers.normalizers.Replace, tokenizers.normalizers.Lowercase
+    quotes = [("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"')]
+    return [
+        tokenizers.normalizers.NFC(),
+        *(replace(tokenizers.Regex(marks), straight) for marks, straight in quotes),
+        *([replace("_", " "), replace(PUNCTUATION, "")] if kind == "canonicalize" else []),
+        *([] if kind == "whitespace" else [lowercase()]),
+        *single_spaces(),
+    ]
+
+
+def single_spaces() -> list[Any]:
+    """Normalizers that replace white space by single spaces, of which none is at an end."""
+    return [tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "), tokenizers.normalizers.Strip()]
 
 
 def find_pad_token(folder: Path, config: dict[str, Any], backend: tokenizers.Tokenizer) -> str:

@@ -101,14 +101,22 @@ class WorkerPool:
         chunks: the samples of each chunk.
         workers: processes.
         threads: in each worker, each of which loads a chunk at a time.
+        setting: the config field that chooses the number of workers, for messages; "" where there is none.
 
     Raises:
         UserError: the limit of open files is too low for so many workers; or, while iterating, a worker was killed.
         Exception: while iterating, what `load` raised; earlier chunks are yielded before.
     """
 
-    def __init__(self, load: Callable[[Any], Any], chunks: Iterator[Sequence[Any]], workers: int, threads: int):
-        self._chunks = enumerate(chunks)
+    def __init__(
+        self,
+        load: Callable[[Any], Any],
+        chunks: Iterator[Sequence[Any]],
+        workers: int,
+        threads: int,
+        setting: str = "data.workers",
+    ):
+        self._chunks, self._setting = enumerate(chunks), setting
         self._results: dict[int, tuple[Worker, int, Any]] = {}  # by chunk: where it is and what it holds
         self._next, self._outstanding = 0, 0
         self._taken: tuple[Worker, int] | None = None
@@ -128,7 +136,7 @@ class WorkerPool:
             if isinstance(error, OSError) and error.errno == errno.EMFILE:
                 raise UserError(
                     f"{workers} data workers need more open files than `ulimit -n` allows, "
-                    f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}; raise it, or lower data.workers"
+                    f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}; raise it{setting and f', or lower {setting}'}"
                 ) from None
             raise
         finally:
@@ -181,9 +189,9 @@ class WorkerPool:
             return RuntimeError(f"a data worker ended with status {status}; its own message is above")
         name = signal.Signals(-status).name
         reason = "; the kernel sends it when memory is used up" if -status == signal.SIGKILL else ""
+        fewer = f"Set {self._setting} below {len(self.workers)}, or to {NO_WORKERS} for threads instead of workers"
         return UserError(
-            f"a data worker was killed by {name}{reason}. Set data.workers below {len(self.workers)}, or to "
-            f"{NO_WORKERS} for threads instead of workers"
+            f"a data worker was killed by {name}{reason}. {fewer if self._setting else 'Start the command again'}"
         )
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from zslflax.cli import exit_on_error
+from zslflax.cli import add_model_argument, exit_on_error
 from zslflax.data.image_features import evaluation_view
 from zslflax.data.images import to_rgb
 from zslflax.errors import MissingLibraryError
@@ -98,7 +98,7 @@ def main() -> None:
         epilog="All other arguments are those of `clip_benchmark eval`, such as --dataset=cifar10 --dataset_root=data "
         "--task=zeroshot_classification --output=FILE.json --batch_size=64 --num_workers=4.",
     )
-    parser.add_argument("--workdir", required=True, help="a training run, an exported or published folder, or a Hub id")
+    add_model_argument(parser)
     args, others = parser.parse_known_args()
     try:
         from clip_benchmark import cli, models

@@ -108,7 +108,7 @@ def read_facts(workdir: Path, step: int, license: str = "", data: str = "") -> C
     if (workdir / "data.json").is_file():
         samples = sum(entry.get("samples", 0) for entry in read_json(workdir / "data.json", list))
     if (evaluated := workdir / "evaluation" / f"{step}.json").is_file():
-        metrics = read_json(evaluated)
+        metrics = read_json(evaluated).get("metrics", {})
     elif (workdir / "metrics.jsonl").is_file():
         lines = [json.loads(line) for line in read_text(workdir / "metrics.jsonl").splitlines() if line.endswith("}")]
         metrics = next((line for line in reversed(lines) if line.get("step") == step), {})

@@ -187,16 +187,21 @@ def wrong_types(path: Path) -> Iterator[None]:
         raise UserError(f"{path} has a field of the wrong type: {error}") from error
 
 
-def variable_shapes(model: TwoTower, config: ConfigDict, path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's variables, by names such as params/image/projection/kernel; allocates none of them.
+def abstract_variables(model: TwoTower, config: ConfigDict, path: Path) -> Any:
+    """The variables of a model as shapes and types; allocates none of them.
 
     Raises:
         UserError: the model cannot be built; the message names its config file.
     """
     try:
-        variables = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model, config.model))
+        return jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model, config.model))
     except Exception as error:  # flax and jax raise many types
         raise UserError(f"{path} describes a model that cannot be built: {error}") from error
+
+
+def variable_shapes(model: TwoTower, config: ConfigDict, path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's variables, by names such as params/image/projection/kernel; errors as above."""
+    variables = abstract_variables(model, config, path)
     return {name: tuple(x.shape) for name, x in flatten_dict(variables, sep="/").items()}
 
 

@@ -24,7 +24,7 @@ from zslflax.models.two_tower import TwoTower
 
 log = logging.getLogger("zslflax")
 IMAGE_TOWER, TEXT_TOWER = "image_tower.onnx", "text_tower.onnx"
-MAX_FILE = 2**31 - 1  # bytes of a protocol buffer; beyond, the weights are in a second file
+MAX_WEIGHTS = 2**31 - 2**24  # bytes beside the graph in a protocol buffer of 2 GiB; more are in a second file
 TOLERANCE = 1e-4  # largest difference of an element of a unit vector
 CHECKED_BATCHES = (3, 1)  # batch sizes that are checked
 
@@ -110,9 +110,11 @@ def export_function(function: Callable[..., Any], example: dict[str, np.ndarray]
     del model.graph.value_info[:]  # some shapes that jax2onnx notes are wrong; ONNX Runtime infers them
     weights = path.with_name(f"{path.name}.data")
     weights.unlink(missing_ok=True)  # `onnx.save` would add to it
-    onnx.save(model, path, save_as_external_data=model.ByteSize() > MAX_FILE, location=weights.name)
+    size = sum(len(constant.raw_data) for constant in model.graph.initializer)  # `ByteSize` fails beyond the limit
+    onnx.save(model, path, save_as_external_data=size > MAX_WEIGHTS, location=weights.name)
     check_session(inference_session(path), function, example, path)
-    log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
+    written = sum(file.stat().st_size for file in (path, weights) if file.exists())
+    log.info("wrote %s (%.1f MB)", path, written / 1e6)
 
 
 def compute_for_onnx(call: Callable[..., Any], arguments: Any, keywords: Any, context: InterceptorContext) -> Any:

@@ -1,55 +1,60 @@
 """CLIP and SigLIP as Hugging Face and open_clip publish them: their config and their variables."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from zslflax.config import default_config
 from zslflax.errors import UserError
 from zslflax.files import read_json
-from zslflax.models.build import example_inputs
+from zslflax.inference.model_checks import abstract_variables
 from zslflax.models.import_weights.architecture import (
-    CLIP_IMAGE_DEFAULTS,
     CLIP_TEXT_DEFAULTS,
-    SIGLIP_IMAGE_DEFAULTS,
     SIGLIP_TEXT_DEFAULTS,
     TWO_TOWERS,
     Values,
     read_architecture,
+    text_architecture,
     tower_values,
 )
 from zslflax.models.import_weights.description import Resizing, read_pixel_statistics, read_resizing
+from zslflax.models.import_weights.image_architecture import CLIP_IMAGE_DEFAULTS, SIGLIP_IMAGE_DEFAULTS
 from zslflax.models.import_weights.load import load_image_tower, load_text_tower
 from zslflax.models.import_weights.locate import model_name
-from zslflax.models.import_weights.open_clip import OPEN_CLIP_CONFIG
+from zslflax.models.import_weights.open_clip import OPEN_CLIP_CONFIG, is_open_clip
 from zslflax.models.import_weights.reading import find_tensors, read_tensors
 from zslflax.models.two_tower import TwoTower
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
-# By the path of a parameter: the names of its tensors, and whether their two axes are exchanged.
-HF_CLIP = {
-    ("image", "projection", "kernel"): ("visual_projection.weight", True),
-    ("text", "projection", "kernel"): ("text_projection.weight", True),
-    ("objective", "log_logit_scale"): ("logit_scale", False),
-}
-OPEN_CLIP = {
-    ("image", "projection", "kernel"): ("visual.proj", False),
-    ("text", "projection", "kernel"): ("text_projection", False),
-    ("objective", "log_logit_scale"): ("logit_scale", False),
-}
-OPEN_CLIP_RESNET = OPEN_CLIP | {
-    ("image", "projection", "kernel"): ("visual.attnpool.c_proj.weight", True),
-    ("image", "projection", "bias"): ("visual.attnpool.c_proj.bias", False),
-}
-HF_SIGLIP = {
-    ("text", "projection", "kernel"): ("text_model.head.weight", True),
-    ("text", "projection", "bias"): ("text_model.head.bias", False),
-    ("objective", "log_logit_scale"): ("logit_scale", False),
-    ("objective", "logit_bias"): ("logit_bias", False),
+# By the name of a tensor in Hugging Face's or open_clip's files: the parameter, and whether its axes are exchanged.
+PARAMETERS = {
+    "visual_projection.weight": ("image/projection/kernel", True),
+    "visual.proj": ("image/projection/kernel", False),
+    "visual.attnpool.c_proj.weight": ("image/projection/kernel", True),
+    "visual.attnpool.c_proj.bias": ("image/projection/bias", False),
+    "visual.head.proj.weight": ("image/projection/kernel", True),
+    "visual.head.proj.bias": ("image/projection/bias", False),
+    "visual.head.mlp.fc1.weight": ("image/projection/fc1/kernel", True),
+    "visual.head.mlp.fc1.bias": ("image/projection/fc1/bias", False),
+    "visual.head.mlp.fc2.weight": ("image/projection/fc2/kernel", True),
+    "visual.head.mlp.fc2.bias": ("image/projection/fc2/bias", False),
+    "text_projection.weight": ("text/projection/kernel", True),
+    "text_projection.bias": ("text/projection/bias", False),
+    "text_projection": ("text/projection/kernel", False),
+    "text.text_projection.weight": ("text/projection/kernel", True),
+    "text.text_projection.bias": ("text/projection/bias", False),
+    "text.text_projection": ("text/projection/kernel", False),
+    "text.proj.weight": ("text/projection/kernel", True),
+    "text.proj.0.weight": ("text/projection/fc1/kernel", True),
+    "text.proj.2.weight": ("text/projection/fc2/kernel", True),
+    "text_model.head.weight": ("text/projection/kernel", True),
+    "text_model.head.bias": ("text/projection/bias", False),
+    "logit_scale": ("objective/log_logit_scale", False),
+    "logit_bias": ("objective/logit_bias", False),
 }
 
 
@@ -57,6 +62,11 @@ def is_published(folder: Path) -> bool:
     """Whether a folder holds a two-tower model of Hugging Face or open_clip, or another model that they publish."""
     path = folder / "config.json"
     return (folder / OPEN_CLIP_CONFIG).is_file() or (path.is_file() and "model_type" in read_json(path))
+
+
+def config_path(folder: Path) -> Path:
+    """Returns the file that describes a published model."""
+    return folder / (OPEN_CLIP_CONFIG if is_open_clip(folder) else "config.json")
 
 
 def published_config(folder: Path) -> ConfigDict:
@@ -72,25 +82,31 @@ def published_config(folder: Path) -> ConfigDict:
             f"{folder} has model_type {kind!r}; expected a model with an image and a text tower, "
             f"{' or '.join(TWO_TOWERS)}; a single encoder is model.image.pretrained or model.text.pretrained of a run"
         )
-    config, clip = default_config(), kind == "clip"
-    image = (CLIP_IMAGE_DEFAULTS if clip else SIGLIP_IMAGE_DEFAULTS) | tower_values(values, "vision")
-    text = (CLIP_TEXT_DEFAULTS if clip else SIGLIP_TEXT_DEFAULTS) | tower_values(values, "text")
+    config, siglip = default_config(), kind == "siglip"
+    image, text = tower_values(values, "vision"), tower_values(values, "text")
+    if kind != "open_clip":  # whose values are complete
+        image = (SIGLIP_IMAGE_DEFAULTS if siglip else CLIP_IMAGE_DEFAULTS) | image
+        text = (SIGLIP_TEXT_DEFAULTS if siglip else CLIP_TEXT_DEFAULTS) | text
     size: Any = image["image_size"]
-    resizing = read_resizing(folder, Resizing(size, size if clip else 0, "bicubic"))
+    resizing = read_resizing(folder, Resizing(size, 0 if siglip else size, "bicubic"))
     statistics = read_pixel_statistics(folder)
     config.name, config.compute_dtype = model_name(folder), "float32"
-    own = (CLIP_MEAN, CLIP_STD) if clip else ((0.5,) * 3, (0.5,) * 3)
+    own = ((0.5,) * 3, (0.5,) * 3) if siglip else (CLIP_MEAN, CLIP_STD)
     mean, std = (statistics.mean, statistics.std) if statistics else own
     config.model.image.update(name="", pretrained=str(folder), size=resizing.size, mean=mean, std=std)
-    config.model.text.update(pretrained=str(folder), max_tokens=text["max_position_embeddings"], pool="last")
-    if clip:
-        config.model.embed_dim = values.get("projection_dim", 512)
-        config.model.image.projection = "linear" if "resnet_layers" in image else "linear_no_bias"
-        config.model.text.projection = "linear_no_bias"
-    else:
+    tokens = text.get("context_length", text["max_position_embeddings"])
+    config.model.text.update(pretrained=str(folder), max_tokens=tokens, pool=text_architecture(values).pool)
+    if siglip:
         config.model.embed_dim = text.get("projection_size") or text["hidden_size"]
-        config.model.image.projection, config.model.text.projection = "none", "linear"
-    config.objective.name, config.teacher.kind = "info_nce" if clip else "sigmoid", "none"
+        kinds = "none", "linear"
+    else:
+        config.model.embed_dim = values.get("projection_dim", 512)
+        kinds = tuple(values.get(f"{modality}_projection", "linear_no_bias") for modality in ("image", "text"))
+    config.model.image.projection, config.model.text.projection = kinds
+    if "mlp" in kinds:
+        config.model.projection.update(hidden=values["projection_hidden"], dropout=0.0)
+    config.objective.name = "sigmoid" if siglip or values.get("logit_bias") else "info_nce"
+    config.teacher.kind = "none"
     config.eval.resize_factor, config.eval.interpolation = resizing.shorter_side / resizing.size, resizing.interpolation
     return config
 
@@ -108,35 +124,49 @@ def load_published(folder: Path, config: ConfigDict, model: TwoTower) -> Values:
         UserError: the weights are not those of the model.
     """
     size = config.model.image.size
-    variables: Any = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model, config.model))
+    variables = abstract_variables(model, config, config_path(folder))
     shapes = variables["params"]
     tower = {kind: of_kind["image"]["tower"] for kind, of_kind in variables.items()}
     image = load_image_tower(folder, "", tower, size)
     text = load_text_tower(folder, {"params": shapes["text"]["tower"]})["params"]
-    params: Values = {"image": {"tower": image["params"]}, "text": {"tower": text}, "objective": {}}
-    locations = find_tensors(folder)
-    names = HF_SIGLIP if config.objective.name == "sigmoid" else clip_names(locations)
-    if missing := sorted({name for name, _ in names.values()} - locations.keys()):
-        raise UserError(f"{folder} lacks the weights {', '.join(missing)}: it is one tower, not the whole model")
-    tensors = read_tensors(locations, [name for name, _ in names.values()])
-    for (modality, *path), (name, transposed) in names.items():
-        value = tensors[name].T if transposed else tensors[name]
-        if modality == "objective":
-            params["objective"][path[0]] = value.reshape(())
-            continue
-        module, leaf = path
-        expected = shapes[modality][module][leaf].shape
-        if value.shape != expected:
-            raise UserError(
-                f"{folder} has {name} of shape {tensors[name].shape}; expected {expected} of its config.json"
-            )
-        params[modality].setdefault(module, {})[leaf] = np.ascontiguousarray(value)
+    expected = {
+        f"{modality}/projection/{name}": tuple(x.shape)
+        for modality in ("image", "text")
+        for name, x in flatten_dict(shapes[modality].get("projection", {}), sep="/").items()
+    }
+    scalars = ["objective/log_logit_scale", "objective/logit_bias"][: 2 if config.objective.name == "sigmoid" else 1]
+    found = read_parameters(folder, expected | dict.fromkeys(scalars, ()))
+    params: Values = {"image": {}, "text": {}} | unflatten_dict(found, sep="/")
+    params["image"]["tower"], params["text"]["tower"] = image["params"], text
     batch_stats = {"image": {"tower": image["batch_stats"]}} if "batch_stats" in image else {}
     return {"params": params, "batch_stats": batch_stats}
 
 
-def clip_names(found: Collection[str]) -> dict[tuple[str, ...], tuple[str, bool]]:
-    """Returns the names of CLIP's projections and of its scale, of those in which the tensors are."""
-    if "visual.attnpool.positional_embedding" in found:
-        return OPEN_CLIP_RESNET
-    return OPEN_CLIP if "visual.proj" in found else HF_CLIP
+def read_parameters(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Reads the parameters of `PARAMETERS` that a model has, fp32.
+
+    Args:
+        folder: of the model.
+        expected: the shapes of the parameters by their paths. A scalar may be published as an array of one element;
+            a bias inside a projection of two layers may be missing, and is 0.
+
+    Raises:
+        UserError: a parameter is missing or has another shape.
+    """
+    locations = find_tensors(folder)
+    names = {path: name for name, (path, _) in PARAMETERS.items() if name in locations and path in expected}
+    optional = [path for path in expected if path.endswith(("fc1/bias", "fc2/bias"))]
+    if missing := expected.keys() - names.keys() - set(optional):
+        wanted = ", ".join(name for name, (path, _) in PARAMETERS.items() if path in missing)
+        raise UserError(f"{folder} has none of the weights {wanted}: it is one tower, not the whole model")
+    tensors = read_tensors(locations, names.values())
+    found = {path: np.zeros(expected[path], np.float32) for path in optional}
+    for path, name in names.items():
+        value = tensors[name].T if PARAMETERS[name][1] else tensors[name]
+        value = value.reshape(()) if expected[path] == () and value.size == 1 else value
+        if value.shape != expected[path]:
+            raise UserError(
+                f"{folder} has {name} of shape {tensors[name].shape}; expected {expected[path]} of its config.json"
+            )
+        found[path] = np.ascontiguousarray(value).reshape(value.shape)
+    return found

@@ -33,7 +33,7 @@ from zslflax.inference.model_checks import (
     variable_shapes,
     wrong_types,
 )
-from zslflax.inference.published import is_published, load_published, published_config
+from zslflax.inference.published import config_path, is_published, load_published, published_config
 from zslflax.models.build import build_classifier, build_two_tower, text_config
 from zslflax.models.import_weights.locate import WEIGHTS_ALONE, locate
 from zslflax.models.partition import combine
@@ -89,12 +89,14 @@ def restore_published(folder: Path, step: int | None = None, use: str = "teacher
     """Loads a CLIP or SigLIP as Hugging Face or open_clip publishes it; arguments as `restore_model` takes them."""
     if step is not None or use != "teacher":
         raise UserError(f"{folder} is a published model, which has no steps and no student beside it")
-    path = folder / "config.json"
+    path = config_path(folder)
     with wrong_types(path):
         config = published_config(folder)
+    check_saved_config(config, path)
     check_text_encoder(config, path)
     check_image_encoder(config, path)
-    model, tokenizer = build_model(config)
+    with wrong_types(path):
+        model, tokenizer = build_model(config)
     variables = load_published(folder, config, model)
     check_finite(flatten_dict(variables, sep="/"), folder)
     return RestoredModel(config, model, variables, tokenizer, 0)

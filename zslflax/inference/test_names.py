@@ -26,5 +26,6 @@ def read_test_names(folder: Path) -> list[str]:
     path = folder / NAMES_FILE
     if not path.is_file():
         return []
-    names: Any = next(iter(read_json(path).values()), [])
+    content = read_json(path)
+    names: Any = next(iter(content.values()), []) if isinstance(content, dict) else []
     return [str(name) for name in names][:MAX_NAMES] if isinstance(names, list) else []

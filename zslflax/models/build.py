@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 from zslflax.errors import UserError, nearest_names
 from zslflax.models.bert import Bert, BertConfig
 from zslflax.models.convnext import CONVNEXTS, ConvNeXt
-from zslflax.models.import_weights.architecture import (
+from zslflax.models.import_weights.architecture import read_architecture, text_architecture
+from zslflax.models.import_weights.description import read_pixel_statistics, read_text_pooling
+from zslflax.models.import_weights.image_architecture import (
     clip_resnet_architecture,
-    read_architecture,
-    text_architecture,
+    convnext_architecture,
     vit_architecture,
 )
-from zslflax.models.import_weights.description import read_pixel_statistics, read_text_pooling
-from zslflax.models.import_weights.locate import locate
+from zslflax.models.import_weights.locate import locate_weights
 from zslflax.models.mobilenet import MOBILENETS, MobileNet
 from zslflax.models.resnet import RESNET_DS, RESNETS, ResNet
 from zslflax.models.resnet12 import RESNET12S, ResNet12
@@ -126,7 +126,7 @@ def resolve_model(config: ConfigDict, check: bool = True) -> ConfigDict:
     image, text = config.image, config.text
     published = None
     if image.pretrained and (check or not (image.mean and image.std)):
-        published = read_pixel_statistics(locate(image.pretrained))
+        published = read_pixel_statistics(locate_weights(image, "image"))
     own = (0.5,) * 3, (0.5,) * 3
     fallback = own if image.name.startswith("efficientnet_lite") else (IMAGENET_MEAN, IMAGENET_STD)
     for field, default in zip(("mean", "std"), fallback):
@@ -147,9 +147,9 @@ def text_pool(config: ConfigDict) -> str:
     """Returns the pooling of the text tower that the `model.text` section of a config describes, see `BertConfig`."""
     pool = config.pool
     if not pool and config.pretrained:
-        folder = locate(config.pretrained)
-        own = text_architecture(read_architecture(folder)).pool  # "last" of CLIP; else sentence-transformers' files say
-        pool = own if own == "last" else read_text_pooling(folder)
+        folder = locate_weights(config, "text")
+        own = text_architecture(read_architecture(folder)).pool  # "mean" unless the file says; then other files may
+        pool = read_text_pooling(folder) if own == "mean" else own
     if pool not in ("", "mean", "cls", "last"):
         raise UserError(f'model.text.pool is {pool!r}; expected "", mean, cls or last')
     return pool or "mean"
@@ -211,6 +211,8 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
         "convnext_small": convnext(*CONVNEXTS["convnext_small"]),
         "convnext_base": convnext(*CONVNEXTS["convnext_base"]),
         "convnext_large": convnext(*CONVNEXTS["convnext_large"]),
+        "convnext_xlarge": convnext(*CONVNEXTS["convnext_xlarge"]),
+        "convnext_xxlarge": convnext(*CONVNEXTS["convnext_xxlarge"]),
         "mobilenet_v2": mobilenet(MOBILENETS["mobilenet_v2"]),
         "efficientnet_lite0": mobilenet(MOBILENETS["efficientnet_lite0"]),
         "efficientnet_lite1": mobilenet(MOBILENETS["efficientnet_lite1"]),
@@ -238,7 +240,7 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
     return tower
 
 
-def described_tower(config: ConfigDict, dtype: Any, axis_name: str | None = None) -> ViT | ResNet:
+def described_tower(config: ConfigDict, dtype: Any, axis_name: str | None = None) -> ViT | ResNet | ConvNeXt:
     """Builds the image tower that the files of `image.pretrained` describe.
 
     Args:
@@ -250,11 +252,13 @@ def described_tower(config: ConfigDict, dtype: Any, axis_name: str | None = None
     """
     if not config.pretrained:
         raise UserError('model.image.name is ""; expected a name, or model.image.pretrained, whose files describe it')
-    folder = locate(config.pretrained)
+    folder = locate_weights(config, "image")
     values = read_architecture(folder)
-    tower: ViT | ResNet
+    tower: ViT | ResNet | ConvNeXt
     if fields := clip_resnet_architecture(values):
         tower = ResNet(**fields, dtype=dtype, axis_name=axis_name, remat=config.remat)
+    elif fields := convnext_architecture(values):
+        tower = ConvNeXt(**fields, dtype=dtype, remat=config.remat)
     elif fields := vit_architecture(values):
         tower = ViT(**fields | {"pool": config.pool or fields["pool"]}, dtype=dtype, remat=config.remat)
     else:
@@ -281,7 +285,7 @@ def text_config(config: ConfigDict) -> BertConfig:
     They come from the config.json of the pretrained encoder, or from `scratch` where there is none.
     """
     if config.pretrained:
-        sizes = text_architecture(read_architecture(locate(config.pretrained)), config.dropout)
+        sizes = text_architecture(read_architecture(locate_weights(config, "text")), config.dropout)
     else:
         s = config.scratch
         sizes = BertConfig(s.vocab_size, s.width, s.layers, s.heads, 4 * s.width, dropout=config.dropout)

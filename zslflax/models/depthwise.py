@@ -32,6 +32,26 @@ def sum_of_shifts(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
     return functools.reduce(jnp.add, shifts).astype(dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def sum_with_grouped_gradient(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    """Computes `sum_of_shifts` with the gradient of `grouped_convolution`."""
+    return sum_of_shifts(x, kernel, stride, padding)
+
+
+def forward(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> tuple[jax.Array, Any]:
+    """Returns the output and what the gradient needs, as `jax.custom_vjp` defines it."""
+    return sum_of_shifts(x, kernel, stride, padding), (x, kernel)
+
+
+def backward(stride: int, padding: Padding, inputs: Any, gradient: jax.Array) -> Any:
+    """Returns the gradients of x and of the kernel."""
+    _, vjp = jax.vjp(lambda x, kernel: grouped_convolution(x, kernel, stride, padding), *inputs)
+    return vjp(gradient)
+
+
+sum_with_grouped_gradient.defvjp(forward, backward)
+
+
 class DepthwiseConv(nn.Module):
     """A convolution of each channel with its own kernel.
 
@@ -62,5 +82,8 @@ class DepthwiseConv(nn.Module):
 
     def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """Maps x likewise, without the bias. On CPUs XLA's grouped convolution is many times slower than the sum."""
-        method = sum_of_shifts if jax.default_backend() == "cpu" else grouped_convolution
+        if jax.default_backend() != "cpu":
+            return grouped_convolution(x, kernel, self.stride, self.padding)
+        # The gradient of 49 shifts takes XLA seconds to compile for each layer, and longer than the convolution's.
+        method = sum_of_shifts if self.kernel <= 5 else sum_with_grouped_gradient
         return method(x, kernel, self.stride, self.padding)

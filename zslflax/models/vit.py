@@ -119,6 +119,7 @@ class ViT(nn.Module):
         pre_norm: whether a layer norm precedes the first block (CLIP).
         patch_drop: share of the patches that training leaves out, at random for each image, so that a step computes
             less (FLIP, arXiv 2212.00794). The class token stays. Needs the random key "dropout".
+        cut: whether the pixels at the right and the bottom that fill no patch are left out, instead of refused.
     """
 
     patch: int
@@ -137,6 +138,7 @@ class ViT(nn.Module):
     class_token: bool = True
     pre_norm: bool = False
     patch_drop: float = 0.0
+    cut: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -148,7 +150,7 @@ class ViT(nn.Module):
         Raises:
             UserError: patches do not fill the image.
         """
-        if x.shape[1] % self.patch or x.shape[2] % self.patch:
+        if (x.shape[1] % self.patch or x.shape[2] % self.patch) and not self.cut:
             raise UserError(
                 f"image of {x.shape[1]} × {x.shape[2]} pixels: expected multiples of the patch's "
                 f"{self.patch}; change model.image.size or model.image.schedule"

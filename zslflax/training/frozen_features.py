@@ -24,7 +24,8 @@ from zslflax.errors import StorageError, UserError
 from zslflax.files import hash_arrays
 from zslflax.inference.predictor import Predictor
 from zslflax.models.build import text_config
-from zslflax.models.import_weights.architecture import clip_resnet_architecture, read_architecture, vit_architecture
+from zslflax.models.import_weights.architecture import read_architecture
+from zslflax.models.import_weights.image_architecture import image_architecture
 from zslflax.models.import_weights.locate import locate
 from zslflax.models.partition import Tree, combine
 from zslflax.models.two_tower import TwoTower
@@ -125,7 +126,7 @@ def open_image_tower(config: ConfigDict, model: TwoTower, tower: Tree, batch_sta
     }
     if not config.model.image.name:
         values = read_architecture(locate(config.model.image.pretrained))
-        identity["described"] = vit_architecture(values) or clip_resnet_architecture(values)
+        identity["described"] = image_architecture(values)
     root, features = Path(config.features.folder), config.features
     return FrozenImageTower(model, copied(variables), identity, root, features.dtype, config.data.threads)
 

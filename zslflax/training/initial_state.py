@@ -23,7 +23,7 @@ from zslflax.losses import classification
 from zslflax.losses.contrastive import init_params
 from zslflax.models.build import example_inputs
 from zslflax.models.import_weights.load import load_image_tower, load_text_tower
-from zslflax.models.import_weights.locate import locate
+from zslflax.models.import_weights.locate import locate_weights
 from zslflax.models.partition import Tree
 from zslflax.models.two_tower import TwoTower
 from zslflax.training.classes import read_sentences
@@ -178,11 +178,11 @@ def import_towers(config: ConfigDict, variables: Tree) -> Tree:
     params, batch_stats = dict(variables["params"]), dict(variables["batch_stats"])
     if image.pretrained:
         tower = {"params": params["image"]["tower"], "batch_stats": batch_stats.get("image", {}).get("tower", {})}
-        tower = load_image_tower(locate(image.pretrained), image.name, tower, image.size)
+        tower = load_image_tower(locate_weights(image, "image"), image.name, tower, image.size)
         params["image"] = {**params["image"], "tower": tower["params"]}
         if batch_stats:
             batch_stats["image"] = {"tower": tower["batch_stats"]}
     if text.pretrained:
-        tower = load_text_tower(locate(text.pretrained), {"params": params["text"]["tower"]})
+        tower = load_text_tower(locate_weights(text, "text"), {"params": params["text"]["tower"]})
         params["text"] = {**params["text"], "tower": tower["params"]}
     return {"params": params, "batch_stats": batch_stats}

@@ -205,11 +205,14 @@ def log_setup(config: ConfigDict, state: TrainState, sources: Sequence[Source]) 
             warmup,
             config.optimizer.warmup_steps,
         )
+    samples = sum(map(len, sources))
+    passes = config.steps * config.batch_size / samples
     log.info(
-        "%s samples, batches of %d on %d %s device(s), %d steps",
-        f"{sum(map(len, sources)):,}",
+        "%s samples, batches of %d on %d %s device(s), %s steps = %s passes",
+        f"{samples:,}",
         config.batch_size,
         jax.device_count(),
         jax.default_backend(),
         config.steps,
+        f"{passes:,.1f}" if passes >= 1 else f"{passes:.2g}",
     )

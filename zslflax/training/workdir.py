@@ -200,7 +200,14 @@ def data_differences(current: list[dict[str, Any]], workdir: Path) -> list[str]:
             )
         if old.get("digest") == new["digest"]:
             continue
-        differences.append(f"{new['source']}: {old.get('samples')} samples there, {new['samples']} now")
+        name = (
+            new["source"]
+            if old.get("source") in (None, new["source"])
+            else f"{old['source']} there, {new['source']} now"
+        )
+        differences.append(f"{name}: {old.get('samples')} samples there, {new['samples']} now")
+        if old.get("samples") == new["samples"] and not old.get("files"):
+            differences[-1] += ", with other contents"
         files = [{f[0]: f[1:] for f in entry.get("files") or ()} for entry in (old, new)]
         for reason, names in (
             ("missing", files[0].keys() - files[1].keys()),

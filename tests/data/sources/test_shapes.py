@@ -212,6 +212,16 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch)
     assert not set(first.values()) & set(file_hashes(tmp_path / "other").values())
 
 
+def test_one_shard_is_open_at_a_time(tmp_path):
+    code = (
+        "import resource; from zslflax.data.sources import shapes; shapes.SHARD_SIZE = 5; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)); "
+        f"shapes.ensure_shards({str(tmp_path)!r}, train=500, test=5, size=16)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert len(list(tmp_path.glob("*/train-*.tar"))) == 100
+
+
 def test_shards_are_written_once_in_a_folder_for_each_set_of_options(tmp_path, monkeypatch):
     small = {"train": 5, "test": 3}
     first = shapes.ensure_shards(tmp_path / "new" / "root", **small)

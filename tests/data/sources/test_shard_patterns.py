@@ -52,6 +52,14 @@ def test_missing_shards_are_named(tmp_path):
         expand_patterns(f"{tmp_path}/x-*.tar")
 
 
+def test_a_name_that_is_missing_is_told_its_neighbours(tmp_path):
+    (tmp_path / "a_photos").mkdir()
+    with pytest.raises(FileNotFoundError, match="there is no file or folder .*/a_photo; nearest there: a_photos$"):
+        expand_patterns(f"{tmp_path}/a_photo")
+    with pytest.raises(FileNotFoundError, match="there is no file or folder .*/zebra$"):
+        expand_patterns(f"{tmp_path}/zebra")
+
+
 def test_folders_with_brackets_and_braces_in_their_names(tmp_path):
     for name in ("dir [v2]/a.tar", "dir [v2]/b.tar", "{0..1}.tar", "c[1].tar", "c1.tar"):
         write_tar(tmp_path / name, sample(1))

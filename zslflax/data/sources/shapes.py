@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -202,15 +203,15 @@ def write_shards(folder: Path, options: dict[str, Any], workers: int) -> None:
         )
         drawn: Iterable[dict[str, Any]] = map(draw, spans)
         if workers:
-            drawn = stack.enter_context(contextlib.closing(WorkerPool(draw, iter(spans), workers, threads=1)))
-        shards: dict[Path, tarfile.TarFile] = {}
-        for (split, first, end), samples in zip(spans, drawn, strict=True):
-            path = folder / f"{split}-{first // SHARD_SIZE:05d}.tar"
-            if path not in shards:
-                shards[path] = stack.enter_context(tarfile.open(path, "w", format=tarfile.USTAR_FORMAT))
-            for name, data in samples["members"]:
-                add_member(shards[path], name, data)
-            progress.update(end - first)
+            pool = WorkerPool(draw, iter(spans), workers, threads=1, setting="")
+            drawn = stack.enter_context(contextlib.closing(pool))
+        of_shard = lambda part: (part[0][0], part[0][1] // SHARD_SIZE)
+        for (split, shard), parts in itertools.groupby(zip(spans, drawn, strict=True), of_shard):
+            with tarfile.open(folder / f"{split}-{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+                for (_, first, end), samples in parts:
+                    for name, data in samples["members"]:
+                        add_member(tar, name, data)
+                    progress.update(end - first)
     write_json(folder / MARKER, {"version": VERSION, **options})
 
 

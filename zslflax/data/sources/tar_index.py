@@ -3,9 +3,11 @@
 import collections
 import concurrent.futures
 import contextlib
+import difflib
 import functools
 import hashlib
 import logging
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -74,9 +76,13 @@ def load_index_or_reason(path: str, limits: ReadLimits) -> TarIndex | str | None
 
 
 def raise_missing(missing: Sequence[str], total: int) -> None:
-    """Raises a MissingFileError that names the missing shards, if there are any."""
+    """Raises a MissingFileError that names the missing files, if there are any."""
     if not missing:
         return
+    if total == 1 and not is_remote(missing[0]) and (folder := Path(missing[0]).parent).is_dir():
+        near = difflib.get_close_matches(Path(missing[0]).name, os.listdir(folder), n=3)
+        hint = f"; nearest there: {', '.join(near)}" if near else ""
+        raise MissingFileError(f"there is no file or folder {missing[0]}{hint}")
     names = "".join(f"\n  {without_credentials(path)}" for path in missing[:5])
     names += "\n  …" if len(missing) > 5 else ""
     folders = {Path(path).parent for path in missing if not is_remote(path)}

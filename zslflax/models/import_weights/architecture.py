@@ -7,13 +7,13 @@ from typing import Any
 from zslflax.errors import MissingFileError, UserError, nearest_names
 from zslflax.files import read_json
 from zslflax.models.bert import BertConfig
-from zslflax.models.import_weights.open_clip import OPEN_CLIP_CONFIG, to_hugging_face
+from zslflax.models.import_weights.open_clip import OPEN_CLIP_CONFIG, is_open_clip, to_hugging_face
 
 Values = dict[str, Any]
 
 ROBERTAS = ("roberta", "xlm-roberta", "camembert")  # values of Hugging Face's model_type for one architecture
 MAX_LAYERS = 1024  # a file that says more is refused where it is used
-TWO_TOWERS = ("clip", "siglip")  # values of model_type of models with a text_config and a vision_config
+TWO_TOWERS = ("clip", "siglip", "open_clip")  # values of model_type of models with a text_config and a vision_config
 BERT_SIZES = {  # field of BertConfig: field of a Hugging Face config.json
     "vocab_size": "vocab_size",
     "width": "hidden_size",
@@ -23,14 +23,6 @@ BERT_SIZES = {  # field of BertConfig: field of a Hugging Face config.json
     "positions": "max_position_embeddings",
 }
 DISTILBERT_SIZES = BERT_SIZES | {"width": "dim", "layers": "n_layers", "heads": "n_heads", "hidden": "hidden_dim"}
-VIT_SIZES = {
-    "patch": "patch_size",
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
-}
-CLIP_RESNET_SIZES = {"stages": "resnet_layers", "stem_width": "resnet_width", "heads": "num_attention_heads"}
 # What Hugging Face's classes take where a config.json is silent, as those of CLIP and SigLIP often are.
 CLIP_TEXT_DEFAULTS = {
     "vocab_size": 49_408,
@@ -52,23 +44,6 @@ SIGLIP_TEXT_DEFAULTS = {
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
 }
-CLIP_IMAGE_DEFAULTS = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "image_size": 224,
-    "patch_size": 32,
-    "num_channels": 3,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-SIGLIP_IMAGE_DEFAULTS = CLIP_IMAGE_DEFAULTS | {
-    "patch_size": 16,
-    "hidden_act": "gelu_pytorch_tanh",
-    "layer_norm_eps": 1e-6,
-    "vision_use_head": True,
-}
 
 
 def read_architecture(folder: Path) -> Values:
@@ -76,14 +51,20 @@ def read_architecture(folder: Path) -> Values:
 
     Raises:
         MissingFileError: the folder has neither.
+        UserError: the model of open_clip has an option that is not implemented, or its file is damaged.
     """
+    if is_open_clip(folder):
+        path = folder / OPEN_CLIP_CONFIG
+        try:
+            return to_hugging_face(path)
+        except UserError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path} lacks a field or has one of the wrong type: {error!r}") from error
     path = folder / "config.json"
-    values = read_json(path) if path.is_file() else {}
-    if "model_type" not in values and (folder / OPEN_CLIP_CONFIG).is_file():
-        return to_hugging_face(folder / OPEN_CLIP_CONFIG)
     if not path.is_file():
         raise MissingFileError(f"{folder} has no config.json, which says how large the model is")
-    return values
+    return read_json(path)
 
 
 def tower_values(values: Values, modality: str) -> Values:
@@ -94,9 +75,10 @@ def tower_values(values: Values, modality: str) -> Values:
     """
     if values.get("model_type") not in TWO_TOWERS:
         return values
-    kind = f"{values['model_type']}_{modality}_model"
     section = values.get(f"{modality}_config_dict") or values.get(f"{modality}_config") or {}
-    return {**section, "model_type": kind}
+    if values["model_type"] == "open_clip":  # whose towers have types of their own
+        return section
+    return {**section, "model_type": f"{values['model_type']}_{modality}_model"}
 
 
 def expect_options(values: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -157,7 +139,7 @@ def bert(values: Values) -> Values:
     """Fields of the `BertConfig` of BERT (Devlin et al. 2018, arXiv 1810.04805)."""
     expect_options(values, {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False})
     eps, types = values.get("layer_norm_eps", 1e-12), values.get("type_vocab_size", 2)
-    return pick(values, BERT_SIZES) | {"eps": eps, "types": types}
+    return pick(values, BERT_SIZES) | {"eps": eps, "types": types, "pool": values.get("pooling", "mean")}
 
 
 def roberta(values: Values) -> Values:
@@ -228,43 +210,3 @@ def activation(values: Values) -> str:
     if name not in ("gelu", "gelu_pytorch_tanh", "quick_gelu"):
         raise UserError(f"config.json has hidden_act {name!r}; expected gelu, gelu_pytorch_tanh or quick_gelu")
     return name
-
-
-def vit_architecture(values: Values) -> Values | None:
-    """Returns the fields of the `ViT` that a config.json of CLIP or SigLIP describes; None for another tower.
-
-    Raises:
-        UserError: one of its options is not implemented.
-    """
-    values = tower_values(values, "vision")
-    if values.get("model_type") == "clip_vision_model" and "resnet_layers" not in values:
-        values = CLIP_IMAGE_DEFAULTS | values
-        own = {"patch_bias": False, "pre_norm": True, "pool": "cls"}
-    elif values.get("model_type") == "siglip_vision_model":
-        values = SIGLIP_IMAGE_DEFAULTS | values
-        expect_options(values, {"vision_use_head": True})
-        own = {"class_token": False, "pool": "map"}
-    else:
-        return None
-    expect_options(values, {"num_channels": 3})
-    return pick(values, VIT_SIZES) | own | {"activation": activation(values), "eps": values["layer_norm_eps"]}
-
-
-def clip_resnet_architecture(values: Values) -> Values | None:
-    """Returns the fields of the `ResNet` that a config.json of CLIP describes; None for another tower.
-
-    Raises:
-        UserError: its sizes cannot be those of a ResNet.
-    """
-    values = tower_values(values, "vision")
-    if values.get("model_type") != "clip_vision_model" or "resnet_layers" not in values:
-        return None
-    sizes = pick(values, CLIP_RESNET_SIZES)
-    stages, width, heads = sizes.values()
-    whole = isinstance(stages, list) and all(type(size) is int and size > 0 for size in [*stages, width, heads])
-    if not whole or len(stages) != 4 or sum(stages) > MAX_LAYERS or 32 * width % heads:
-        raise UserError(
-            f"the ResNet has layers {stages}, width {width} and {heads} heads; expected four numbers of layers, of "
-            f"{MAX_LAYERS} at most, and a number of heads that divides 32 · width"
-        )
-    return {"stages": tuple(stages), "bottleneck": True, "stem_width": width, "deep": True, "heads": heads}

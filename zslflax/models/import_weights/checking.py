@@ -21,7 +21,9 @@ HARMLESS_MODEL_ARGS = {"img_size", "num_classes", "dynamic_img_size"}
 BUFFERS = re.compile(r"(.+\.)?(num_batches_tracked|position_ids|token_type_ids|mask_token)")
 
 
-def check_config(folder: Path, tower: str, expected: Mapping[str, Collection[Any]]) -> None:
+def check_config(
+    folder: Path, tower: str, expected: Mapping[str, Collection[Any]], towers: Mapping[str, str] | None = None
+) -> None:
     """Refuses a config.json whose options make another computation of the same weights.
 
     Args:
@@ -29,13 +31,16 @@ def check_config(folder: Path, tower: str, expected: Mapping[str, Collection[Any
         tower: name of the tower, for the message.
         expected: the values of each option with which the tower computes; an option that config.json lacks has its
             default, which is one of these values.
+        towers: names of other towers, by the value of "architecture" with which they compute.
     """
     path = folder / "config.json"
     found = read_json(path) if path.is_file() else {}
     for option, values in expected.items():
         if option in found and found[option] not in values:
             here = " or ".join(map(repr, values))
-            raise UserError(f"{path} has {option} {found[option]!r}, but {tower} here computes with {here}")
+            other = (towers or {}).get(str(found[option])) if option == "architecture" else None
+            instead = f"; set model.image.name={other} for it" if other else ""
+            raise UserError(f"{path} has {option} {found[option]!r}, but {tower} here computes with {here}{instead}")
     unknown = sorted(set(found.get("model_args") or {}) - HARMLESS_MODEL_ARGS)  # of timm
     if unknown:
         raise UserError(f"{path} has model_args that {tower} here does not implement: {', '.join(unknown)}")

@@ -76,7 +76,7 @@ def read_resizing(folder: Path, default: Resizing) -> Resizing:
     path, found = read_processor(folder)
     if not found and (path := folder / OPEN_CLIP_CONFIG).is_file():
         values = read_json(path).get("preprocess_cfg") or {}
-        mode, interpolation = values.get("resize_mode", "shortest"), values.get("interpolation", "bicubic")
+        mode, interpolation = values.get("resize_mode") or "shortest", values.get("interpolation") or "bicubic"
         if mode not in ("shortest", "squash") or interpolation not in ("bicubic", "bilinear"):
             raise UserError(f"{path} has resize_mode {mode!r} and interpolation {interpolation!r}, not implemented")
         return Resizing(default.size, default.size if mode == "shortest" else 0, interpolation)

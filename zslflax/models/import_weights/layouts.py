@@ -215,7 +215,13 @@ def split_block(path: str) -> tuple[int, str]:
 TORCHVISION_RESNET = Layout("layer1.0.conv1.weight", torchvision_resnet)
 HF_RESNET = Layout("embedder.embedder.convolution.weight", hf_resnet)
 TIMM_RESNET_D = Layout("conv1.0.weight", timm_resnet_d)
-TIMM_CONVNEXT = Layout("stem.0.weight", timm_convnext)
+# What models of open_clip have beside their image tower: sizes, which OpenAI's own files have beside the weights, the
+# scale and the bias, and the text tower.
+OPEN_CLIP_SHARED = r"logit_(scale|bias)|(text\.)?attn_mask|input_resolution|context_length|vocab_size"
+OPEN_CLIP_TEXT_TOWER = r"text\..+|transformer\..+|(positional|token)_embedding.*|ln_final\..+|text_projection.*"
+# Beside a tower of timm, the projection as well.
+BESIDE_TRUNK = rf"visual\.head\..+|{OPEN_CLIP_TEXT_TOWER}|{OPEN_CLIP_SHARED}"
+TIMM_CONVNEXT = Layout("stem.0.weight", timm_convnext, BESIDE_TRUNK)
 HF_CONVNEXT = Layout("encoder.stages.0.layers.0.dwconv.weight", hf_convnext)
 TORCHVISION_MOBILENET = Layout("features.1.conv.0.0.weight", torchvision_mobilenet)
 FLAT_MOBILENET = Layout("features.1.conv.0.weight", flat_mobilenet)

@@ -12,13 +12,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from zslflax.errors import UserError
 from zslflax.models.convnext import CONVNEXTS
-from zslflax.models.import_weights.architecture import (
+from zslflax.models.import_weights.architecture import read_architecture, tower_values
+from zslflax.models.import_weights.checking import BUFFERS, check_config, check_names, check_shapes, detect_layout
+from zslflax.models.import_weights.image_architecture import (
     clip_resnet_architecture,
-    read_architecture,
-    tower_values,
+    convnext_architecture,
     vit_architecture,
 )
-from zslflax.models.import_weights.checking import BUFFERS, check_config, check_names, check_shapes, detect_layout
 from zslflax.models.import_weights.layouts import (
     HF_CONVNEXT,
     HF_RESNET,
@@ -68,7 +68,7 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
     """
     if not name:
         return load_described_tower(folder, variables, image_size)
-    check_config(folder, name, expected_options(name))
+    check_config(folder, name, expected_options(name), towers_by_architecture())
     if name in RESNETS:
         return load_variables(folder, variables, (TORCHVISION_RESNET, HF_RESNET))
     if name in RESNET_DS:
@@ -91,19 +91,29 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
 
 
 def load_described_tower(folder: Path, variables: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """Loads the image tower that the folder's config.json describes: CLIP's or SigLIP's."""
+    """Loads the image tower that the folder's config.json describes: that of CLIP, SigLIP or an open_clip model."""
     values = read_architecture(folder)
     if clip_resnet_architecture(values):
         resize = lambda table, layout: resize_positions(table[None], image_size // 32, antialias=False)
         return load_variables(folder, variables, (OPEN_CLIP_RESNET,), {("pool", "position"): resize})
+    if convnext_architecture(values):
+        return load_variables(folder, variables, (TIMM_CONVNEXT,))
     vit = vit_architecture(values)
     assert vit is not None  # or the tower could not have been built
     tokens, side = int(vit.get("class_token", True)), image_size // vit["patch"]
     transforms: dict[tuple[str, ...], Any] = {
-        ("position",): lambda table, layout: resize_positions(table[None], side, antialias=False, tokens=tokens),
-        ("cls_token",): lambda token, layout: token[None, None],
+        ("position",): lambda table, layout: resize_positions(
+            table.reshape(1, *table.shape[-2:]), side, antialias=layout is TIMM_VIT, tokens=tokens
+        ),
+        ("cls_token",): lambda token, layout: token.reshape(1, 1, -1),
     }
-    return load_variables(folder, variables, (HF_CLIP_IMAGE, OPEN_CLIP_IMAGE), transforms)
+    return load_variables(folder, variables, (HF_CLIP_IMAGE, OPEN_CLIP_IMAGE, TIMM_VIT), transforms)
+
+
+def towers_by_architecture() -> dict[str, str]:
+    """Returns the name of the image tower that computes what a value of "architecture" in config.json stands for."""
+    towers = (*RESNETS, *RESNET_DS, *CONVNEXTS, *MOBILENETS)
+    return {value: name for name in towers for value in expected_options(name)["architecture"]}
 
 
 def expected_options(name: str) -> dict[str, tuple[Any, ...]]:

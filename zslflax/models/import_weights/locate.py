@@ -4,7 +4,10 @@ import importlib.util
 import re
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from zslflax.errors import MissingFileError
+from zslflax.models.known import IMAGE_TOWERS, TEXT_ENCODERS
 
 WEIGHTS_ALONE = (
     "A file of weights alone, such as OpenAI's ViT-B-32.pt, needs config.json and the tokenizer of its model beside "
@@ -44,6 +47,24 @@ def locate(name: str) -> Path:
             f"{name!r} is no folder here, and the Hugging Face Hub did not give it. Check the spelling; "
             "where the Hub cannot be reached, copy the model's folder here and name that. "
             f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def locate_weights(config: ConfigDict, modality: str) -> Path:
+    """Returns the folder of a tower's pretrained weights, as `locate`; an error also names the field and a fitting id.
+
+    Args:
+        config: the `model.image` or the `model.text` section, whose `pretrained` is given.
+        modality: "image" or "text".
+    """
+    try:
+        return locate(config.pretrained)
+    except MissingFileError as error:
+        known = TEXT_ENCODERS[0] if modality == "text" else IMAGE_TOWERS[0]
+        known = next((tower for tower in IMAGE_TOWERS if tower.name == config.get("name") and tower.hub_ids), known)
+        raise MissingFileError(
+            f"set model.{modality}.pretrained to a folder with safetensors, or to an id on the Hugging Face Hub, such "
+            f"as {known.hub_ids[0]} ({known.name}). {error}"
         ) from error
 
 

@@ -1,55 +1,141 @@
-"""Models as open_clip publishes them: open_clip_config.json in Hugging Face's terms."""
+"""Models as open_clip publishes them: open_clip_config.json in Hugging Face's terms.
+
+Hugging Face has no such pairs of towers. The model_type is "open_clip", each tower has its own model_type, and these
+fields are of this project: resnet_layers (the blocks in each stage) and resnet_width (the channels after the stem) of
+CLIP's ResNets, pooling of a text encoder, context_length, image_projection, text_projection, projection_hidden and
+logit_bias.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from zslflax.errors import UserError
 from zslflax.files import read_json
+from zslflax.models.import_weights.text_encoders import read_encoder_config
+from zslflax.models.import_weights.timm_towers import timm_fields
+
+Values = dict[str, Any]
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-TEXT_FIELDS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
-IMAGE_FIELDS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"}
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+MODEL_FIELDS = {
+    *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"),
+    *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
+}
+VIT_FIELDS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"}
+TIMM_FIELDS = VIT_FIELDS | {
+    *("timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias"),
+    *("timm_drop", "timm_drop_path"),
+}
+TOKEN_FIELDS = {"context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs"}
+TEXT_FIELDS = TOKEN_FIELDS | {
+    *("width", "heads", "layers", "mlp_ratio", "no_causal_mask", "pool_type", "pad_id", "eos_id"),
+    *("proj_type", "proj_bias", "norm_kwargs", "act_kwargs"),
+}
+HF_FIELDS = TOKEN_FIELDS | {
+    *("width", "heads", "layers", "hf_model_name", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+}
+HF_POOLERS = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "cls"}
+HF_TYPES = ("bert", "roberta", "xlm-roberta")
+CLEANINGS = ("whitespace", "lower", "canonicalize")
 
 
-def to_hugging_face(path: Path) -> dict[str, Any]:
-    """Reads open_clip_config.json of a CLIP as the config.json that Hugging Face's CLIP has.
+def is_open_clip(folder: Path) -> bool:
+    """Whether a folder's model is described by open_clip_config.json, not by a config.json of Hugging Face."""
+    path = folder / "config.json"
+    described = path.is_file() and "model_type" in read_json(path)
+    return not described and (folder / OPEN_CLIP_CONFIG).is_file()
 
-    Hugging Face has no CLIP with a ResNet: the fields resnet_layers, the blocks in each stage, and resnet_width, the
-    channels after the stem, are of this project.
+
+def text_cleaning(folder: Path) -> str:
+    """Returns how open_clip cleans texts before a tokenizer of Hugging Face, one of `CLEANINGS`.
+
+    "" where the folder is not open_clip's, or has CLIP's own tokenizer, which cleans texts itself.
+    """
+    text = read_json(folder / OPEN_CLIP_CONFIG)["model_cfg"]["text_cfg"] if is_open_clip(folder) else {}
+    if not text.get("hf_tokenizer_name"):
+        return ""
+    return (text.get("tokenizer_kwargs") or {}).get("clean", "whitespace")
+
+
+def to_hugging_face(path: Path) -> Values:
+    """Reads open_clip_config.json as the config.json that Hugging Face would have of each tower.
 
     Raises:
-        UserError: the model has other towers, or an option that is not implemented.
+        UserError: the model has a tower or an option that is not implemented.
     """
     model = read_json(path)["model_cfg"]
     image, text = model["vision_cfg"], model["text_cfg"]
-    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"}
-    unknown = [*sorted(model.keys() - known)]
-    unknown += [f"vision_cfg.{field}" for field in sorted(image.keys() - IMAGE_FIELDS)]
-    unknown += [f"text_cfg.{field}" for field in sorted(text.keys() - TEXT_FIELDS)]
-    if unknown:
-        raise UserError(f"{path} has {', '.join(unknown)}, which is not implemented; only CLIP's own towers are")
-    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    is_resnet = isinstance(image.get("layers"), list)
+    check_options(path, model)
+    width, activation = model["embed_dim"], "quick_gelu" if model.get("quick_gelu") else "gelu"
+    hidden = {}
+    if image.get("timm_model_name"):
+        vision_config, image_projection = timm_fields(path, image)
+        hidden["image"] = 2 * width
+    elif isinstance(image.get("layers"), list):
+        vision_config, image_projection = resnet_fields(image), "linear"
+    else:
+        vision_config, image_projection = vit_fields(image, activation), "linear_no_bias"
+    if text.get("hf_model_name"):
+        text_config, text_projection = hf_text_fields(path, text)
+        hidden["text"] = (text_config["hidden_size"] + width) // 2
+    else:
+        text_config, text_projection = text_fields(path, text, activation)
+    kinds = {"image": image_projection, "text": text_projection}
+    widths = {hidden[modality] for modality, kind in kinds.items() if kind == "mlp"}
+    if len(widths) > 1:
+        raise UserError(f"{path} has projections of {widths} hidden channels; only equal numbers are implemented")
     return {
-        "model_type": "clip",
-        "projection_dim": model["embed_dim"],
-        "vision_config": resnet_fields(image) if is_resnet else vit_fields(image, activation),
-        "text_config": {
-            "vocab_size": text.get("vocab_size", 49_408),
-            "hidden_size": text.get("width", 512),
-            "num_hidden_layers": text.get("layers", 12),
-            "num_attention_heads": text.get("heads", 8),
-            "intermediate_size": int(text.get("width", 512) * text.get("mlp_ratio", 4)),
-            "max_position_embeddings": text.get("context_length", 77),
-            "hidden_act": activation,
-        },
+        "model_type": "open_clip",
+        "projection_dim": width,
+        "image_projection": image_projection,
+        "text_projection": text_projection,
+        "projection_hidden": widths.pop() if widths else 0,
+        "logit_bias": model.get("init_logit_bias") is not None,
+        "vision_config": vision_config,
+        "text_config": text_config,
     }
 
 
-def vit_fields(image: dict[str, Any], activation: str) -> dict[str, Any]:
-    """Returns vision_config of a ViT from open_clip's vision_cfg."""
+def check_options(path: Path, model: Values) -> None:
+    """Refuses options of model_cfg that are not implemented, unless they are switched off."""
+    image, text = model["vision_cfg"], model["text_cfg"]
+    sections = (
+        ("", model, MODEL_FIELDS),
+        ("vision_cfg.", image, TIMM_FIELDS if image.get("timm_model_name") else VIT_FIELDS),
+        ("text_cfg.", text, HF_FIELDS if text.get("hf_model_name") else TEXT_FIELDS),
+        ("text_cfg.tokenizer_kwargs.", text.get("tokenizer_kwargs") or {}, {"clean"}),
+        ("text_cfg.norm_kwargs.", text.get("norm_kwargs") or {}, {"eps"}),
+        ("text_cfg.act_kwargs.", text.get("act_kwargs") or {}, {"approximate"}),
+    )
+    unknown = [
+        prefix + field
+        for prefix, section, known in sections
+        for field in sorted(section.keys() - known)
+        if section[field] not in (None, False)
+    ]
+    if unknown:
+        kind = ": it is a CoCa, which writes texts" if "multimodal_cfg" in unknown else ""
+        raise UserError(f"{path} has {', '.join(unknown)}, which is not implemented{kind}")
+    refuse_others(path, text, "hf_pooler_type", *HF_POOLERS, default="mean_pooler")
+    refuse_others(path, text.get("tokenizer_kwargs") or {}, "clean", *CLEANINGS, default="whitespace")
+    refuse_others(path, text.get("act_kwargs") or {}, "approximate", "tanh", "none", default="none")
+
+
+def refuse_others(path: Path, section: Values, field: str, *choices: Any, default: Any) -> Any:
+    """Returns the value of a field, or the default; refuses values other than the choices."""
+    value = section.get(field, default)
+    if value not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise UserError(f"{path} has {field} {value!r}, which is not implemented; expected {expected}")
+    return value
+
+
+def vit_fields(image: Values, activation: str) -> Values:
+    """Returns vision_config of CLIP's ViT from open_clip's vision_cfg."""
     width = image.get("width", 768)
     return {
+        "model_type": "clip_vision_model",
         "hidden_size": width,
         "num_hidden_layers": image.get("layers", 12),
         "num_attention_heads": width // image.get("head_width", 64),
@@ -60,15 +146,53 @@ def vit_fields(image: dict[str, Any], activation: str) -> dict[str, Any]:
     }
 
 
-def resnet_fields(image: dict[str, Any]) -> dict[str, Any]:
-    """Returns vision_config of a ResNet likewise.
+def resnet_fields(image: Values) -> Values:
+    """Returns vision_config of CLIP's ResNet likewise.
 
     >>> resnet_fields({"layers": [3, 4, 6, 3], "width": 64, "image_size": 224})["num_attention_heads"]
     32
     """
     return {
+        "model_type": "clip_vision_model",
         "resnet_layers": image["layers"],
         "resnet_width": image["width"],
         "num_attention_heads": 32 * image["width"] // image.get("head_width", 64),
         "image_size": image.get("image_size", 224),
     }
+
+
+def text_fields(path: Path, text: Values, activation: str) -> tuple[Values, str]:
+    """Returns text_config of CLIP's or SigLIP's text tower from open_clip's text_cfg, and the projection after it."""
+    both_ways = bool(text.get("no_causal_mask"))
+    # CLIP takes the vector of the end token, SigLIP the last one of a text that is padded to its maximal length.
+    refuse_others(path, text, "pool_type", *(("last",) if both_ways else ("argmax", "eos")), default="argmax")
+    if (text.get("act_kwargs") or {}).get("approximate") == "tanh":
+        activation = "gelu_pytorch_tanh"
+    kind = refuse_others(path, text, "proj_type", "linear", "none", default="linear")
+    width = text.get("width", 512)
+    fields = {
+        "model_type": "siglip_text_model" if both_ways else "clip_text_model",
+        "vocab_size": text.get("vocab_size", 49_408),
+        "hidden_size": width,
+        "num_hidden_layers": text.get("layers", 12),
+        "num_attention_heads": text.get("heads", 8),
+        "intermediate_size": int(width * text.get("mlp_ratio", 4)),
+        "max_position_embeddings": text.get("context_length", 77),
+        "hidden_act": activation,
+        "layer_norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
+    }
+    return fields, "linear_no_bias" if kind == "linear" and not text.get("proj_bias") else kind
+
+
+def hf_text_fields(path: Path, text: Values) -> tuple[Values, str]:
+    """Returns text_config of a text encoder that open_clip takes from Hugging Face, and the projection after it."""
+    config = read_encoder_config(path.parent, text["hf_model_name"])
+    if config.get("model_type") not in HF_TYPES:
+        raise UserError(
+            f"{path} has hf_model_name {text['hf_model_name']!r} of model_type {config.get('model_type')!r}, which is "
+            f"not implemented; expected {', '.join(HF_TYPES)}"
+        )
+    kind = refuse_others(path, text, "hf_proj_type", "linear", "mlp", None, default="mlp")
+    pooling = HF_POOLERS[text.get("hf_pooler_type", "mean_pooler")]
+    own = {"pooling": pooling, "context_length": text.get("context_length", 77)}
+    return config | own, {"linear": "linear_no_bias", None: "none"}.get(kind, kind)

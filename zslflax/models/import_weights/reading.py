@@ -10,6 +10,7 @@ import numpy as np
 
 from zslflax.errors import MissingFileError
 from zslflax.files import open_tensors, read_json
+from zslflax.models.import_weights.open_clip import OPEN_CLIP_WEIGHTS, is_open_clip
 
 PYTORCH_FILES = ("*.bin", "*.pth", "*.pt", "*.pth.tar", "*.ckpt")
 CONVERT = (
@@ -52,7 +53,9 @@ def find_tensors(folder: Path) -> dict[str, TensorLocation]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a folder: those of its index, model.safetensors, or the only one."""
+    """Returns the safetensors of a folder: open_clip's, those of its index, model.safetensors, or the only one."""
+    if (folder / OPEN_CLIP_WEIGHTS).is_file() and is_open_clip(folder):  # beside it, timm's copy of the image tower
+        return [folder / OPEN_CLIP_WEIGHTS]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         paths = sorted({folder / file for file in read_json(index)["weight_map"].values()})

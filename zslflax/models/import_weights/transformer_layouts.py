@@ -6,7 +6,15 @@ CLIP's ResNet stands beside its other towers.
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from zslflax.models.import_weights.layouts import Layout, Names, clip_resnet, rename_module
+from zslflax.models.import_weights.layouts import (
+    BESIDE_TRUNK,
+    OPEN_CLIP_SHARED,
+    OPEN_CLIP_TEXT_TOWER,
+    Layout,
+    Names,
+    clip_resnet,
+    rename_module,
+)
 
 HF_VIT_NAMES = {
     "patch_embed": "embeddings.patch_embeddings.projection",
@@ -105,12 +113,14 @@ MODERNBERT_NAMES = {
 }
 
 
-def timm_vit(path: str) -> str:
+def timm_vit(path: str) -> Names:
     """Returns timm's name of a ViT's module.
 
-    >>> timm_vit("block_3/attention/qkv")
-    'blocks.3.attn.qkv'
+    >>> timm_vit("block_3/attention/qkv"), timm_vit("pool/mlp/fc1"), timm_vit("pool/attention/qkv")
+    ('blocks.3.attn.qkv', 'attn_pool.mlp.fc1', ('attn_pool.q', 'attn_pool.kv'))
     """
+    if path == "pool/attention/qkv":
+        return "attn_pool.q", "attn_pool.kv"
     names = {
         "patch_embed": "patch_embed.proj",
         "position": "pos_embed",
@@ -118,6 +128,11 @@ def timm_vit(path: str) -> str:
         "attention/out": "attn.proj",
         "layer_scale1/scale": "ls1.gamma",
         "layer_scale2/scale": "ls2.gamma",
+        "pool/probe": "attn_pool.latent",
+        "pool/attention/out": "attn_pool.proj",
+        "pool/norm": "attn_pool.norm",
+        "pool/mlp/fc1": "attn_pool.mlp.fc1",
+        "pool/mlp/fc2": "attn_pool.mlp.fc2",
     }
     path = rename_module(path, names).replace("block_", "blocks.")
     return path.replace("attention/", "attn.").replace("/", ".")
@@ -181,7 +196,7 @@ def named(names: Mapping[str, str], layers: str, parts: Sequence[str] = ("q", "k
     return partial(transformer_name, names=names, layers=layers, parts=parts)
 
 
-TIMM_VIT = Layout("patch_embed.proj.weight", timm_vit)
+TIMM_VIT = Layout("patch_embed.proj.weight", timm_vit, BESIDE_TRUNK)
 HF_VIT = Layout("embeddings.patch_embeddings.projection.weight", hf_vit)
 HF_DINOV2 = Layout("embeddings.patch_embeddings.projection.weight", hf_dinov2)
 PROJECTIONS = r"(visual|text)_projection\.weight|logit_(scale|bias)"  # of CLIP and SigLIP
@@ -191,30 +206,31 @@ HF_CLIP_IMAGE = Layout(
 HF_CLIP_TEXT = Layout(
     "embeddings.token_embedding.weight", named(CLIP_TEXT_NAMES, "encoder.layers"), rf"vision_model\..+|{PROJECTIONS}"
 )
-# Sizes, which OpenAI's own files have beside the weights, and what both towers share.
-OPEN_CLIP_OTHERS = r"|logit_(scale|bias)|attn_mask|input_resolution|context_length|vocab_size"
-OPEN_CLIP_TEXT_TOWER = r"transformer\..+|(positional|token)_embedding.*|ln_final\..+|text_projection"
 OPEN_CLIP_IMAGE = Layout(
     "ln_pre.weight",
     named(OPEN_CLIP_IMAGE_NAMES, "transformer.resblocks"),
-    OPEN_CLIP_TEXT_TOWER + r"|(visual\.)?proj" + OPEN_CLIP_OTHERS,
+    rf"{OPEN_CLIP_TEXT_TOWER}|(visual\.)?proj|{OPEN_CLIP_SHARED}",
 )
 OPEN_CLIP_RESNET = Layout(
     "attnpool.positional_embedding",
     clip_resnet,
-    OPEN_CLIP_TEXT_TOWER + r"|(visual\.)?attnpool\.c_proj\..+" + OPEN_CLIP_OTHERS,
+    rf"{OPEN_CLIP_TEXT_TOWER}|(visual\.)?attnpool\.c_proj\..+|{OPEN_CLIP_SHARED}",
 )
 OPEN_CLIP_TEXT = Layout(
     "ln_final.weight",
     named(OPEN_CLIP_TEXT_NAMES, "transformer.resblocks"),
-    r"visual\..+|text_projection" + OPEN_CLIP_OTHERS,
+    rf"visual\..+|(text\.)?text_projection.*|{OPEN_CLIP_SHARED}",
 )
 WORDS = "embeddings.word_embeddings.weight"
-HF_BERT = Layout(WORDS, named(BERT_NAMES, "encoder.layer", ("query", "key", "value")))
+HF_BERT = Layout(
+    WORDS,
+    named(BERT_NAMES, "encoder.layer", ("query", "key", "value")),
+    rf"visual\..+|text\.proj\..+|{OPEN_CLIP_SHARED}",  # in a model of open_clip
+)
 TEXT_LAYOUTS = {  # by model_type in config.json; others have those of BERT
     "mpnet": (Layout(WORDS, named(MPNET_NAMES, "encoder.layer")),),
     "distilbert": (Layout(WORDS, named(DISTILBERT_NAMES, "transformer.layer")),),
     "modernbert": (Layout("embeddings.tok_embeddings.weight", named(MODERNBERT_NAMES, "layers")),),
     "clip_text_model": (HF_CLIP_TEXT, OPEN_CLIP_TEXT),
-    "siglip_text_model": (HF_CLIP_TEXT,),
+    "siglip_text_model": (HF_CLIP_TEXT, OPEN_CLIP_TEXT),
 }

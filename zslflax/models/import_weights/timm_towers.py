@@ -1,0 +1,96 @@
+"""Image towers that open_clip takes from timm: their names there, in Hugging Face's terms."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zslflax.errors import UserError
+
+VIT_NAME = re.compile(r"vit_(?P<size>[a-z0-9]+)_patch(?P<patch>\d+)_(?P<siglip>siglip_)?(?P<image>\d+)")
+VIT_SIZES = {  # width, depth, heads, width inside the perceptrons
+    "tiny": (192, 12, 3, 768),
+    "small": (384, 12, 6, 1536),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "huge": (1280, 32, 16, 5120),
+}
+SIGLIP_SIZES = {
+    "base": VIT_SIZES["base"],
+    "large": VIT_SIZES["large"],
+    "so400m": (1152, 27, 16, 4304),
+    "giantopt": (1536, 40, 16, 6144),
+}
+# SigLIPs with the approximate GELU, as they were trained; timm gives the others the exact one.
+TANH = re.compile(r"vit_(base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt_patch16).*")
+# The ways to pool, by the value of timm_pool; "" is timm's default of the tower.
+VIT_POOLS = {"": "cls", "token": "cls", "avg": "mean"}
+SIGLIP_POOLS = {"map": "map"}
+CONVNEXT_POOLS = {"": "avg", "avg": "avg"}
+
+
+def timm_fields(path: Path, image: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Returns vision_config of a tower that timm names, and the kind of projection after it.
+
+    The model_types timm_vit and timm_convnext are of this project.
+
+    Args:
+        path: of open_clip_config.json, for messages.
+        image: its vision_cfg.
+
+    Raises:
+        UserError: the tower, its pooling or its projection is not implemented.
+    """
+    from zslflax.models.convnext import CONVNEXTS  # imports JAX, which the processes that prepare data do without
+
+    name, pool = image["timm_model_name"].partition(".")[0], image.get("timm_pool", "avg")
+    projection = image.get("timm_proj", "linear")
+    match = VIT_NAME.fullmatch(name)
+    siglip = bool(match and match["siglip"])
+    if name in CONVNEXTS:
+        pools, fields = CONVNEXT_POOLS, convnext_fields(*CONVNEXTS[name])
+    elif match and match["size"] in (SIGLIP_SIZES if siglip else VIT_SIZES):
+        pools, fields = (SIGLIP_POOLS, siglip_fields(match)) if siglip else (VIT_POOLS, vit_fields(match))
+    else:
+        raise UserError(
+            f"{path} has vision_cfg.timm_model_name {name!r}, which is not implemented; expected a ViT such as "
+            f"vit_base_patch16_224, a SigLIP such as vit_base_patch16_siglip_224, or {', '.join(CONVNEXTS)}"
+        )
+    if pool not in pools or projection not in (("none", "linear", "mlp") if siglip else ("linear", "mlp")):
+        raise UserError(
+            f"{path} has timm_pool {pool!r} and timm_proj {projection!r}, which is not implemented for {name}; "
+            f"expected the pool {' or '.join(map(repr, pools))} and a projection linear or mlp"
+        )
+    if projection == "linear" and not image.get("timm_proj_bias"):
+        projection = "linear_no_bias"
+    return fields | {"pooling": pools[pool], "image_size": image.get("image_size", 224)}, projection
+
+
+def vit_fields(match: re.Match[str]) -> dict[str, Any]:
+    """Returns the fields of a ViT of timm from its name."""
+    return {"model_type": "timm_vit", "hidden_act": "gelu"} | transformer_fields(match, VIT_SIZES)
+
+
+def siglip_fields(match: re.Match[str]) -> dict[str, Any]:
+    """Returns the fields of SigLIP's ViT in timm from its name."""
+    act = "gelu_pytorch_tanh" if TANH.fullmatch(match[0]) else "gelu"
+    return {"model_type": "siglip_vision_model", "hidden_act": act} | transformer_fields(match, SIGLIP_SIZES)
+
+
+def transformer_fields(match: re.Match[str], sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Returns the sizes of a ViT from its name, with a table of those that each name stands for."""
+    width, depth, heads, hidden = sizes[match["size"]]
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "intermediate_size": hidden,
+        "patch_size": int(match["patch"]),
+        "layer_norm_eps": 1e-6,
+    }
+
+
+def convnext_fields(depths: tuple[int, ...], widths: tuple[int, ...], eps: float) -> dict[str, Any]:
+    """Returns the fields of a ConvNeXt from its blocks and channels in each stage and the epsilon of its norms."""
+    sizes = {"depths": list(depths), "hidden_sizes": list(widths)}
+    return {"model_type": "timm_convnext", "layer_norm_eps": eps} | sizes
