@@ -81,7 +81,7 @@ def choose_cpu_devices(cores: float, *batch_sizes: int) -> int:
     """How many devices a CPU is divided into for training: one for each core, at most `MAX_CPU_DEVICES`.
 
     XLA computes much of a step by one core only, all convolutions with jax 0.10. On a device for each of two cores, a
-    step of the quick start takes 0.72 of the time that it takes on one device.
+    step of the quick start takes 0.61 of the time that it takes on one device.
 
     >>> choose_cpu_devices(2, 128, 512), choose_cpu_devices(16, 128, 512), choose_cpu_devices(4, 126, 512)
     (2, 4, 2)
