@@ -137,7 +137,7 @@ def test_the_number_of_parameters_is_the_published_one(tmp_path, name):
         ({"layers": [1, 2, 1]}, r"layers \[1, 2, 1\], .*; expected four numbers of layers"),
         ({"layers": [1, 2, 10**9, 1]}, "expected four numbers of layers, of 1024 at most"),
         ({"head_width": 100}, "and 5 heads; .* a number of heads that divides"),
-        ({"width": "16"}, "field of the wrong type"),
+        ({"width": "16"}, "lacks a field or has one of the wrong type"),
         ({"image_size": 80}, "80 × 80 pixels: expected multiples of 32"),
         ({"width": 24}, "other shapes than the tower"),
     ],
