@@ -31,12 +31,14 @@ class NonFiniteError(UserError, FloatingPointError):
     """The loss, the gradient or the update of a step is not finite."""
 
 
-def nearest_names(name: str, choices: Iterable[str], count: int = 1) -> str:
+def nearest_names(name: str, choices: Iterable[str], count: int = 1, cutoff: float = 0.0) -> str:
     """The `count` choices that are most similar to a name, separated by commas, for error messages.
 
     >>> nearest_names("lerning_rate", ["batch_size", "learning_rate", "steps"])
     'learning_rate'
     >>> nearest_names("vit_b61", ["resnet50", "vit_s16", "vit_b16"], count=2)
     'vit_b16, vit_s16'
+
+    Choices whose similarity, from 0 to 1, is below `cutoff` are left out.
     """
-    return ", ".join(difflib.get_close_matches(str(name), list(choices), n=count, cutoff=0.0))
+    return ", ".join(difflib.get_close_matches(str(name), list(choices), n=count, cutoff=cutoff))

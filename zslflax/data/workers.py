@@ -97,7 +97,7 @@ class WorkerPool:
     The arrays of a chunk lie in shared memory that is used again: they are valid until the next chunk is taken.
 
     Args:
-        load: turns a chunk's samples into a dict of arrays and other values. It is pickled.
+        load: turns a chunk's samples into what is yielded, such as a dict of arrays. It is pickled.
         chunks: the samples of each chunk.
         workers: processes.
         threads: in each worker, each of which loads a chunk at a time.

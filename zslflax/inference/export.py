@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
@@ -61,7 +62,7 @@ def export_model(
     """Writes a model into a new folder, as `Predictor.export` describes it, with its errors.
 
     Args:
-        model: what is written.
+        model: what is written; its arrays may be on devices.
         tokenizer: with which it was trained; None for a classifier.
         folder, onnx, facts: as in `Predictor.export`.
     """
@@ -78,7 +79,7 @@ def export_model(
     if tokenizer is not None:
         save_text_encoder(config, tokenizer, folder / TEXT_FOLDER)
     save_image_encoder(config, folder / IMAGE_FOLDER)
-    save_model(folder, config, variables, step, model_card(config, step, facts, onnx))
+    save_model(folder, config, jax.device_get(variables), step, model_card(config, step, facts, onnx))
     if onnx:
         export_onnx(config, variables, folder)
 

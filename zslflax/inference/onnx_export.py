@@ -139,14 +139,11 @@ def clip_between_constants(graph: Any) -> None:
     scalars = {constant.name for constant in graph.initializer if not constant.dims}
     uses = collections.Counter(name for node in graph.node for name in node.input)
     makers = {node.output[0]: node for node in graph.node if node.op_type == "Max" and uses[node.output[0]] == 1}
-    for node in graph.node:
+    for node in list(graph.node):
         inner = makers.get(node.input[0]) if node.op_type == "Min" else None
         if inner is not None and {inner.input[1], node.input[1]} <= scalars:
             node.op_type, node.input[:] = "Clip", [inner.input[0], inner.input[1], node.input[1]]
-            inner.op_type, inner.input[:], inner.output[:] = "", [], []
-    kept = [node for node in graph.node if node.op_type]
-    del graph.node[:]
-    graph.node.extend(kept)
+            graph.node.remove(inner)
 
 
 def check_session(

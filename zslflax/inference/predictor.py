@@ -138,8 +138,7 @@ class Predictor:
             StorageError: the folder cannot be made.
             MissingLibraryError: a library that `onnx` needs is not installed.
         """
-        saved = SavedModel(self.config, jax.device_get(self.variables), self.step)
-        export_model(saved, self.tokenizer, folder, onnx, facts)
+        export_model(SavedModel(self.config, self.variables, self.step), self.tokenizer, folder, onnx, facts)
 
     def encode_image(self, images: Images) -> np.ndarray:
         """Embeds images, as unit vectors fp32 [b, d].

@@ -201,15 +201,15 @@ def write_shards(folder: Path, options: dict[str, Any], workers: int) -> None:
         progress = stack.enter_context(
             tqdm(total=total, desc="writing shapes", unit="image", disable=None, leave=False)
         )
-        drawn: Iterable[dict[str, Any]] = map(draw, spans)
+        drawn: Iterable[list[tuple[str, bytes]]] = map(draw, spans)
         if workers:
             pool = WorkerPool(draw, iter(spans), workers, threads=1, setting="")
             drawn = stack.enter_context(contextlib.closing(pool))
         of_shard = lambda part: (part[0][0], part[0][1] // SHARD_SIZE)
         for (split, shard), parts in itertools.groupby(zip(spans, drawn, strict=True), of_shard):
             with tarfile.open(folder / f"{split}-{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-                for (_, first, end), samples in parts:
-                    for name, data in samples["members"]:
+                for (_, first, end), members in parts:
+                    for name, data in members:
                         add_member(tar, name, data)
                     progress.update(end - first)
     write_json(folder / MARKER, {"version": VERSION, **options})
@@ -237,7 +237,7 @@ def shard_spans(split: str, total: int) -> Iterator[tuple[str, int, int]]:
 
 def draw_samples(
     options: dict[str, Any], caption_owners: dict[int, int], shard_size: int, span: tuple[str, int, int]
-) -> dict[str, list[tuple[str, bytes]]]:
+) -> list[tuple[str, bytes]]:
     """Draws some samples of a split.
 
     Args:
@@ -247,10 +247,10 @@ def draw_samples(
         span: the split, the first sample and the end.
 
     Returns:
-        {"members": [(name in the shard, contents)]}.
+        The members of the shard: (name, contents).
     """
     (split, first, end), seed, size = span, options["seed"], options["size"]
-    members = []
+    members: list[tuple[str, bytes]] = []
     for i in range(first, end):
         image = describe_image(seed, split, i)
         owner = caption_owners.get(i) if split == "train" else None
@@ -272,7 +272,7 @@ def draw_samples(
         members.append((f"{key}.json", json.dumps(fields).encode()))
         if split == "test":
             members.append((f"{key}.cls", " ".join(str(shape.label) for shape in image.shapes).encode()))
-    return {"members": members}
+    return members
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import contextlib
-import difflib
 import functools
 import hashlib
 import logging
@@ -24,7 +23,7 @@ from zslflax.data.remote_files import Fingerprint, has_version
 from zslflax.data.retries import DEFAULT_LIMITS, ReadLimits, with_retries
 from zslflax.data.sources.index_file import TarIndex, is_consistent, read_index, write_index
 from zslflax.data.sources.tar_format import BLOCK, SPARSE, iter_members
-from zslflax.errors import MissingFileError, MissingLibraryError, StorageError, UserError
+from zslflax.errors import MissingFileError, MissingLibraryError, StorageError, UserError, nearest_names
 from zslflax.files import cache_folder
 
 log = logging.getLogger("zslflax")
@@ -80,8 +79,8 @@ def raise_missing(missing: Sequence[str], total: int) -> None:
     if not missing:
         return
     if total == 1 and not is_remote(missing[0]) and (folder := Path(missing[0]).parent).is_dir():
-        near = difflib.get_close_matches(Path(missing[0]).name, os.listdir(folder), n=3)
-        hint = f"; nearest there: {', '.join(near)}" if near else ""
+        near = nearest_names(Path(missing[0]).name, os.listdir(folder), 3, cutoff=0.6)
+        hint = f"; nearest there: {near}" if near else ""
         raise MissingFileError(f"there is no file or folder {missing[0]}{hint}")
     names = "".join(f"\n  {without_credentials(path)}" for path in missing[:5])
     names += "\n  …" if len(missing) > 5 else ""
