@@ -112,26 +112,35 @@ def test_variables_that_describe_no_process_are_refused(monkeypatch, address, co
     assert distributed.read_process_variables() == ("h.example:80", 2, 1)
 
 
+def count_devices(chosen, before="", paths=()):
+    """The number of devices that a new process has after `initialize` was asked for two.
+
+    Args:
+        chosen: environment variables that say which devices there are.
+        before: statements before it.
+        paths: folders to import from first.
+    """
+    chooses = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_PLATFORMS")
+    environment = {name: value for name, value in os.environ.items() if name not in chooses} | chosen
+    environment["PYTHONPATH"] = os.pathsep.join([*map(str, paths), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    program = f"import jax; {before}from zslflax import distributed; distributed.initialize('', 2); "
+    command = [sys.executable, "-c", program + "print(jax.device_count())"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
 @pytest.mark.parametrize(
     "chosen, devices",
     [({}, 2), ({"JAX_NUM_CPU_DEVICES": "3"}, 3), ({"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}, 1)],
 )
 def test_a_cpu_is_divided_unless_the_environment_chooses(chosen, devices):
-    program = "from zslflax import distributed; import jax; distributed.initialize('', 2); print(jax.device_count())"
-    own = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=own | {"JAX_PLATFORMS": "cpu"} | chosen, capture_output=True, text=True
-    )
-    assert done.stdout.split() == [str(devices)], done.stderr
+    assert count_devices({"JAX_PLATFORMS": "cpu"} | chosen) == devices
 
 
 def test_jax_keeps_the_devices_that_it_has_started_with():
     """As where a config file counts the devices."""
-    program = "import jax; jax.device_count(); from zslflax.distributed import initialize; initialize('', 2); "
-    own = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
-    command = [sys.executable, "-c", program + "print(jax.device_count())"]
-    done = subprocess.run(command, env=own | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert done.stdout.split() == ["1"], done.stderr
+    assert count_devices({"JAX_PLATFORMS": "cpu"}, before="jax.device_count(); ") == 1
 
 
 def test_devices_of_a_cpu_wait_for_each_other_and_order_their_collectives(monkeypatch):
@@ -150,15 +159,8 @@ def test_devices_of_a_cpu_wait_for_each_other_and_order_their_collectives(monkey
 
 def test_a_cpu_beside_gpus_is_not_divided(tmp_path):
     (tmp_path / "jax_plugins").mkdir()  # the namespace of the libraries of GPUs
-    program = "from zslflax import distributed; import jax; distributed.initialize('', 2); print(jax.device_count())"
-    own = {
-        name: v for name, v in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_PLATFORMS")
-    }
-    paths = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    for platforms, devices in (({}, "1"), ({"JAX_PLATFORMS": "cpu"}, "2")):
-        environment = own | {"PYTHONPATH": paths} | platforms
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-        assert done.stdout.split() == [devices], done.stderr
+    assert count_devices({}, paths=[tmp_path]) == 1
+    assert count_devices({"JAX_PLATFORMS": "cpu"}, paths=[tmp_path]) == 2
 
 
 def test_no_more_devices_are_chosen_than_batches_divide_among():
