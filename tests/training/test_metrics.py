@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import select
 import struct
 import sys
 import termios
@@ -75,20 +76,28 @@ def test_a_figure_that_cannot_be_read_is_left_out_with_a_warning(tmp_path, caplo
 
 def test_the_bar_moves_from_the_first_step_in_a_terminal_of_unknown_width(tmp_path, monkeypatch):
     ours, theirs = os.openpty()  # its width is 0
-    os.set_blocking(ours, False)
     with open(theirs, "w", buffering=1) as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         with contextlib.closing(Reporter(tmp_path, 0, 1_000)) as reporter:
             reporter.bar.mininterval = 0
             reporter.step(1)
-            shown = os.read(ours, 1 << 16).decode()
+            shown = read_terminal(ours, "| 1/1000")
             fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
             reporter.step(3)
-            narrower = os.read(ours, 1 << 16).decode()
+            narrower = read_terminal(ours, "| 3/1000")
     os.close(ours)
-    assert "| 1/1000" in shown and "| 3/1000" in narrower
     widths = [max(len(line.rstrip()) for line in text.split("\r")) for text in (shown, narrower)]
     assert 70 < widths[0] <= 80 and 40 < widths[1] <= 50
+
+
+def read_terminal(descriptor, until):
+    """What a terminal shows up to the end of a line with `until`: the kernel may hand it over in parts, and late."""
+    shown = b""
+    while until.encode() not in shown or not shown.endswith(b"]"):
+        ready, _, _ = select.select([descriptor], [], [], 60)
+        assert ready, f"no {until!r} within 60 s in {shown!r}"
+        shown += os.read(descriptor, 1 << 16)
+    return shown.decode()
 
 
 def test_a_reporter_that_is_not_active_writes_nothing(tmp_path):
