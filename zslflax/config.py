@@ -64,11 +64,12 @@ def model_fields() -> ConfigDict:
     c.class_names = ()
     c.image = ConfigDict()
     # Tower: resnet18|34|50|101|12|_nano, resnet18d|34d|50d|101d, convnext_tiny|_small|_base|_large, mobilenet_v2,
-    # efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4, dinov2_s14|_b14|_l14, dinov2_s14_reg|…; "": the one that
-    # config.json of image.pretrained describes, CLIP's or SigLIP's.
+    # efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4, dinov2_s14|_b14|_l14, dinov2_s14_reg|…,
+    # dinov3_s16|_s16_plus|_b16|_l16|_h16_plus; "": the one that the files of image.pretrained describe,
+    # CLIP's, SigLIP's or open_clip's.
     c.image.name = "resnet50"
     # Output of a ViT: cls (the class token) | mean (of the patches) | cls_mean (both, dino.txt) | map (SigLIP's
-    # attention pool); "": the tower's own.
+    # attention pool) | cls_map (PE-Core's, of the class token too); "": the tower's own.
     c.image.pool = ""
     # Weights in safetensors format: a folder, package:MODULE/FOLDER, or a Hugging Face Hub id; "" for random weights.
     c.image.pretrained = ""

@@ -14,6 +14,7 @@ from tests.testing.open_clip import (
     DEPTHS,
     EMBED_DIM,
     EPS,
+    EVA_SIZE,
     MEAN,
     MODELS,
     SIZE,
@@ -65,6 +66,11 @@ def unit(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
+def timm_sizes(size, side=SIZE):
+    width, depth, heads, hidden = size
+    return {"img_size": side, "embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": hidden / width}
+
+
 def build_original(require, monkeypatch, name, folder, **preparation):
     """Builds a small model of open_clip with random weights and saves it as open_clip does.
 
@@ -76,11 +82,11 @@ def build_original(require, monkeypatch, name, folder, **preparation):
     open_clip = pytest.importorskip("open_clip", exc_type=ImportError)
     push, timm_model = require("open_clip.push_to_hf_hub"), require("open_clip.timm_model")
     use_small_towers(monkeypatch)
-    width, depth, heads, hidden = VIT_SIZE
-    vit = {"img_size": SIZE, "embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": hidden / width}
-    sizes = {"vit": vit, "con": {"depths": DEPTHS, "dims": WIDTHS, "norm_eps": EPS}}
+    vit, eva = timm_sizes(VIT_SIZE), timm_sizes(EVA_SIZE)
+    sizes = {"vit_ba": vit, "vit_so": vit, "vit_pe": eva, "eva02_": eva}
+    sizes["convne"] = {"depths": DEPTHS, "dims": WIDTHS, "norm_eps": EPS}
     create = timm_model.timm.create_model
-    monkeypatch.setattr(timm_model.timm, "create_model", lambda name, **k: create(name, **k, **sizes[name[:3]]))
+    monkeypatch.setattr(timm_model.timm, "create_model", lambda name, **k: create(name, **k, **sizes[name[:6]]))
     folder.mkdir()
     monkeypatch.chdir(folder)
     config = write_inputs(require, name, folder)
@@ -119,6 +125,39 @@ def test_embeddings_and_tokens_agree_with_open_clip(require, monkeypatch, tmp_pa
     objective = predictor.variables["params"]["objective"]
     np.testing.assert_allclose(objective["log_logit_scale"], original.logit_scale.item(), rtol=1e-6)
     assert ("logit_bias" in objective) == (original.logit_bias is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "pool"),
+    [
+        ("eva_giant_patch14_224", "token"),
+        ("eva02_large_patch14_clip_224", "token"),
+        ("vit_pe_core_large_patch14_336", "map"),
+        ("vit_pe_core_gigantic_patch14_448", "map"),
+    ],
+)
+def test_images_of_another_size_agree_with_timm(require, monkeypatch, tmp_path, name, pool):
+    torch, library = require("torch"), pytest.importorskip("timm", exc_type=ImportError)
+    use_small_towers(monkeypatch)
+    torch.manual_seed(0)
+    original = library.create_model(name, num_classes=0, global_pool=pool, **timm_sizes(EVA_SIZE, side=56)).eval()
+    with torch.no_grad():
+        for value in original.parameters():
+            value.add_(torch.randn_like(value) * (0.3 if value.ndim > 2 else 0.15))
+    weights = {f"visual.trunk.{n}": x for n, x in original.state_dict().items()}
+    require("safetensors.torch").save_file(weights, tmp_path / "open_clip_model.safetensors")
+    model = {"embed_dim": 64, "vision_cfg": timm(name, pool, None) | {"image_size": 56}, "text_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    tower = ViT(**vit_architecture(read_architecture(tmp_path)))
+    for size in (56, 84):
+        original.set_input_size(img_size=(size, size))
+        images = np.random.default_rng(0).normal(size=(3, size, size, 3)).astype(np.float32)
+        with torch.no_grad():
+            expected = original(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+        shapes = jax.eval_shape(tower.init, jax.random.key(0), images)
+        ours = jax.jit(tower.apply)(load_image_tower(tmp_path, "", shapes, size), images)
+        assert expected.std(axis=0).max() > 0.05
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["siglip2", "roberta", "convnext"])
@@ -199,13 +238,20 @@ PARAMETERS = {  # of timm's models without a classifier
     "vit_tiny_patch16_224": 5_717_416 - 193_000,
     "vit_base_patch16_224": 86_567_656 - 769_000,
     "vit_huge_patch14_224": 632_045_800 - 1_281_000,
+    "eva_giant_patch14_224": 1_011_146_112,
+    "eva02_base_patch16_clip_224": 85_869_312,
+    "eva02_large_patch14_clip_336": 303_645_632,
+    "vit_pe_core_tiny_patch16_384": 6_042_240,
+    "vit_pe_core_base_patch16_224": 92_886_528,
+    "vit_pe_core_gigantic_patch14_448": 1_880_066_560,
 }
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_number_of_parameters_is_that_of_timm(name):
-    pool, size = ("map" if "siglip" in name else "token"), int(name.rpartition("_")[2])
-    vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": "linear", "image_size": size}
+    pool = "map" if "siglip" in name or "pe_core" in name else "token"
+    size, projection = int(name.rpartition("_")[2]), None if "eva" in name or "pe_core" in name else "linear"
+    vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": projection, "image_size": size}
     values, _ = timm_fields(Path("open_clip_config.json"), vision)
     fields, counts = vit_architecture(values), {}
     for depth in (1, 2):  # each further block adds the same
@@ -222,13 +268,17 @@ VISION, SIGLIP = {"layers": 12, "patch_size": 32}, MODELS["siglip"]["vision_cfg"
     ("change", "message"),
     [
         (
-            {"vision_cfg": timm("eva02_base_patch16_clip_224", "token", None)},
-            "timm_model_name 'eva02_base_patch16_clip",
+            {"vision_cfg": timm("eva02_enormous_patch14_clip_224", "token", None)},
+            "timm_model_name 'eva02_enormous_patch14",
         ),
         ({"vision_cfg": timm("vit_base_mci_224", "token", None)}, "timm_model_name 'vit_base_mci_224'"),
         ({"vision_cfg": timm("fastvit_mci2", "avg", None)}, "timm_model_name 'fastvit_mci2'"),
         ({"vision_cfg": timm("vitamin_large_256", "", "linear")}, "timm_model_name 'vitamin_large_256'"),
         ({"vision_cfg": timm("vit_base_patch16_224", "token", None)}, "timm_pool 'token' and timm_proj None"),
+        (
+            {"vision_cfg": timm("eva02_base_patch16_clip_224", "avg", None)},
+            "expected the pool 'token' and no projection",
+        ),
         ({"vision_cfg": SIGLIP | {"timm_pool": "avg"}}, "timm_pool 'avg' and .* expected the pool 'map'"),
         ({"vision_cfg": VISION | {"no_ln_pre": True, "output_tokens": False}}, "has vision_cfg.no_ln_pre, which"),
         ({"vision_cfg": VISION | {"image_size": 10**12}}, "open_clip_config.json has model.image.size .*1 to 4,096"),

@@ -10,9 +10,10 @@ import pytest
 from tests.testing.training import make_config
 from zslflax.errors import UserError
 from zslflax.models.build import build_classifier, build_two_tower
-from zslflax.models.import_weights.load import load_image_tower, load_variables, resize_positions
+from zslflax.models.import_weights.load import load_image_tower, load_variables
+from zslflax.models.import_weights.positions import resize_positions
 from zslflax.models.import_weights.transformer_layouts import HF_VIT, TIMM_VIT
-from zslflax.models.vit import VITS, ViT, drop_patches, interpolate_positions
+from zslflax.models.vit import VITS, ViT, interpolate_positions, kept_patches
 
 PATCH, WIDTH, DEPTH, HEADS = 8, 32, 3, 4
 PARAMETERS = {  # of timm's models for 224 pixels without their classifier of 1,000 classes
@@ -263,14 +264,13 @@ def test_positions_are_interpolated_for_images_of_another_size():
 
 def test_training_drops_a_share_of_the_patches_of_each_image_at_random():
     t, share = 16, 0.6
-    x = jnp.arange(2.0 * t).reshape(2, t, 1)
-    kept = drop_patches(x, share, jax.random.key(0))[..., 0]
+    kept = kept_patches(2, t, share, jax.random.key(0))
     assert kept.shape == (2, 7)  # 16 − ⌊9.6⌋
     for i in range(2):
-        assert set(kept[i].tolist()) < set(x[i, :, 0].tolist()) and (np.diff(kept[i]) > 0).all()
-    assert ((kept[0] - 0) != (kept[1] - t)).any()  # another draw for each image
-    draws = [drop_patches(x, share, jax.random.key(i))[0, :, 0] for i in range(400)]
-    counts = np.bincount(np.concatenate(draws).astype(int), minlength=t) / 400
+        assert set(kept[i].tolist()) < set(range(t)) and (np.diff(kept[i]) > 0).all()
+    assert (kept[0] != kept[1]).any()  # another draw for each image
+    draws = [kept_patches(2, t, share, jax.random.key(i))[0] for i in range(400)]
+    counts = np.bincount(np.concatenate(draws), minlength=t) / 400
     np.testing.assert_allclose(counts, 7 / 16, atol=0.1)  # 4 standard deviations
 
 

@@ -12,6 +12,7 @@ from zslflax.models.import_weights import timm_towers
 
 SIZE, EMBED_DIM = 64, 24
 VIT_SIZE = (24, 2, 4, 72)  # width, depth, heads, width inside the perceptrons
+EVA_SIZE = (64, 2, 8, 144)  # likewise; the widths of heads are multiples of 4
 DEPTHS, WIDTHS, EPS = (1, 2, 1, 1), (8, 16, 24, 32), 1e-5
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 TEXT = {"context_length": TOKENS, "width": 32, "heads": 4, "layers": 2}
@@ -75,6 +76,16 @@ MODELS = {  # model_cfg; text_cfg lacks the places of the tokenizer and of the e
         "text_cfg": TEXT | {"pool_type": "eos", "eos_id": 1},
         "custom_text": True,
     },
+    "eva02": {
+        "vision_cfg": timm("eva02_base_patch16_clip_224", "token", None),
+        "text_cfg": TEXT,
+        "custom_text": True,
+    },
+    "pe": {
+        "vision_cfg": timm("vit_pe_core_base_patch16_224", "map", None),
+        "text_cfg": TEXT,
+        "custom_text": True,
+    },
 }
 
 
@@ -110,6 +121,8 @@ def use_small_towers(monkeypatch: Any, eps: float = EPS) -> None:
     monkeypatch.setitem(timm_towers.VIT_SIZES, "base", VIT_SIZE)
     for name in ("base", "so400m"):
         monkeypatch.setitem(timm_towers.SIGLIP_SIZES, name, VIT_SIZE)
+    for family, sizes in timm_towers.EVA_SIZES.items():
+        monkeypatch.setitem(timm_towers.EVA_SIZES, family, dict.fromkeys(sizes, EVA_SIZE))
     monkeypatch.setitem(convnext.CONVNEXTS, "convnext_base", (DEPTHS, WIDTHS, eps))
 
 

@@ -26,7 +26,7 @@ from zslflax.models.mobilenet import MOBILENETS, MobileNet
 from zslflax.models.resnet import RESNET_DS, RESNETS, ResNet
 from zslflax.models.resnet12 import RESNET12S, ResNet12
 from zslflax.models.two_tower import MlpProjection, ProjectedTower, TwoTower
-from zslflax.models.vit import DINOV2, POOLS, REGISTERS, VITS, ViT
+from zslflax.models.vit import DINOV2, DINOV3, DINOV3_ROTARY, POOLS, REGISTERS, VITS, ViT
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB values in [0, 1] (torchvision)
 
@@ -196,6 +196,9 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
     mobilenet = partial(MobileNet, dtype=dtype, axis_name=axis_name, remat=remat)
     vit = partial(ViT, dtype=dtype, remat=remat, pool=pool or "cls")
     dinov2 = partial(vit, layer_scale=True)
+    rotary = {"table": False, "rotary": DINOV3_ROTARY, "registers": REGISTERS, "key_bias": False, "eps": 1e-5}
+    dinov3 = partial(dinov2, **rotary)
+    dinov3_plus = partial(dinov3, activation="silu", gated=True)
     towers: dict[str, nn.Module] = {
         "resnet18": resnet(*RESNETS["resnet18"]),
         "resnet34": resnet(*RESNETS["resnet34"]),
@@ -230,6 +233,11 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
         "dinov2_s14_reg": dinov2(*DINOV2["dinov2_s14"], registers=REGISTERS),
         "dinov2_b14_reg": dinov2(*DINOV2["dinov2_b14"], registers=REGISTERS),
         "dinov2_l14_reg": dinov2(*DINOV2["dinov2_l14"], registers=REGISTERS),
+        "dinov3_s16": dinov3(*DINOV3["dinov3_s16"]),
+        "dinov3_s16_plus": dinov3_plus(*DINOV3["dinov3_s16_plus"]),
+        "dinov3_b16": dinov3(*DINOV3["dinov3_b16"]),
+        "dinov3_l16": dinov3(*DINOV3["dinov3_l16"]),
+        "dinov3_h16_plus": dinov3_plus(*DINOV3["dinov3_h16_plus"]),
     }
     if name not in towers:
         raise UserError(

@@ -52,6 +52,11 @@ IMAGE_TOWERS = (
     Known("dinov2_s14_reg", 22.1, ("facebook/dinov2-with-registers-small",)),
     Known("dinov2_b14_reg", 86.6, ("facebook/dinov2-with-registers-base",)),
     Known("dinov2_l14_reg", 304.4, ("facebook/dinov2-with-registers-large",)),
+    Known("dinov3_s16", 21.6, ("facebook/dinov3-vits16-pretrain-lvd1689m", "timm/vit_small_patch16_dinov3.lvd1689m")),
+    Known("dinov3_s16_plus", 28.7, ("timm/vit_small_plus_patch16_dinov3.lvd1689m",)),
+    Known("dinov3_b16", 85.7, ("timm/vit_base_patch16_dinov3.lvd1689m",)),
+    Known("dinov3_l16", 303.1, ("timm/vit_large_patch16_dinov3.lvd1689m",)),
+    Known("dinov3_h16_plus", 840.6, ("timm/vit_huge_plus_patch16_dinov3.lvd1689m",)),
 )
 
 TEXT_ENCODERS = (
@@ -86,6 +91,16 @@ TWO_TOWER_MODELS = (
     Known("CLIP ViT-B/32, XLM-R", 366.1, ("laion/CLIP-ViT-B-32-xlm-roberta-base-laion5B-s13B-b90k",)),
     Known("CLIP ViT-H/14, XLM-R large", 1193.0, ("laion/CLIP-ViT-H-14-frozen-xlm-roberta-large-laion5B-s13B-b90k",)),
     Known("BiomedCLIP", 195.9, ("microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224 (convert)",)),
+    Known("EVA-CLIP g/14", 1136.4, ("timm/eva_giant_patch14_clip_224.laion400m_s11b_b41k",)),
+    Known("EVA-CLIP g/14 plus", 1366.6, ("timm/eva_giant_patch14_plus_clip_224.merged2b_s11b_b114k",)),
+    Known("EVA-02-CLIP B/16", 149.7, ("timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k",)),
+    Known("EVA-02-CLIP L/14", 427.8, ("timm/eva02_large_patch14_clip_224.merged2b_s4b_b131k",)),
+    Known("EVA-02-CLIP L/14, 336 pixels", 428.1, ("timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k",)),
+    Known("PE-Core T/16, 384 pixels", 69.5, ("timm/PE-Core-T-16-384",)),
+    Known("PE-Core S/16, 384 pixels", 87.2, ("timm/PE-Core-S-16-384",)),
+    Known("PE-Core B/16", 447.7, ("timm/PE-Core-B-16",)),
+    Known("PE-Core L/14, 336 pixels", 671.1, ("timm/PE-Core-L-14-336",)),
+    Known("PE-Core G/14, 448 pixels", 2419.3, ("timm/PE-Core-bigG-14-448",)),
     Known("SigLIP B/16", 203.2, ("google/siglip-base-patch16-224", "timm/ViT-B-16-SigLIP")),
     Known("SigLIP L/16, 256 pixels", 652.2, ("google/siglip-large-patch16-256", "timm/ViT-L-16-SigLIP-256")),
     Known("SigLIP So400m/14, 384 pixels", 878.0, ("google/siglip-so400m-patch14-384", "timm/ViT-SO400M-14-SigLIP-384")),

@@ -12,6 +12,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # by their names i
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
+    "silu": nn.silu,
 }
 
 
@@ -22,12 +23,16 @@ class Attention(nn.Module):
         heads: number of heads; divides the width.
         dtype: of the computation; parameters are fp32.
         use_bias: whether the projections have biases.
+        key_bias: whether the keys have one; without, queries and values have theirs as "q_bias" and "v_bias".
+        norm_eps: epsilon of a layer norm of the concatenated heads (Wang et al. 2022, arXiv 2210.06423); 0 for none.
         project: whether the concatenated heads are projected once more, as in a block.
     """
 
     heads: int
     dtype: Any = jnp.float32
     use_bias: bool = True
+    key_bias: bool = True
+    norm_eps: float = 0.0
     project: bool = True
 
     @nn.compact
@@ -46,15 +51,20 @@ class Attention(nn.Module):
             mask: bool, broadcast to [b, heads, t, t]; True where a position (third axis) attends to another
                 (fourth axis). None means that every position attends to every other.
             bias: of the logits, broadcast to [b, heads, t, t]; None for none.
-            rotation: cosines and sines of `rotary_angles`, by which queries and keys are turned; None for none.
+            rotation: cosines and sines of the angles by which queries and keys are turned, see `rotate`; None for none.
             queries: q, the number of leading positions to compute, so that the result is [b, q, w]; None for all.
         """
         b, t, w = x.shape
-        qkv = nn.Dense(3 * w, use_bias=self.use_bias, dtype=self.dtype, name="qkv")(x)
+        qkv = nn.Dense(3 * w, use_bias=self.use_bias and self.key_bias, dtype=self.dtype, name="qkv")(x)
+        if self.use_bias and not self.key_bias:
+            q_bias, v_bias = (self.param(name, nn.initializers.zeros, (w,)) for name in ("q_bias", "v_bias"))
+            qkv = qkv + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
         q, k, v = jnp.split(qkv.reshape(b, t, 3 * self.heads, w // self.heads), 3, axis=2)  # (b, t, heads, w / heads)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         y = jax.nn.dot_product_attention(q[:, :queries], k, v, bias=bias, mask=mask).reshape(b, -1, w)
+        if self.norm_eps:
+            y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
         return nn.Dense(w, use_bias=self.use_bias, dtype=self.dtype, name="out")(y) if self.project else y
 
 
@@ -75,7 +85,10 @@ def rotary_angles(position: jax.Array, width: int, base: float) -> tuple[jax.Arr
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns [b, t, heads, w]; each pair of channels i and i + w / 2 is a point in a plane."""
+    """Turns [b, t, heads, w] by angles whose cosines and sines broadcast to [b, t, heads, w / 2].
+
+    Each pair of channels i and i + w / 2 is a point in a plane.
+    """
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -90,6 +103,7 @@ class Mlp(nn.Module):
         gated: whether the first layer also computes a factor for each activated value (Shazeer 2020, arXiv
             2002.05202).
         use_bias: whether the layers have biases.
+        norm_eps: epsilon of a layer norm before the second layer; 0 for none.
     """
 
     hidden: int
@@ -97,6 +111,7 @@ class Mlp(nn.Module):
     activation: str = "gelu"
     gated: bool = False
     use_bias: bool = True
+    norm_eps: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -108,4 +123,6 @@ class Mlp(nn.Module):
         y = ACTIVATIONS[self.activation](y)
         if factor:
             y = y * factor[0]
+        if self.norm_eps:
+            y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
         return nn.Dense(x.shape[-1], use_bias=self.use_bias, dtype=self.dtype, name="fc2")(y)

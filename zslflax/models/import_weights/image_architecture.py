@@ -1,5 +1,7 @@
 """What config.json says of a published image tower without a name: its sizes, and how it differs from others."""
 
+from collections.abc import Callable
+
 from zslflax.errors import UserError
 from zslflax.models.import_weights.architecture import (
     MAX_LAYERS,
@@ -9,6 +11,7 @@ from zslflax.models.import_weights.architecture import (
     pick,
     tower_values,
 )
+from zslflax.models.vit import Rotary
 
 VIT_SIZES = {
     "patch": "patch_size",
@@ -54,12 +57,34 @@ def vit_architecture(values: Values) -> Values | None:
         expect_options(values, {"vision_use_head": True})
         # So400m/14 leaves 6 of its 384 pixels out. Only there, so that another size is still refused in a config.
         own = {"class_token": False, "pool": "map", "cut": values["image_size"] % values["patch_size"] > 0}
-    elif values.get("model_type") == "timm_vit":
-        own = {"pool": values["pooling"]}
+    elif values.get("model_type") in TIMM_VITS:
+        own = TIMM_VITS[values["model_type"]](values) | {"pool": values["pooling"]}
     else:
         return None
     expect_options(values, {"num_channels": 3})
-    return pick(values, VIT_SIZES) | own | {"activation": activation(values), "eps": values["layer_norm_eps"]}
+    act = own.get("activation") or activation(values)
+    return pick(values, VIT_SIZES) | own | {"activation": act, "eps": values["layer_norm_eps"]}
+
+
+def eva02(values: Values) -> Values:
+    """Fields of EVA-02's `ViT` (Fang et al. 2023, arXiv 2303.11331) as EVA-02-CLIP has it (arXiv 2303.15389)."""
+    own = {"activation": "silu", "gated": True, "key_bias": False, "inner_norm": True}
+    return own | {"rotary": Rotary(span=float(values["rope_grid"]))}
+
+
+def perception_encoder(values: Values) -> Values:
+    """Fields of PE-Core's `ViT` (Bolya et al. 2025, arXiv 2504.13181)."""
+    own = {"patch_bias": False, "pre_norm": True, "class_token": values["class_token"]}
+    rotary = Rotary(span=float(values["rope_grid"]), anchor=1.0)
+    return own | {"rotary": rotary, "pool_size": (8, 4 * values["hidden_size"])}
+
+
+TIMM_VITS: dict[str, Callable[[Values], Values]] = {  # by model_type, the fields in which a `ViT` differs from ViT
+    "timm_vit": lambda values: {},
+    "timm_eva": lambda values: {"key_bias": False},
+    "timm_eva02": eva02,
+    "timm_pe": perception_encoder,
+}
 
 
 def clip_resnet_architecture(values: Values) -> Values | None:

@@ -18,11 +18,13 @@ class Layout(NamedTuple):
             weight "kernel" of a module "fc" is "fc.weight", of "in_proj_" it is "in_proj_weight", and of "table=" it
             is "table".
         others: a regular expression of names in the same checkpoint that are of another tower.
+        zeros: a regular expression of names, without prefix, that a checkpoint may lack together; they are 0 then.
     """
 
     anchor: str
     module: Callable[[str], Names]
     others: str = ""
+    zeros: str = ""
 
 
 MOBILENET_BLOCK = ("expand_conv", "expand_bn", "depthwise_conv", "depthwise_bn", "project_conv", "project_bn")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -30,6 +29,7 @@ from zslflax.models.import_weights.layouts import (
     published_names,
 )
 from zslflax.models.import_weights.open_clip import OPEN_CLIP_CONFIG
+from zslflax.models.import_weights.positions import pair_halves, resize_positions
 from zslflax.models.import_weights.reading import find_tensors, read_tensors
 from zslflax.models.import_weights.transformer_layouts import (
     HF_BERT,
@@ -39,11 +39,13 @@ from zslflax.models.import_weights.transformer_layouts import (
     OPEN_CLIP_IMAGE,
     OPEN_CLIP_RESNET,
     TEXT_LAYOUTS,
+    TIMM_EVA02,
     TIMM_VIT,
+    dinov3_layouts,
 )
 from zslflax.models.mobilenet import MOBILENETS
 from zslflax.models.resnet import RESNET_DS, RESNETS
-from zslflax.models.vit import DINOV2, VITS, interpolate_positions
+from zslflax.models.vit import DINOV2, DINOV3, DINOV3_ROTARY, REGISTERS, VITS
 
 log = logging.getLogger("zslflax")
 
@@ -53,8 +55,8 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
 
     Args:
         folder: holds safetensors in one of the tower's layouts (`layouts.py`), with any prefix.
-        name: of the tower, one of `RESNETS`, `RESNET_DS`, `CONVNEXTS`, `MOBILENETS`, `VITS` or `DINOV2`; "" for the one
-            that config.json describes.
+        name: of the tower, one of `RESNETS`, `RESNET_DS`, `CONVNEXTS`, `MOBILENETS`, `VITS`, `DINOV2` or `DINOV3`; ""
+            for the one that config.json describes.
         variables: the tower's {"params", "batch_stats"}, as arrays or their shapes.
         image_size: pixels. The position embeddings of a ViT are resized to it.
 
@@ -86,7 +88,9 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
         smooth = lambda layout: layout is TIMM_VIT or name != dinov2
         resize = lambda table, layout: resize_positions(table, image_size // DINOV2[dinov2][0], smooth(layout))
         return load_variables(folder, variables, (TIMM_VIT, HF_DINOV2), {("position",): resize})
-    names = [*RESNETS, *RESNET_DS, *CONVNEXTS, *MOBILENETS, *VITS, *DINOV2]
+    if name in DINOV3:
+        return load_variables(folder, variables, dinov3_layouts(gated=name.endswith("plus")))
+    names = [*RESNETS, *RESNET_DS, *CONVNEXTS, *MOBILENETS, *VITS, *DINOV2, *DINOV3]
     raise UserError(f"no image tower is called {name!r}; expected one of {', '.join(names)}")
 
 
@@ -103,11 +107,27 @@ def load_described_tower(folder: Path, variables: dict[str, Any], image_size: in
     tokens, side = int(vit.get("class_token", True)), image_size // vit["patch"]
     transforms: dict[tuple[str, ...], Any] = {
         ("position",): lambda table, layout: resize_positions(
-            table.reshape(1, *table.shape[-2:]), side, antialias=layout is TIMM_VIT, tokens=tokens
+            table.reshape(1, *table.shape[-2:]), side, antialias=layout in (TIMM_VIT, TIMM_EVA02), tokens=tokens
         ),
         ("cls_token",): lambda token, layout: token.reshape(1, 1, -1),
     }
-    return load_variables(folder, variables, (HF_CLIP_IMAGE, OPEN_CLIP_IMAGE, TIMM_VIT), transforms)
+    kind = tower_values(values, "vision")["model_type"]
+    if vit.get("rotary"):
+        transforms |= rotary_transforms(vit["depth"], vit["heads"], columns_first=kind == "timm_pe")
+    timm = TIMM_EVA02 if kind == "timm_eva02" else TIMM_VIT
+    return load_variables(folder, variables, (HF_CLIP_IMAGE, OPEN_CLIP_IMAGE, timm), transforms)
+
+
+def rotary_transforms(depth: int, heads: int, columns_first: bool) -> dict[tuple[str, ...], Any]:
+    """Returns the `transforms` of `load_variables` that reorder rotary channels with `pair_halves`."""
+
+    def of_qkv(value: np.ndarray, layout: Layout) -> np.ndarray:
+        q, k, v = np.split(value, 3, axis=-1)
+        return np.concatenate([*(pair_halves(x, heads, columns_first) for x in (q, k)), v], axis=-1)
+
+    of_q = lambda value, layout: pair_halves(value, heads, columns_first)
+    leaves = {("qkv", "kernel"): of_qkv, ("qkv", "bias"): of_qkv, ("q_bias",): of_q}
+    return {(f"block_{i}", "attention", *leaf): turn for i in range(depth) for leaf, turn in leaves.items()}
 
 
 def towers_by_architecture() -> dict[str, str]:
@@ -138,7 +158,27 @@ def expected_options(name: str) -> dict[str, tuple[Any, ...]]:
     if name.removesuffix("_reg") in DINOV2:
         heads = DINOV2[name.removesuffix("_reg")][3]
         return options | {"num_attention_heads": (heads,), "layer_norm_eps": (1e-6,), "use_swiglu_ffn": (False,)}
+    if name in DINOV3:
+        return dinov3_options(name)
     return {}
+
+
+def dinov3_options(name: str) -> dict[str, tuple[Any, ...]]:
+    """Returns `expected_options` of a DINOv3."""
+    size, gated = name.removeprefix("dinov3_"), name.endswith("plus")
+    timm_name = {"s": "small", "b": "base", "l": "large", "h": "huge"}[size[0]] + "_plus" * gated
+    timm = tuple(f"vit_{timm_name}_patch16_dinov3{suffix}" for suffix in ("", "_qkvb"))
+    return {
+        "architecture": timm,
+        "global_pool": ("avg", "token", ""),  # whichever timm's classifier takes, the weights are the same
+        "num_attention_heads": (DINOV3[name][3],),
+        "num_register_tokens": (REGISTERS,),
+        "layer_norm_eps": (1e-5,),
+        "rope_theta": (DINOV3_ROTARY.base,),
+        "use_gated_mlp": (gated,),
+        "hidden_act": ("silu" if gated else "gelu",),
+        "key_bias": (False,),
+    }
 
 
 def load_text_tower(folder: Path, variables: dict[str, Any]) -> dict[str, Any]:
@@ -174,6 +214,9 @@ def load_variables(
     layout, prefix = detect_layout(folder, locations, layouts)
     names = {path: [prefix + name for name in published_names(layout, path[1:])] for path in targets}
     needed = {name for of_value in names.values() for name in of_value}
+    zeros = {path for path, of_value in names.items() if re.fullmatch(layout.zeros, of_value[0].removeprefix(prefix))}
+    if not any(name in locations for path in zeros for name in names[path]):
+        needed -= {name for path in zeros for name in names.pop(path)}
     check_names(folder, needed, set(locations), prefix, layout.others)
 
     tensors = read_tensors(locations, needed)
@@ -183,6 +226,7 @@ def load_variables(
         if transforms and path[1:] in transforms:
             values[path] = transforms[path[1:]](value, layout)
     check_shapes(folder, targets, values, published)
+    values |= {path: np.zeros(targets[path].shape, np.float32) for path in targets.keys() - names.keys()}
     log_unused(folder, needed, locations, layout.others)
     return {**variables, **unflatten_dict(values)}
 
@@ -198,53 +242,6 @@ def to_linen(leaf: str, parts: list[np.ndarray]) -> np.ndarray:
     if leaf == "kernel":
         value = value.transpose((2, 3, 1, 0) if value.ndim == 4 else None)
     return np.ascontiguousarray(value)
-
-
-def resize_positions(table: np.ndarray, side: int, antialias: bool = True, tokens: int = 1) -> np.ndarray:
-    """Resizes the position embeddings of a ViT, [1, 1 + s², w] or [1, s², w], to those of `side`² patches.
-
-    The class token keeps its embedding, or gets zeros where the table has none: timm adds it to the token itself in
-    networks with registers.
-
-    Args:
-        table: as published.
-        side: number of patches along a side of the image.
-        antialias: antialiased bicubic interpolation as in timm; otherwise `interpolate_bicubic`.
-        tokens: 1 with a class token, 0 without.
-
-    Returns:
-        [1, tokens + side², w].
-    """
-    side_of = lambda count: round(count**0.5) if round(count**0.5) ** 2 == count else 0
-    if tokens and side_of(table.shape[1]) and table.shape[1] > 1:
-        table = np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
-    old = side_of(table.shape[1] - tokens)
-    if not old:
-        raise UserError(
-            f"position embeddings {table.shape}: expected those of a square, with or without one for the class token"
-        )
-    if old == side:
-        return table
-    if antialias:
-        return np.array(interpolate_positions(jnp.asarray(table), (side, side), tokens))
-    grid = interpolate_bicubic(table[:, tokens:].reshape(1, old, old, -1), side)
-    return np.concatenate([table[:, :tokens], grid.reshape(1, side**2, -1)], axis=1)
-
-
-def interpolate_bicubic(grid: np.ndarray, side: int) -> np.ndarray:
-    """Resizes [b, s, s, w] → [b, side, side, w] as PyTorch's bicubic interpolation does without antialiasing.
-
-    The kernel is that of Keys (1981) with a = −0.75; pixels beyond the border are those at the border.
-    """
-    old, a = grid.shape[1], -0.75
-    x = (np.arange(side) + 0.5) * old / side - 0.5
-    first = np.floor(x).astype(int) - 1
-    weights = np.zeros((side, old))
-    for tap in range(4):
-        d = np.abs(x - first - tap)
-        near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
-        np.add.at(weights, (np.arange(side), np.clip(first + tap, 0, old - 1)), np.where(d <= 1, near, far))
-    return np.einsum("ih,jw,bhwc->bijc", weights, weights, grid).astype(grid.dtype)
 
 
 def log_unused(folder: Path, needed: set[str], found: Collection[str], others: str) -> None:

@@ -21,18 +21,31 @@ SIGLIP_SIZES = {
     "so400m": (1152, 27, 16, 4304),
     "giantopt": (1536, 40, 16, 6144),
 }
+EVA_NAME = re.compile(
+    r"(?P<family>eva02|eva|vit_pe_core)_(?P<size>[a-z]+)_patch(?P<patch>\d+)_(?:clip_)?(?P<image>\d+)"
+)
+EVA_SIZES = {  # by family; EVA02-E has the layer norms of its blocks elsewhere
+    "eva": {"giant": (1408, 40, 16, 6144)},
+    "eva02": {"base": (768, 12, 12, 2048), "large": (1024, 24, 16, 2730)},
+    "vit_pe_core": {
+        **{size: VIT_SIZES[size] for size in ("tiny", "small", "base", "large")},
+        "gigantic": (1536, 50, 16, 8960),
+    },
+}
 # SigLIPs with the approximate GELU, as they were trained; timm gives the others the exact one.
 TANH = re.compile(r"vit_(base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt_patch16).*")
 # The ways to pool, by the value of timm_pool; "" is timm's default of the tower.
 VIT_POOLS = {"": "cls", "token": "cls", "avg": "mean"}
 SIGLIP_POOLS = {"map": "map"}
+EVA_POOLS = {"eva": {"token": "cls"}, "eva02": {"token": "cls"}, "vit_pe_core": {"map": "cls_map"}}
 CONVNEXT_POOLS = {"": "avg", "avg": "avg"}
 
 
 def timm_fields(path: Path, image: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Returns vision_config of a tower that timm names, and the kind of projection after it.
 
-    The model_types timm_vit and timm_convnext are of this project.
+    The model_types timm_vit, timm_eva, timm_eva02, timm_pe and timm_convnext are of this project, and the field
+    rope_grid: the patches along a side of the image for which a patch's number is its rotary position.
 
     Args:
         path: of open_clip_config.json, for messages.
@@ -46,24 +59,32 @@ def timm_fields(path: Path, image: dict[str, Any]) -> tuple[dict[str, Any], str]
     name, pool = image["timm_model_name"].partition(".")[0], image.get("timm_pool", "avg")
     projection = image.get("timm_proj", "linear")
     match = VIT_NAME.fullmatch(name)
-    siglip = bool(match and match["siglip"])
+    siglip, eva = bool(match and match["siglip"]), EVA_NAME.fullmatch(name)
+    projections: tuple[str | None, ...] = ("none", "linear", "mlp") if siglip else ("linear", "mlp")
     if name in CONVNEXTS:
         pools, fields = CONVNEXT_POOLS, convnext_fields(*CONVNEXTS[name])
     elif match and match["size"] in (SIGLIP_SIZES if siglip else VIT_SIZES):
         pools, fields = (SIGLIP_POOLS, siglip_fields(match)) if siglip else (VIT_POOLS, vit_fields(match))
+    elif eva and eva["size"] in EVA_SIZES[eva["family"]]:
+        pools, fields, projections = EVA_POOLS[eva["family"]], eva_fields(eva), (None,)
     else:
         raise UserError(
             f"{path} has vision_cfg.timm_model_name {name!r}, which is not implemented; expected a ViT such as "
-            f"vit_base_patch16_224, a SigLIP such as vit_base_patch16_siglip_224, or {', '.join(CONVNEXTS)}"
+            "vit_base_patch16_224, a SigLIP such as vit_base_patch16_siglip_224, eva02_base_patch16_clip_224 or "
+            f"_large_, a PE-Core such as vit_pe_core_base_patch16_224, or {', '.join(CONVNEXTS)}"
         )
-    if pool not in pools or projection not in (("none", "linear", "mlp") if siglip else ("linear", "mlp")):
+    if pool not in pools or projection not in projections:
+        wanted = "no projection (null)" if eva else "a projection linear or mlp"
         raise UserError(
             f"{path} has timm_pool {pool!r} and timm_proj {projection!r}, which is not implemented for {name}; "
-            f"expected the pool {' or '.join(map(repr, pools))} and a projection linear or mlp"
+            f"expected the pool {' or '.join(map(repr, pools))} and {wanted}"
         )
-    if projection == "linear" and not image.get("timm_proj_bias"):
+    if projection is None:  # timm's classifier, which has a bias
+        projection = "linear"
+    elif projection == "linear" and not image.get("timm_proj_bias"):
         projection = "linear_no_bias"
-    return fields | {"pooling": pools[pool], "image_size": image.get("image_size", 224)}, projection
+    pooling = pools[pool] if fields.get("class_token", True) else pools[pool].removeprefix("cls_")
+    return fields | {"pooling": pooling, "image_size": image.get("image_size", 224)}, projection
 
 
 def vit_fields(match: re.Match[str]) -> dict[str, Any]:
@@ -75,6 +96,23 @@ def siglip_fields(match: re.Match[str]) -> dict[str, Any]:
     """Returns the fields of SigLIP's ViT in timm from its name."""
     act = "gelu_pytorch_tanh" if TANH.fullmatch(match[0]) else "gelu"
     return {"model_type": "siglip_vision_model", "hidden_act": act} | transformer_fields(match, SIGLIP_SIZES)
+
+
+def eva_fields(match: re.Match[str]) -> dict[str, Any]:
+    """Returns the fields of a tower of timm's class Eva from its name."""
+    family = match["family"]
+    own: dict[str, dict[str, Any]] = {
+        "eva": {"model_type": "timm_eva", "hidden_act": "gelu"},
+        "eva02": {"model_type": "timm_eva02", "rope_grid": 16},
+        "vit_pe_core": {
+            "model_type": "timm_pe",
+            "hidden_act": "gelu",
+            "rope_grid": int(match["image"]) // int(match["patch"]),
+            "class_token": match["size"] != "gigantic",
+        },
+    }
+    eps = {"layer_norm_eps": 1e-5} if family == "vit_pe_core" else {}
+    return own[family] | transformer_fields(match, EVA_SIZES[family]) | eps
 
 
 def transformer_fields(match: re.Match[str], sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

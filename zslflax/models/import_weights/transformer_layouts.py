@@ -1,4 +1,4 @@
-"""Layouts of published transformers: of image towers (ViT, DINOv2, CLIP, SigLIP) and of text encoders.
+"""Layouts of published transformers: of image towers (ViT, DINOv2 and 3, CLIP, SigLIP, EVA-02) and of text encoders.
 
 CLIP's ResNet stands beside its other towers.
 """
@@ -28,6 +28,27 @@ HF_VIT_NAMES = {
     "norm2": "layernorm_after",
     "norm": "layernorm",
 }
+HF_DINOV3_NAMES = {
+    "patch_embed": "embeddings.patch_embeddings",
+    "cls_token": "embeddings.cls_token",
+    "registers": "embeddings.register_tokens",
+    "attention/qkv": "attention.{}_proj",
+    "attention/q_bias": "attention.q_proj.bias",
+    "attention/v_bias": "attention.v_proj.bias",
+    "attention/out": "attention.o_proj",
+    "mlp/fc1": "mlp.up_proj",
+    "mlp/fc2": "mlp.down_proj",
+    "layer_scale1/scale": "layer_scale1.lambda1",
+    "layer_scale2/scale": "layer_scale2.lambda1",
+}
+# Of timm's EVAs, where they have other names than its ViTs; in a block.
+TIMM_GATED_NAMES = {"mlp/fc1": ("mlp.fc1_g", "mlp.fc1_x")}
+TIMM_EVA02_NAMES = TIMM_GATED_NAMES | {
+    "attention/qkv": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    "attention/q_bias": ("attn.q_proj.bias",),
+    "attention/v_bias": ("attn.v_proj.bias",),
+}
+TIMM_DINOV3_NAMES = {"layer_scale1/scale": ("gamma_1",), "layer_scale2/scale": ("gamma_2",)}
 CLIP_BLOCK_NAMES = {
     "attention/qkv": "self_attn.{}_proj",
     "attention/out": "self_attn.out_proj",
@@ -124,6 +145,7 @@ def timm_vit(path: str) -> Names:
     names = {
         "patch_embed": "patch_embed.proj",
         "position": "pos_embed",
+        "pre_norm": "norm_pre",
         "registers": "reg_token",
         "attention/out": "attn.proj",
         "layer_scale1/scale": "ls1.gamma",
@@ -167,6 +189,30 @@ def hf_dinov2(path: str) -> Names:
     return expand(path.replace("/", "."))
 
 
+def timm_eva(path: str, names: Mapping[str, tuple[str, ...]]) -> Names:
+    """Returns timm's name of a module of an EVA, of which DINOv3 is one there; `names` are those within a block.
+
+    >>> timm_eva("block_3/mlp/fc1", TIMM_GATED_NAMES), timm_eva("block_3/norm1", TIMM_GATED_NAMES)
+    (('blocks.3.mlp.fc1_g', 'blocks.3.mlp.fc1_x'), 'blocks.3.norm1')
+    """
+    block, _, module = path.partition("/")
+    if module not in names:
+        return timm_vit(path)
+    return tuple(f"{block.replace('block_', 'blocks.')}.{name}" for name in names[module])
+
+
+def hf_dinov3(path: str, gated: bool) -> Names:
+    """Returns Hugging Face's name of a DINOv3's module; `gated` is whether its perceptrons are.
+
+    >>> hf_dinov3("block_3/mlp/fc1", gated=True), hf_dinov3("block_3/attention/out", gated=True)
+    (('layer.3.mlp.gate_proj', 'layer.3.mlp.up_proj'), 'layer.3.attention.o_proj')
+    """
+    name = transformer_name(path, HF_DINOV3_NAMES, "layer")
+    if gated and isinstance(name, str) and name.endswith("mlp.up_proj"):
+        return name.replace("up_proj", "gate_proj"), name
+    return name
+
+
 def transformer_name(path: str, names: Mapping[str, str], layers: str, parts: Sequence[str] = ("q", "k", "v")) -> Names:
     """Returns the published name of a transformer's module.
 
@@ -196,7 +242,18 @@ def named(names: Mapping[str, str], layers: str, parts: Sequence[str] = ("q", "k
     return partial(transformer_name, names=names, layers=layers, parts=parts)
 
 
+def dinov3_layouts(gated: bool) -> tuple[Layout, ...]:
+    """Returns the layouts of DINOv3; `gated` is whether its perceptrons are.
+
+    In timm, the attentions have no biases, or ("qkvb") those of queries and values.
+    """
+    names = TIMM_DINOV3_NAMES | (TIMM_GATED_NAMES if gated else {})
+    timm = Layout("patch_embed.proj.weight", partial(timm_eva, names=names), zeros=r"blocks\.\d+\.attn\.[qv]_bias")
+    return timm, Layout("embeddings.patch_embeddings.weight", partial(hf_dinov3, gated=gated))
+
+
 TIMM_VIT = Layout("patch_embed.proj.weight", timm_vit, BESIDE_TRUNK)
+TIMM_EVA02 = Layout("patch_embed.proj.weight", partial(timm_eva, names=TIMM_EVA02_NAMES), BESIDE_TRUNK)
 HF_VIT = Layout("embeddings.patch_embeddings.projection.weight", hf_vit)
 HF_DINOV2 = Layout("embeddings.patch_embeddings.projection.weight", hf_dinov2)
 PROJECTIONS = r"(visual|text)_projection\.weight|logit_(scale|bias)"  # of CLIP and SigLIP
