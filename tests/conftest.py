@@ -27,14 +27,13 @@ from zslflax.training.step import mapped_step
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
-# Functions that an earlier run or another test has compiled are not compiled again.
+# Functions that an earlier run or another test has compiled are not compiled again. The cache has no limit to its size:
+# with one, jax reads the age of each entry whenever it adds one. An entry that another process has written in part is
+# compiled again.
 jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
-# With a limit to its size, jax locks the cache, so that no process reads a file that another has written in part.
-jax.config.update("jax_compilation_cache_max_size", 1 << 30)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # The same for the processes that tests start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILATION_CACHE)
-os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 30)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
