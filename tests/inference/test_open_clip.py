@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.testing.networks import random_images, randomise
 from tests.testing.open_clip import (
     DEPTHS,
     EMBED_DIM,
@@ -95,9 +96,7 @@ def build_original(require, monkeypatch, name, folder, **preparation):
     open_clip.add_model_config(path)
     torch.manual_seed(0)
     model, _, prepare = open_clip.create_model_and_transforms(path.stem, pretrained_hf=False, **preparation)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(torch.randn_like(value) * (0.3 if value.ndim > 2 else 0.15))
+    randomise(model, vectors=0.15)
     tokenizer = open_clip.get_tokenizer(path.stem)
     push.save_for_hf(model, tokenizer, open_clip.get_model_config(path.stem), folder / "model", True)
     if "hf_model_name" in config["text_cfg"]:
@@ -140,10 +139,8 @@ def test_images_of_another_size_agree_with_timm(require, monkeypatch, tmp_path, 
     torch, library = require("torch"), pytest.importorskip("timm", exc_type=ImportError)
     use_small_towers(monkeypatch)
     torch.manual_seed(0)
-    original = library.create_model(name, num_classes=0, global_pool=pool, **timm_sizes(EVA_SIZE, side=56)).eval()
-    with torch.no_grad():
-        for value in original.parameters():
-            value.add_(torch.randn_like(value) * (0.3 if value.ndim > 2 else 0.15))
+    original = library.create_model(name, num_classes=0, global_pool=pool, **timm_sizes(EVA_SIZE, side=56))
+    randomise(original, vectors=0.15)
     weights = {f"visual.trunk.{n}": x for n, x in original.state_dict().items()}
     require("safetensors.torch").save_file(weights, tmp_path / "open_clip_model.safetensors")
     model = {"embed_dim": 64, "vision_cfg": timm(name, pool, None) | {"image_size": 56}, "text_cfg": {}}
@@ -151,7 +148,7 @@ def test_images_of_another_size_agree_with_timm(require, monkeypatch, tmp_path, 
     tower = ViT(**vit_architecture(read_architecture(tmp_path)))
     for size in (56, 84):
         original.set_input_size(img_size=(size, size))
-        images = np.random.default_rng(0).normal(size=(3, size, size, 3)).astype(np.float32)
+        images = random_images(3, size)
         with torch.no_grad():
             expected = original(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
         shapes = jax.eval_shape(tower.init, jax.random.key(0), images)

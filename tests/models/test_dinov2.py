@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.testing.networks import load_and_apply, random_images, randomise
 from zslflax.config import default_config
 from zslflax.errors import UserError
 from zslflax.models.build import build_two_tower, image_tower
-from zslflax.models.import_weights.load import load_image_tower
 from zslflax.models.vit import DINOV2, ViT
 
 PARAMETERS = {  # of timm's models, for images of 518 pixels
@@ -24,25 +24,18 @@ def small(monkeypatch):
     monkeypatch.setitem(DINOV2, "dinov2_s14", (14, 32, 3, 4))
 
 
-def randomise(torch, model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(torch.randn_like(value) * (0.15 if value.ndim == 2 else 0.3))
-    return model.eval()
-
-
 def reference(require, folder, registers, **changes):
     """A small DINOv2 of `transformers` for 70 pixels, saved in `folder`; all its parameters are random."""
     torch, transformers = require("torch"), require("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 14, "image_size": 70}
     sizes |= changes
+    torch.manual_seed(0)
     if registers:
         config = transformers.Dinov2WithRegistersConfig(num_register_tokens=4, **sizes)
         model = transformers.Dinov2WithRegistersForImageClassification(config)
     else:
         model = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**sizes))
-    randomise(torch, model).save_pretrained(folder)
+    randomise(model).save_pretrained(folder)
     return model.dinov2_with_registers if registers else model.dinov2
 
 
@@ -58,16 +51,6 @@ def pooled(tokens, registers):
     """The output of each kind of pooling of tokens in the order class token, registers, patches."""
     cls, mean = tokens[:, 0], tokens[:, 1 + registers :].mean(1)
     return {"": cls, "cls": cls, "mean": mean, "cls_mean": np.concatenate([cls, mean], axis=1)}
-
-
-def random_images(b, size):
-    return np.random.default_rng(0).normal(size=(b, size, size, 3)).astype(np.float32)
-
-
-def load_and_apply(folder, name, images, pool=""):
-    model = image_tower(name, jnp.float32, None, False, pool)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images[:1])
-    return jax.jit(model.apply)(load_image_tower(folder, name, shapes, images.shape[1]), images)
 
 
 def assert_agree(ours, original):
@@ -103,7 +86,8 @@ def test_weights_in_timms_names_agree_with_timm(require, tmp_path, small, ours, 
     # timm needs torchvision, of which PyPI has no wheel for the CPU build of PyTorch.
     timm = pytest.importorskip("timm", exc_type=ImportError)
     sizes = {"embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 0, "dynamic_img_size": True}
-    original = randomise(torch, timm.create_model(theirs, img_size=70, **sizes))
+    torch.manual_seed(0)
+    original = randomise(timm.create_model(theirs, img_size=70, **sizes))
     require("safetensors.torch").save_file(original.state_dict(), tmp_path / "model.safetensors")
     images = random_images(3, size)
     with torch.no_grad():

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.testing.networks import load_and_apply, random_images, randomise
 from zslflax.errors import UserError
 from zslflax.models.build import image_tower
-from zslflax.models.import_weights.load import load_image_tower
 from zslflax.models.vit import DINOV3, REGISTERS
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8, "image_size": 40}
@@ -29,32 +29,15 @@ def small(monkeypatch):
         monkeypatch.setitem(DINOV3, name, (8, 32, 3, 2))
 
 
-def randomise(torch, model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(torch.randn_like(value) * (0.15 if value.ndim == 2 else 0.3))
-    return model.eval()
-
-
 def reference(require, folder, gated, **changes):
     """A small DINOv3 of `transformers`, saved in `folder`; all its parameters are random."""
     torch, transformers = require("torch"), require("transformers")
     own = {"use_gated_mlp": gated, "hidden_act": "silu" if gated else "gelu", "intermediate_size": 128}
     config = transformers.DINOv3ViTConfig(**SIZES | own | {"num_register_tokens": REGISTERS} | changes)
-    model = randomise(torch, transformers.DINOv3ViTModel(config))
+    torch.manual_seed(0)
+    model = randomise(transformers.DINOv3ViTModel(config))
     model.save_pretrained(folder)
     return model
-
-
-def random_images(b, height, width=None):
-    return np.random.default_rng(0).normal(size=(b, height, width or height, 3)).astype(np.float32)
-
-
-def load_and_apply(folder, name, images, pool=""):
-    model = image_tower(name, jnp.float32, None, False, pool)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images[:1])
-    return jax.jit(model.apply)(load_image_tower(folder, name, shapes, images.shape[1]), images)
 
 
 def pooled(tokens):
@@ -88,7 +71,8 @@ def test_weights_in_timms_names_agree_with_timm(require, tmp_path, small, name, 
     timm = pytest.importorskip("timm", exc_type=ImportError)
     theirs = f"vit_small_{'plus_' if name.endswith('plus') else ''}patch16_dinov3{biases}"
     sizes = {"img_size": 40, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
-    original = randomise(torch, timm.create_model(theirs, **sizes))
+    torch.manual_seed(0)
+    original = randomise(timm.create_model(theirs, **sizes))
     require("safetensors.torch").save_file(original.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": theirs, "global_pool": "avg"}))
     for size in (40, 64):

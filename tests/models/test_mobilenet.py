@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.testing.networks import randomise_batch_norm
+from tests.testing.networks import random_images, randomise_batch_norm
 from zslflax.models.import_weights.load import load_image_tower
 from zslflax.models.mobilenet import MOBILENETS, MobileNet, Stage, Variant
 
@@ -105,10 +105,6 @@ def features_of(original, images):
     with torch.no_grad():
         x = to_torch(images)
         return (original.extract_features(x).mean((2, 3)) if hasattr(original, "_conv_stem") else original(x)).numpy()
-
-
-def random_images(b, size, seed=0):
-    return np.random.default_rng(seed).normal(size=(b, size, size, 3)).astype(np.float32)
 
 
 def shapes(model, size=32):

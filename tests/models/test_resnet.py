@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.testing.networks import randomise_batch_norm
+from tests.testing.networks import random_images, randomise_batch_norm
 from zslflax.models.import_weights.layouts import HF_RESNET, TORCHVISION_RESNET
 from zslflax.models.import_weights.load import load_image_tower, load_variables
 from zslflax.models.resnet import KAIMING, RESNETS, ResNet, StemConv
@@ -44,10 +44,6 @@ def features(model, images):
 
 def shapes(model, size=32):
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-
-
-def random_images(b, size, seed=0):
-    return np.random.default_rng(seed).normal(size=(b, size, size, 3)).astype(np.float32)
 
 
 def assert_agree(ours, original):

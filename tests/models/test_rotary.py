@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.testing.networks import random_images, randomise
 from tests.testing.runs import read_metrics
 from zslflax.config_checks import validate
 from zslflax.models.import_weights import timm_towers
@@ -25,18 +26,6 @@ ROTARY = {"eva02": Rotary(span=16.0), "pe": Rotary(span=24.0, anchor=1.0), "dino
 
 def small(**fields):
     return ViT(PATCH, WIDTH, DEPTH, HEADS, **{"table": False, "rotary": DINOV3_ROTARY} | fields)
-
-
-def random_images(b, height, width=None):
-    return np.random.default_rng(0).normal(size=(b, height, width or height, 3)).astype(np.float32)
-
-
-def randomise(torch, model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(torch.randn_like(value) * (0.15 if value.ndim == 2 else 0.3))
-    return model.eval()
 
 
 def random_variables(model, images):
@@ -127,9 +116,10 @@ def test_pe_core_agrees_with_the_image_tower_of_llama_4(require, monkeypatch, tm
     monkeypatch.setitem(timm_towers.EVA_SIZES, "vit_pe_core", {"base": (WIDTH, DEPTH, HEADS, 4 * WIDTH)})
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "image_size": 40}
     sizes |= {"intermediate_size": 4 * WIDTH, "patch_size": PATCH, "vision_output_dim": WIDTH}
+    torch.manual_seed(0)
     original = transformers.models.llama4.modeling_llama4.Llama4VisionModel(transformers.Llama4VisionConfig(**sizes))
     original.vision_adapter = torch.nn.Identity()
-    randomise(torch, original)
+    randomise(original)
     found = original.state_dict()
     weights = {
         "patch_embed.proj.weight": found["patch_embedding.linear.weight"].reshape(WIDTH, 3, PATCH, PATCH),
@@ -171,12 +161,13 @@ def test_norms_before_the_last_layers_agree_with_pytorch(require, tmp_path):
     torch, transformers = require("torch"), require("transformers")
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "image_size": 40}
     sizes |= {"intermediate_size": 72, "patch_size": PATCH, "use_gated_mlp": True, "hidden_act": "silu"}
+    torch.manual_seed(0)
     original = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**sizes, num_register_tokens=2))
     for layer in original.model.layer:
         norm = lambda width: torch.nn.LayerNorm(width, eps=1e-5)
         layer.attention.o_proj = torch.nn.Sequential(norm(WIDTH), layer.attention.o_proj)
         layer.mlp.down_proj = torch.nn.Sequential(norm(72), layer.mlp.down_proj)
-    randomise(torch, original)
+    randomise(original)
     weights = {}
     for name, value in original.state_dict().items():
         for last in ("o_proj", "down_proj"):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.testing.networks import random_images, randomise
 from tests.testing.training import make_config
 from zslflax.errors import UserError
 from zslflax.models.build import build_classifier, build_two_tower
@@ -37,10 +38,7 @@ def reference(require, folder, size, eps=1e-6):
         image_size=size,
         layer_norm_eps=eps,
     )
-    model = transformers.ViTForImageClassification(config).eval()
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(torch.randn_like(value) * (0.15 if value.ndim == 2 else 0.3))
+    model = randomise(transformers.ViTForImageClassification(config))
     model.save_pretrained(folder)
     return model
 
@@ -52,10 +50,6 @@ def features(model, images, **kwargs):
     with torch.no_grad():
         outputs = model.vit(torch.tensor(images.transpose(0, 3, 1, 2)), **kwargs)
     return outputs.last_hidden_state[:, 0].numpy()
-
-
-def random_images(b, size):
-    return np.random.default_rng(0).normal(size=(b, size, size, 3)).astype(np.float32)
 
 
 def small(**kwargs):

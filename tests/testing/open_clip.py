@@ -6,6 +6,7 @@ from typing import Any
 
 import tokenizers
 
+from tests.testing.networks import randomise
 from tests.testing.published import OPEN_CLIP_NAMES, TOKENS, WORDS, join_attention, rename, unigram_tokenizer
 from zslflax.models import convnext
 from zslflax.models.import_weights import timm_towers
@@ -183,10 +184,7 @@ def save_from_transformers(require: Any, name: str, folder: Path) -> tuple[Any, 
         path.rename(folder / path.name)
     build = {"siglip2": build_siglip, "roberta": build_roberta, "convnext": build_convnext}[name]
     modules, to_names, *embed = build(torch, require("transformers"), config["text_cfg"], folder)
-    with torch.no_grad():
-        for value in modules.parameters():
-            value.add_(torch.randn_like(value) * (0.3 if value.ndim > 2 else 0.15))
-    modules.eval()
+    randomise(modules, vectors=0.15)
     weights = to_names(modules.state_dict()) | {"logit_scale": torch.tensor(2.0)}
     if "init_logit_bias" in config:
         weights["logit_bias"] = torch.tensor(-9.0)

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from tests.testing.networks import randomise
+
 TEXT = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGE = {"hidden_size": 24, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE, PATCH, TOKENS, EMBED_DIM = 32, 8, 16, 20
@@ -31,7 +33,6 @@ def save_clip(require, folder: Path, text_width: int = 32):
         projection_dim=EMBED_DIM,
     )
     return save(
-        torch,
         transformers.CLIPModel(config),
         folder,
         transformers.PreTrainedTokenizerFast(
@@ -52,7 +53,6 @@ def save_siglip(require, folder: Path, size: int = SIZE):
         vision_config=IMAGE | {"image_size": size, "patch_size": PATCH},
     )
     return save(
-        torch,
         transformers.SiglipModel(config),
         folder,
         transformers.PreTrainedTokenizerFast(
@@ -62,14 +62,12 @@ def save_siglip(require, folder: Path, size: int = SIZE):
     )
 
 
-def save(torch, model, folder: Path, tokenizer, processor):
+def save(model, folder: Path, tokenizer, processor):
     """Randomises all weights of a model and saves it with its tokenizer and image processor."""
-    with torch.no_grad():
-        for value in model.parameters():
-            value.add_(torch.randn_like(value) * (0.3 if value.ndim > 2 else 0.15))
+    randomise(model, vectors=0.15)
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder)
-    return model.eval()
+    return model
 
 
 def clip_tokenizer() -> tokenizers.Tokenizer:
