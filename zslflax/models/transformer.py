@@ -79,9 +79,13 @@ def rotary_angles(position: jax.Array, width: int, base: float) -> tuple[jax.Arr
     Returns:
         fp32 [b, t, 1, w / 2] of each.
     """
-    frequency = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = position[:, :, None, None].astype(jnp.float32) * frequency
+    angle = position[:, :, None, None].astype(jnp.float32) * rotary_frequencies(width, base)
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotary_frequencies(width: int, base: float) -> jax.Array:
+    """Returns the angles between neighbouring positions, base^(−2j/width) for j = 0, …, width/2 − 1, as fp32."""
+    return base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from zslflax.errors import UserError
-from zslflax.models.transformer import Attention, Mlp
+from zslflax.models.transformer import Attention, Mlp, rotary_frequencies
 
 VITS = {  # name: (patch in pixels, width, depth, heads)
     "vit_nano4": (4, 128, 4, 4),  # for 32-pixel images on a CPU
@@ -58,7 +58,7 @@ class Rotary(NamedTuple):
 
     def angles(self, grid: tuple[int, ...], width: int) -> jax.Array:
         """Returns the angles of all patches of a grid of rows and columns, row by row, fp32 [patches, width / 2]."""
-        frequency = self.base ** (-jnp.arange(0, width, 4, dtype=jnp.float32) / width)
+        frequency = rotary_frequencies(width // 2, self.base)
         sides = [self.span * ((jnp.arange(n) + self.anchor) / n - self.origin) for n in grid]
         position = jnp.stack(jnp.meshgrid(*sides, indexing="ij"), axis=-1)  # (rows, columns, 2)
         return (position[..., None] * frequency).reshape(-1, width // 2)
