@@ -44,5 +44,5 @@ def keep_compiled(folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(path))
     # A start compiles a hundred small functions; jax would keep only those that take more than a second.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # On a full disk, or where other processes hold its lock, it would say so for each of them.
+    # On a full disk, or where another process has written them in part, it would say so for each of them.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
