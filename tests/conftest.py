@@ -1,6 +1,5 @@
 """Fixtures of all tests: four virtual CPU devices, tiny configs, trained workdirs, and optional libraries."""
 
-import gc
 import importlib
 import os
 import shutil
@@ -110,10 +109,3 @@ def strict_types():
     """No implicit promotion between number types, for this project's own mathematics (optax relies on promotion)."""
     with jax.numpy_dtype_promotion("strict"):
         yield
-
-
-@pytest.fixture
-def collect_garbage():
-    """Collects garbage at the end of a test, so that its warnings do not appear in another test."""
-    yield
-    gc.collect()

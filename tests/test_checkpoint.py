@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.testing.checkpoints import damage, reads_damage, save_steps, state_at
+from tests.testing.checkpoints import damage, save_steps, state_at
 from tests.testing.configs import ROOT
 from tests.testing.faults import as_nobody, give_to_nobody, small_disk
 from zslflax import checkpoint, checkpoint_checks, checkpoint_recovery, distributed
@@ -141,7 +141,6 @@ def restore_newest(folder, like=None):
         return checkpoint_recovery.restore_newest(manager, like or state_at(0)), list(manager.all_steps())
 
 
-@reads_damage
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "empty"])
 def test_damage_to_any_file_leads_to_a_state_that_was_saved(two_checkpoints, tmp_path, caplog, kind):
     files = [path.relative_to(two_checkpoints) for path in (two_checkpoints / "checkpoints" / "2").rglob("*")]
@@ -162,7 +161,6 @@ def test_damage_to_any_file_leads_to_a_state_that_was_saved(two_checkpoints, tmp
     assert {"manifest.ocdbt", "metadata"} <= noticed
 
 
-@reads_damage
 def test_no_flipped_bit_of_the_arrays_goes_unnoticed(tmp_path):
     """Orbax's own checks let some pass. Where the arrays are read as they were saved, the bit has no meaning."""
     kernel = jax.random.normal(jax.random.key(0), (100, 100))
@@ -205,7 +203,6 @@ def modification_times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-@reads_damage
 def test_nothing_is_moved_where_all_checkpoints_are_damaged(workdir_copy):
     for step in "12":
         damage(workdir_copy / "checkpoints" / step / "run" / "metadata", "truncated")
@@ -253,7 +250,6 @@ def test_a_checkpoint_of_other_shapes_is_named_and_not_moved(workdir_copy):
     assert modification_times(workdir_copy) == before
 
 
-@reads_damage
 def test_a_folder_that_holds_no_checkpoint_is_moved(workdir_copy):
     (workdir_copy / "checkpoints" / "7").mkdir()
     state, steps = restore_newest(workdir_copy)
@@ -310,7 +306,6 @@ def test_names_that_are_no_steps_are_left_alone(workdir_copy):
     assert set(names) <= {path.name for path in folder.iterdir()}
 
 
-@reads_damage
 def test_a_checkpoint_without_permission_is_not_used_and_one_that_cannot_be_moved_is_named(
     two_checkpoints, nobodys_folder, caplog
 ):
@@ -328,7 +323,6 @@ def test_a_checkpoint_without_permission_is_not_used_and_one_that_cannot_be_move
     assert "checkpoints/2 is damaged, moved to" in caplog.text and "Permission denied" in caplog.text
 
 
-@reads_damage
 def test_damage_is_moved_to_another_file_system(two_checkpoints, tmp_path):
     with small_disk(tmp_path / "disk", "8m") as disk:
         shutil.copytree(two_checkpoints / "checkpoints", disk / "checkpoints")
@@ -340,7 +334,32 @@ def test_damage_is_moved_to_another_file_system(two_checkpoints, tmp_path):
         assert (tmp_path / "run" / "damaged" / "7").is_dir()
 
 
-@reads_damage
+SAVES = """
+import sys
+from pathlib import Path
+import jax.numpy as jnp
+from tests.testing.checkpoints import state_at
+from zslflax import checkpoint, cli, distributed
+cli.start_logging()
+with cli.exit_on_error(), checkpoint.open_manager(Path(sys.argv[1])) as manager:
+    many = {str(i): jnp.arange(1000.0) * i for i in range(200)}
+    checkpoint.save(manager, state_at(2))
+    checkpoint.save(manager, state_at(3).replace(teacher_params=distributed.replicate(many)))
+    checkpoint.wait_until_finished(manager)
+"""
+
+
+def test_a_full_disk_is_one_line_to_the_user(tmp_path):
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "JAX_PLATFORMS": "cpu"}
+    with small_disk(tmp_path / "disk", "300k") as disk:
+        command = [sys.executable, "-c", SAVES, str(disk)]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and ended.stderr == (
+        f"zslflax: a checkpoint could not be written to {disk}/checkpoints: No space left on device. "
+        "Complete are those of steps: 2; when the cause is removed, the same command continues\n"
+    )
+
+
 def test_a_file_in_place_of_the_folder_for_damaged_checkpoints_is_named(workdir_copy):
     (workdir_copy / "checkpoints" / "7").mkdir()
     (workdir_copy / "damaged").write_text("")
@@ -357,7 +376,6 @@ def test_a_save_that_leaves_nothing_is_an_error(tmp_path):
             checkpoint.check_for_errors(manager)
 
 
-@reads_damage
 def test_arrays_of_the_first_save_are_read_again(tmp_path):
     with checkpoint.open_manager(tmp_path) as manager:
         checkpoint.save(manager, state_at(1))

@@ -22,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from zslflax import distributed
 from zslflax.checkpoint_checks import (
+    cause_of,
     check_fingerprints,
     check_structure,
     fingerprints,
@@ -104,8 +105,8 @@ def open_manager(workdir: Path, best_metric: str = "") -> Iterator[CheckpointMan
     manager = create_manager(workdir, best_metric)
     try:
         yield manager
-    except BaseException:
-        closing = threading.Thread(target=close_and_log, args=(manager,), name="zslflax-close", daemon=True)
+    except BaseException as error:
+        closing = threading.Thread(target=close_and_log, args=(manager, str(error)), name="zslflax-close", daemon=True)
         closing.start()
         closing.join(CLOSE_SECONDS)
         if closing.is_alive():
@@ -114,12 +115,13 @@ def open_manager(workdir: Path, best_metric: str = "") -> Iterator[CheckpointMan
     close(manager)
 
 
-def close_and_log(manager: CheckpointManager) -> None:
-    """Closes the manager, and logs the error of a save in progress."""
+def close_and_log(manager: CheckpointManager, known: str) -> None:
+    """Closes the manager, and logs the error of a save in progress if its message is another than the known one."""
     try:
         close(manager)
     except Exception as error:
-        log.error("%s", error)
+        if str(error) != known:
+            log.error("%s", error)
 
 
 def close(manager: CheckpointManager) -> None:
@@ -230,8 +232,8 @@ def save_errors(manager: CheckpointManager) -> Iterator[None]:
         manager.unproved = None
         steps = ", ".join(map(str, complete_steps(Path(manager.directory).parent))) or "none"
         raise StorageError(
-            f"a checkpoint could not be written to {manager.directory}; complete are those of steps: "
-            f"{steps}. {type(error).__name__}: {str(error)[:300]}"
+            f"a checkpoint could not be written to {manager.directory}: {cause_of(error)}. Complete are those of "
+            f"steps: {steps}; when the cause is removed, the same command continues"
         ) from error
 
 
@@ -293,7 +295,7 @@ def restore_parts(workdir: str | Path, step: int, names: Sequence[str]) -> dict[
             restored = handler.restore(folder / "state", args=arguments)
         check_fingerprints(restored, folder)
     except Exception as error:  # Orbax, TensorStore and their parsers raise many kinds
-        raise UserError(f"the checkpoint {folder} cannot be read: {error}") from error
+        raise UserError(f"the checkpoint {folder} cannot be read: {cause_of(error)}") from error
     return {name: restored.get(name, {}) for name in names}
 
 

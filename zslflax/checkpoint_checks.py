@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,17 @@ class MisplacedError(UserError):
     def __init__(self, folder: Path, step: int):
         super().__init__(f"{folder} holds step {step}; it was copied or renamed. Rename it to {step}, or remove it")
         self.step = step
+
+
+def cause_of(error: Exception) -> str:
+    """What a message says of an exception that Orbax or TensorStore raised, without the settings that they append.
+
+    >>> cause_of(ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28'] [...]"))
+    'No space left on device'
+    """
+    if found := re.search(r"([^:]+) \[os_error_code='\d+'\]", str(error)):
+        return found[1].strip()
+    return f"{type(error).__name__}: {str(error).partition(' [tensorstore_spec=')[0][:300]}"
 
 
 def read_run_item(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from zslflax import checkpoint, distributed
 from zslflax.checkpoint import CheckpointManager
-from zslflax.checkpoint_checks import MismatchError, MisplacedError, read_run_item
+from zslflax.checkpoint_checks import MismatchError, MisplacedError, cause_of, read_run_item
 from zslflax.errors import UserError
 from zslflax.files import storage_errors
 
@@ -37,7 +37,7 @@ def restore_newest(manager: CheckpointManager, like: Any) -> Any:
         try:
             state = checkpoint.restore(manager, like, step)
         except Exception as error:  # Orbax, TensorStore and their parsers raise many kinds
-            reasons[step] = f"{type(error).__name__}: {str(error)[:300]}"
+            reasons[step] = cause_of(error)
             mismatch = error if mismatch is None and isinstance(error, MismatchError) else mismatch
         if distributed.all_hosts(step not in reasons):
             move_damaged(manager, [newer for newer in manager.all_steps() if newer > step], reasons)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn, TextIO
 
@@ -41,9 +42,27 @@ def start_logging() -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
+    hide_repeated_errors()
+
+
+def hide_repeated_errors() -> None:
+    """Hides what Orbax logs and prints of a save or restore that failed, beside the error that it raises.
+
+    On a full disk that is the same error from each of its threads, and from each of hundreds of writes that end after
+    asyncio's loop was closed.
+    """
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax logs twenty lines for each checkpoint
-    # On a full disk, Orbax raises one error and leaves hundreds of the same, which asyncio would log.
+    absl.logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+    sys.unraisablehook = show_unraisable
+
+
+def show_unraisable(found: "sys.UnraisableHookArgs") -> None:
+    """Shows an exception that cannot be raised, as Python does, except from reads and writes that Orbax has left."""
+    files = [frame.filename for frame in traceback.extract_tb(found.exc_traceback)]
+    if str(found.exc_value) != "Event loop is closed" and not any("/orbax/" in file for file in files):
+        sys.__unraisablehook__(found)
 
 
 class _TqdmStream:

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-import pytest
 
 from zslflax import checkpoint, distributed
 from zslflax.training.train_state import TrainState, create_train_state
@@ -42,9 +41,3 @@ def flip_arrays(folder: Path) -> None:
     """Flips a bit in the middle of every array file of a checkpoint."""
     for path in (folder / "state").rglob("d/*"):
         damage(path, "flipped", bit=8 * (path.stat().st_size // 2) + 2)
-
-
-def reads_damage(test):
-    """Marks a test that reads damaged checkpoints: Orbax leaves coroutines that are never awaited when a read fails."""
-    ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
-    return pytest.mark.usefixtures("collect_garbage")(ignored(test))
