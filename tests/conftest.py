@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from filelock import FileLock
 
 from tests.testing.configs import (
     COMPILATION_CACHE,
@@ -18,7 +19,7 @@ from tests.testing.configs import (
 )
 from tests.testing.faults import give_to_nobody
 from tests.testing.images import write_colours
-from zslflax import distributed
+from zslflax import checkpoint, distributed
 from zslflax.models import vit
 from zslflax.training import loop
 from zslflax.training.step import mapped_step
@@ -84,10 +85,18 @@ def trained_workdir(finished_workdir, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def learned_workdir(shapes_root):
-    """The workdir of a run that learned to tell colours. Tests must not change it."""
-    loop.train(make_learned_config(shapes_root), shapes_root / "learned")
-    return shapes_root / "learned"
+def learned_workdir(tmp_path_factory):
+    """The workdir of a run that learned to tell colours, trained once for all processes of pytest-xdist.
+
+    Tests must not change it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the processes share it
+    with FileLock(folder / "learned.lock"):
+        if not checkpoint.complete_steps(folder / "learned"):
+            loop.train(make_learned_config(folder / "learned_shapes"), folder / "learned")
+    return folder / "learned"
 
 
 @pytest.fixture(scope="session")
