@@ -41,6 +41,7 @@ from zslflax import distributed
 from zslflax.config import default_config
 from zslflax.data.features import TextFeatures
 from zslflax.data.text import Tokenizer
+from zslflax.device_batches import map_method
 from zslflax.evaluation.metrics import zero_shot_metrics
 from zslflax.inference.class_embeddings import embed_class_names
 from zslflax.inference.prompts import read_class_names
@@ -201,13 +202,11 @@ def compare_class_embeddings(args) -> None:
     model, variables, tokenizer = load_text_model(args.text, args.max_tokens)
     names = read_class_names(args.class_names)
     names = [names[i] for i in np.linspace(0, len(names) - 1, min(args.count, len(names))).astype(int)]
-    padded = distributed.map_over_devices(
-        lambda variables, inputs: model.apply(variables, *inputs, method="text_features")
-    )
+    padded = map_method(model, "text_features")
     features = TextFeatures(model, variables, capacity=0)
     encode = {
         "by_length": lambda texts: features(*tokenizer(texts)),
-        "padded": lambda texts: distributed.map_in_batches(padded, variables, tokenizer(texts), 512),
+        "padded": lambda texts: padded.in_batches(variables, tokenizer(texts), 512),
     }
     warm_up = {"by_length": names, "padded": names[:1]}  # compiles every length, or the only one
     seconds, embeddings = {}, {}

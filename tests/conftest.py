@@ -19,7 +19,7 @@ from tests.testing.configs import (
 )
 from tests.testing.faults import give_to_nobody
 from tests.testing.images import write_colours
-from zslflax import checkpoint, distributed
+from zslflax import checkpoint, device_batches
 from zslflax.models import vit
 from zslflax.training import loop
 from zslflax.training.step import mapped_step
@@ -42,7 +42,7 @@ def clear_compiled_functions():
     """Frees what a module compiled: each function maps memory, and Linux allows 65,530 maps to a process."""
     yield
     mapped_step.cache_clear()
-    distributed.map_method.cache_clear()
+    device_batches.map_method.cache_clear()
     jax.clear_caches()
 
 

@@ -20,6 +20,10 @@ with cli.exit_on_error():
     {end}
 """
 LONG = f"File name too long: '{'a' * 300}'"
+FULL_DEVICE = (
+    "a device's memory does not suffice (Out of memory allocating 4503599627370496 bytes): end other programs that use "
+    "it, or choose a smaller model or batch"
+)
 CLOSED = """
 import sys
 from zslflax import cli
@@ -46,6 +50,7 @@ def test_a_process_ends_after_its_main_thread_although_a_thread_waits():
         "raise KeyError('a bug')": (1, "KeyError: 'a bug'"),
         "open('a' * 300)": (1, f"zslflax: [Errno 36] {LONG}"),
         "sys.exit(143)": (143, ""),
+        "import jax; jax.numpy.ones(1 << 50)": (1, f"zslflax: {FULL_DEVICE}"),
         "raise KeyboardInterrupt": (130, "zslflax: interrupted"),
         "pass": (0, ""),
     }

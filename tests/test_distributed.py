@@ -6,8 +6,6 @@ import sys
 import time
 import types
 
-import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -34,38 +32,6 @@ def test_batches_are_on_the_devices_before_they_are_used():
         assert errors == ("none",)
         assert len(arrays["image"].sharding.device_set) == 4 and arrays["image"].shape == (4, 2)
         assert [int(arrays["image"][0, 0]) for arrays, _ in batches] == [1, 2, 3]
-
-
-@pytest.mark.parametrize("total", [1, 7, 8, 9])
-def test_a_function_is_applied_in_batches_of_one_shape(total):
-    shapes = []
-
-    def double(scale, arrays):
-        shapes.append(arrays["x"].shape)
-        return scale * arrays["x"] + arrays["y"][:, None]
-
-    arrays = {"x": np.arange(3.0 * total, dtype=np.float32).reshape(total, 3), "y": np.arange(total)}
-    function = distributed.map_over_devices(double)
-    output = distributed.map_in_batches(function, distributed.replicate(jnp.float32(2.0)), arrays, size=8)
-    np.testing.assert_array_equal(output, 2 * arrays["x"] + arrays["y"][:, None])
-    assert set(shapes) == {(2, 3)}
-
-
-def test_equal_models_share_what_is_compiled():
-    traced = []
-
-    class Scale(nn.Module):
-        factor: float
-
-        def scaled(self, x):
-            traced.append(self.factor)
-            return self.factor * x
-
-    x = np.arange(8.0, dtype=np.float32)
-    for factor in (2.0, 2.0, 3.0):
-        output = distributed.map_in_batches(distributed.map_method(Scale(factor), "scaled"), {}, (x,), size=8)
-        np.testing.assert_array_equal(output, factor * x)
-    assert traced == [2.0, 3.0]
 
 
 def test_one_process_is_alone(tmp_path):

@@ -19,7 +19,7 @@ import jax
 from tqdm import tqdm
 
 from zslflax import distributed
-from zslflax.errors import UserError
+from zslflax.errors import UserError, device_memory_errors
 
 log = logging.getLogger("zslflax")
 
@@ -106,7 +106,8 @@ def exit_on_error() -> Iterator[None]:
     open_standard_streams()
     limit = ExitLimit()
     try:
-        yield
+        with device_memory_errors("end other programs that use it, or choose a smaller model or batch"):
+            yield
         sys.stdout.flush()  # an error of the last lines is raised here
         limit.status = 0
     except BrokenPipeError:

@@ -4,7 +4,6 @@ A process runs on each host and owns that host's devices. Mapped functions run o
 """
 
 import atexit
-import functools
 import importlib.util
 import json
 import logging
@@ -204,47 +203,6 @@ def prefetch_to_devices(batches: Iterator[Any], size: int = 2) -> BackgroundIter
             yield jax.device_put(shard(arrays), sharding), batch.get("errors", ())
 
     return BackgroundIterator(copy_batches(), size)
-
-
-def map_over_devices(function: Callable[..., Tree]) -> Callable[..., Tree]:
-    """Maps function(replicated, arrays) over this process's devices, which exchange nothing.
-
-    The mapped function takes a tree as `replicate` returns it, and arrays as `shard` returns them.
-    """
-    return jax.pmap(function, in_axes=(None, 0), devices=jax.local_devices())
-
-
-@functools.lru_cache(maxsize=16)
-def map_method(model: Any, method: str) -> Callable[..., jax.Array]:
-    """Maps a method of a Flax model over this process's devices: (replicated variables, arrays) → an array.
-
-    Equal models share one function, so that a second predictor of a model compiles nothing.
-
-    Args:
-        model: a Flax module.
-        method: the name of one of its methods, which takes the arrays, a tuple, as its arguments.
-    """
-    return map_over_devices(lambda variables, arrays: model.apply(variables, *arrays, method=method))
-
-
-def map_in_batches(function: Callable[..., jax.Array], replicated: Tree, arrays: Tree, size: int) -> np.ndarray:
-    """Applies a function from `map_over_devices` to arrays [n, …] in batches of one shape.
-
-    Args:
-        function: takes (replicated, arrays [devices, size / devices, …]) and returns an array of the same leading axes.
-        replicated: its first argument.
-        arrays: a tree of arrays on the host. The last batch is filled up with copies of the last row.
-        size: rows in a batch, a multiple of the number of this process's devices.
-
-    Returns:
-        The function's outputs [n, …], on the host.
-    """
-    outputs, total = [], len(jax.tree.leaves(arrays)[0])
-    for start in range(0, total, size):
-        rows = np.minimum(np.arange(start, start + size), total - 1)
-        output = np.asarray(function(replicated, shard(jax.tree.map(lambda x, rows=rows: x[rows], arrays))))
-        outputs.append(output.reshape(size, *output.shape[2:]))
-    return np.concatenate(outputs)[:total]
 
 
 def to_global(tree: Tree) -> Tree:

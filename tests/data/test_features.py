@@ -1,6 +1,7 @@
 """Cached text features: the tower computes each text once, with the same bits whatever else is in the batch."""
 
 import concurrent.futures
+import copy
 import functools
 
 import jax
@@ -37,13 +38,13 @@ def counted(built):
     """Features, and the number of texts in each call of the tower."""
     model, variables = built
     features, calls = TextFeatures(model, distributed.replicate(variables), capacity=50, frozen=True), []
-    apply_fn = features.apply_fn
+    mapped, features.apply_fn = features.apply_fn.mapped, copy.copy(features.apply_fn)
 
     def count(variables, inputs):
         calls.append(sum(len({row.tobytes() for row in rows}) for rows in inputs[0]))
-        return apply_fn(variables, inputs)
+        return mapped(variables, inputs)
 
-    features.apply_fn = count
+    features.apply_fn.mapped = count
     return features, calls
 
 

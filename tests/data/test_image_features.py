@@ -1,10 +1,13 @@
 """Features of a frozen image tower: computed once, read afterwards, and never those of something else."""
 
+import copy
 import functools
 import io
 import os
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,20 +48,25 @@ def built():
 
 @pytest.fixture
 def make_tower(built, tmp_path):
-    """Makes a tower whose features are kept in one folder, and which counts the images that it computes."""
+    """Makes a tower whose features are kept in one folder, and which counts the images that it computes.
 
-    def make(dtype="float32", identity=None):
+    A device has memory for `fitting` images at a time.
+    """
+
+    def make(dtype="float32", identity=None, fitting=1 << 20):
         model, variables = built
         tower = FrozenImageTower(
             model, distributed.replicate(variables), identity or {"weights": "a"}, tmp_path / "kept", dtype
         )
-        tower.computed, apply_fn = 0, tower.apply_fn
+        tower.computed, mapped, tower.apply_fn = 0, tower.apply_fn.mapped, copy.copy(tower.apply_fn)
 
         def count(variables, arrays):
+            if arrays[0].shape[1] > fitting:
+                return jnp.ones(1 << 50)
             tower.computed += int(np.any(arrays[0], axis=(2, 3, 4)).sum())  # without the zeros that fill a batch
-            return apply_fn(variables, arrays)
+            return mapped(variables, arrays)
 
-        tower.apply_fn = count
+        tower.apply_fn.mapped = count
         return tower
 
     return make
@@ -100,6 +108,16 @@ def test_the_tower_computes_each_image_once(make_tower, shards, dtype):
     assert second.computed == COUNT - 3 - 1 and features.missing().size == 0
     features.fill()  # computes nothing but what is unreadable
     assert second.computed == COUNT - 3 - 1
+
+
+def test_batches_that_do_not_fit_into_the_memory_are_halved(make_tower, shards, monkeypatch, tmp_path):
+    expected, _ = make_tower().features_of(WebDataset(shards), CROP)(READABLE)
+    shutil.rmtree(tmp_path / "kept")
+    monkeypatch.setattr(image_features, "CPU_BATCH_SIZE", 7)
+    tower = make_tower(fitting=2)
+    found, _ = tower.features_of(WebDataset(shards), CROP)(READABLE)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=5e-6)
+    assert tower.apply_fn.max_rows == 4 and tower.computed == len(READABLE)  # one row for each of four devices
 
 
 def test_a_view_is_a_function_of_seed_image_and_number(make_tower, shards, tmp_path):

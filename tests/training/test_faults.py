@@ -9,6 +9,7 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,10 +18,11 @@ from tests.testing.faults import as_nobody, give_to_nobody, small_disk
 from tests.testing.runs import act_at_batch, assert_same_bits, assert_same_run, read_metrics, read_state
 from zslflax import checkpoint
 from zslflax.data.sources import shapes
-from zslflax.errors import MissingFileError, NonFiniteError, StorageError, UserError
+from zslflax.errors import DeviceMemoryError, MissingFileError, NonFiniteError, StorageError, UserError
 from zslflax.evaluation import zero_shot
 from zslflax.inference.predictor import Predictor
 from zslflax.training import initial_state, input, loop, workdir
+from zslflax.training.step import TrainStep
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -72,6 +74,24 @@ def test_an_interrupted_evaluation_comes_first_at_the_next_start(
     assert f"stopped and saved at step {step} of 6" in caplog.text
     loop.train(tiny_config, folder)
     assert_same_run(undisturbed, folder)
+
+
+def test_a_step_that_does_not_fit_into_the_memory_ends_the_run_with_what_to_change(tiny_config, tmp_path, monkeypatch):
+    take_step = TrainStep.__call__
+
+    def take_large_step(self, state, batch):
+        return jnp.ones(1 << 50) if int(state.step) == 3 else take_step(self, state, batch)
+
+    monkeypatch.setattr(TrainStep, "__call__", take_large_step)
+    share = tiny_config.batch_size // jax.device_count()
+    message = (
+        rf"memory does not suffice \(.*\): a device embeds {share} pairs at a time. Set micro_batch={share // 2}, with "
+        "which the update stays that of the whole batch; or model.image.remat=True, for a third more computation; or "
+        "model.text.remat=True, .*; or a smaller batch_size$"
+    )
+    with pytest.raises(DeviceMemoryError, match=message):
+        loop.train(tiny_config, tmp_path)
+    assert checkpoint.complete_steps(tmp_path) == [3]
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from flax import linen
 
-from zslflax import distributed
 from zslflax.data.feature_files import KEY_BYTES
+from zslflax.device_batches import map_method
 
 Tree = Any
 
@@ -78,7 +78,7 @@ class TextFeatures:
         frozen: bool = False,
         store: TextStore | None = None,
     ):
-        self.apply_fn, self.variables = distributed.map_method(model, "text_features"), variables
+        self.apply_fn, self.variables = map_method(model, "text_features"), variables
         self.capacity, self.frozen = capacity, frozen
         self.store = MemoryTexts(capacity) if store is None else store
         self.lock = threading.Lock()  # training and evaluation share the features, in two threads
@@ -133,7 +133,7 @@ class TextFeatures:
         for width in np.unique(widths):
             rows = np.flatnonzero(widths == width)
             inputs = tokens[rows, :width], mask[rows, :width]
-            features |= zip(rows.tolist(), distributed.map_in_batches(self.apply_fn, self.variables, inputs, size))
+            features |= zip(rows.tolist(), self.apply_fn.in_batches(self.variables, inputs, size))
         return np.stack([features[row] for row in range(len(lengths))])
 
 

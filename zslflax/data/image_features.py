@@ -31,6 +31,7 @@ from zslflax.data.sources.base import Source
 from zslflax.data.sources.subset import Subset, whole_source
 from zslflax.data.views import Views
 from zslflax.data.workers import choose_threads
+from zslflax.device_batches import map_method
 from zslflax.errors import StorageError
 
 log = logging.getLogger("zslflax")
@@ -70,7 +71,7 @@ class FrozenImageTower:
         self, model: linen.Module, variables: Tree, identity: dict[str, Any], root: Path, dtype: str, threads: int = 0
     ):
         self.apply, self.variables = image_apply(model), variables
-        self.apply_fn = distributed.map_method(model, "image_features")
+        self.apply_fn = map_method(model, "image_features")
         self.identity, self.root, self.dtype, self.threads = identity, root, dtype, choose_threads(threads)
         self.width = functools.cache(self.trace_width)  # tracing a deep tower takes a second
 
@@ -187,11 +188,20 @@ class ImageFeatures:
             self.compute(own)
 
     def compute(self, numbers: np.ndarray) -> None:
-        """Computes rows and writes them; images are read while the devices compute."""
+        """Computes rows and writes them, in batches that fit into the devices' memory."""
         if self.progress is None:
             self.progress = Progress("image features", "images", len(self.missing()))
         per_device = CPU_BATCH_SIZE if jax.default_backend() == "cpu" else BATCH_SIZE
-        size = per_device * jax.local_device_count()
+        while len(numbers):
+            size = min(per_device * jax.local_device_count(), self.tower.apply_fn.max_rows)
+            try:
+                return self.compute_in_batches(numbers, size)
+            except Exception as error:
+                self.tower.apply_fn.halve(size, error)
+                numbers = np.intersect1d(numbers, self.missing())
+
+    def compute_in_batches(self, numbers: np.ndarray, size: int) -> None:
+        """Computes rows in batches of a size and writes them; images are read while the devices compute."""
         chunks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
         with ThreadPoolExecutor(self.tower.threads) as pool:
             pending: tuple[np.ndarray, np.ndarray, jax.Array] | None = None

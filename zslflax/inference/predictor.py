@@ -17,6 +17,7 @@ from zslflax import distributed
 from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.image_features import evaluation_view
 from zslflax.data.text import Tokenizer
+from zslflax.device_batches import map_method
 from zslflax.files import hash_arrays
 from zslflax.inference.class_cache import ClassCache
 from zslflax.inference.class_embeddings import cached_class_embeddings
@@ -285,8 +286,7 @@ class Predictor:
         size = devices
         while size < min(len(array), largest):
             size *= 2
-        function = distributed.map_method(self.model, method)
-        return distributed.map_in_batches(function, self.variables, (array,), min(size, largest))
+        return map_method(self.model, method).in_batches(self.variables, (array,), min(size, largest))
 
 
 def as_list(class_names: str | Sequence[str]) -> list[str]:

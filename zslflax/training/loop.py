@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from zslflax import checkpoint, distributed
 from zslflax.data.features import TextFeatures
 from zslflax.data.sources.base import Source
-from zslflax.errors import NonFiniteError
+from zslflax.errors import NonFiniteError, device_memory_errors
 from zslflax.inference.predictor import Predictor
 from zslflax.models.build import resolve_model
 from zslflax.training.classes import needs_class_names, resolve_class_names
@@ -82,7 +82,8 @@ def train(
                 startup=startup,
             )
             with run.batches, contextlib.closing(run.reporter), contextlib.closing(run.profile), StopRequest() as stop:
-                last_step, complete = train_loop(run, stop)
+                with device_memory_errors(memory_advice(config, run.state)):
+                    last_step, complete = train_loop(run, stop)
     if complete:
         log.info("finished %d steps; everything is in %s", config.steps, workdir)
     else:
@@ -125,6 +126,21 @@ def train_loop(run: Run, stop: StopRequest) -> tuple[int, bool]:
     return step, step == config.steps and not run.recent_metrics
 
 
+def memory_advice(config: ConfigDict, state: TrainState) -> str:
+    """What to change where a step does not fit into the memory of a device."""
+    share = config.batch_size // jax.device_count()
+    size = config.micro_batch or share
+    smaller = max((n for n in range(1, size // 2 + 1) if share % n == 0), default=0)
+    changes = [f"micro_batch={smaller}, with which the update stays that of the whole batch"] if smaller else []
+    trained = [modality for modality in ("image", "text") if "tower" in state.params.get(modality, {})]
+    changes += [
+        f"model.{modality}.remat=True, for a third more computation"
+        for modality in trained
+        if not config.model[modality].remat
+    ]
+    return f"a device embeds {size} pairs at a time. Set {'; or '.join([*changes, 'a smaller batch_size'])}"
+
+
 def take_first_step(run: Run, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
     """The run's first step, which is compiled, and the log of the times that the start took."""
     log.info("compiling the train step; this can take minutes the first time")
@@ -154,7 +170,8 @@ def report_and_save(run: Run, step: int, state: TrainState, watch: Stopwatch, st
     raise_if_failed(run, state)
     if evaluating:
         warn_of_collapse(config.objective, results)
-        with save_on_error(run, step, state):
+        advice = f"lower eval.batch_size, which is {config.eval.batch_size}"
+        with save_on_error(run, step, state), device_memory_errors(advice):
             eval_metrics = stop.run_interruptible(run.evaluate, state)
         if eval_metrics is None:
             return False
