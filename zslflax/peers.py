@@ -46,7 +46,8 @@ class Peers:
             client: jax's client of its coordination service, connected.
         """
         self.client = client
-        threading.Thread(target=self._run, name="zslflax-peers", daemon=True).start()
+        # Python waits for it before it ends. A daemon thread that is inside jax's client then aborts the process.
+        threading.Thread(target=self._run, name="zslflax-peers").start()
 
     def leave(self, error: str = "") -> None:
         """Notes that this process ends in order, or with an error, which the others then give as their reason to end.
