@@ -233,6 +233,22 @@ def test_an_image_that_patches_do_not_fill_is_refused():
         shapes(small(), 36)
 
 
+def test_the_mean_of_the_patches_is_taken_before_or_after_the_last_norm():
+    images, weights = random_images(2, 32), {}
+    variables = jax.jit(small(pool="mean").init)(jax.random.key(0), images)
+    for name, x in variables["params"]["norm"].items():
+        weights[name] = variables["params"]["norm"][name] = x + random_images(1, 1, WIDTH)[0, 0, :, 0]
+    output, found = small(pool="mean", mean_first=True).apply(variables, images, capture_intermediates=True)
+    [tokens] = found["intermediates"][f"block_{DEPTH - 1}"]["__call__"]
+    normed = lambda x: (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * weights["scale"] + weights["bias"]
+    np.testing.assert_allclose(output, normed(np.asarray(tokens)[:, 1:].mean(axis=1)), rtol=0, atol=1e-4)
+    after = small(pool="mean").apply(variables, images)
+    np.testing.assert_allclose(after, normed(np.asarray(tokens)[:, 1:]).mean(axis=1), rtol=0, atol=1e-4)
+    assert np.abs(after - output).max() > 0.05
+    both = small(pool="cls_mean", mean_first=True).apply(variables, images)
+    np.testing.assert_allclose(both, np.concatenate([normed(np.asarray(tokens)[:, 0]), output], 1), rtol=0, atol=1e-4)
+
+
 def test_bfloat16_is_close_to_float32():
     images = random_images(4, 32)
     variables = jax.jit(small().init)(jax.random.key(0), images)

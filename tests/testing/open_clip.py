@@ -72,6 +72,10 @@ MODELS = {  # model_cfg; text_cfg lacks the places of the tokenizer and of the e
         "vision_cfg": timm("convnext_base", "", "linear") | {"timm_drop": 0.0, "timm_drop_path": 0.1},
         "text_cfg": TEXT,
     },
+    "clipa": {
+        "vision_cfg": VIT | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
+        "text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "last", "tokenizer_kwargs": {"strip_sep_token": True}},
+    },
     "convnext with an mlp": {
         "vision_cfg": timm("convnext_base", "", "mlp") | {"timm_drop_path": 0.1},
         "text_cfg": TEXT | {"pool_type": "eos", "eos_id": 1},
@@ -135,7 +139,8 @@ def write_inputs(require: Any, name: str, folder: Path) -> dict[str, Any]:
     """
     transformers = require("transformers")
     backend, pad = text_tokenizer(name)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad).save_pretrained(folder / "inputs")
+    tokens = {"pad_token": pad} | ({"sep_token": "</s>"} if name == "clipa" else {})
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **tokens).save_pretrained(folder / "inputs")
     text = MODELS[name]["text_cfg"] | {"hf_tokenizer_name": "inputs"}
     if name in ("roberta", "bert"):
         config = ENCODER | {"model_type": name, "vocab_size": backend.get_vocab_size()}
@@ -153,13 +158,15 @@ def text_tokenizer(name: str) -> tuple[tokenizers.Tokenizer, str]:
     words = ["<s>", "<pad>", "<unk>", *WORDS, "_", "'", '"', "it", "s", "</s>"]
     if name == "convnext with an mlp":
         words[1], words[-1] = words[-1], words[1]  # the id of the end is 1, and not the largest
+    if name == "clipa":
+        words[0], words[1] = words[1], words[0]  # the id of padding is 0
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )
     backend.normalizer = tokenizers.normalizers.Lowercase()
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\w+|[^\w\s]|\s"), "isolated")
     backend.post_processor = tokenizers.processors.TemplateProcessing(
-        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", words.index("</s>"))]
+        "<s> $A </s>", special_tokens=[(end, words.index(end)) for end in ("<s>", "</s>")]
     )
     return backend, "<pad>"
 

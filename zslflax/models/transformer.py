@@ -1,4 +1,4 @@
-"""Self-attention and perceptrons, which the image and the text transformers share."""
+"""Self-attention and perceptrons, which the image and the text transformers share, and what pools by attention."""
 
 from collections.abc import Callable
 from functools import partial
@@ -130,3 +130,28 @@ class Mlp(nn.Module):
         if self.norm_eps:
             y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
         return nn.Dense(x.shape[-1], use_bias=self.use_bias, dtype=self.dtype, name="fc2")(y)
+
+
+class AttentionPool(nn.Module):
+    """Pools by a learnt query that attends to all patches, as in SigLIP (Zhai et al. 2021, arXiv 2106.04560).
+
+    Attributes:
+        heads, dtype, eps, hidden, activation: as of a `Block`.
+    """
+
+    heads: int
+    dtype: Any
+    eps: float
+    hidden: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, t, w] → [b, w]."""
+        b, t, w = x.shape
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, w)).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(probe, (b, 1, w)), x], axis=1)
+        not_itself = (jnp.arange(t + 1) > 0)[None, None, None]
+        x = Attention(self.heads, self.dtype, name="attention")(x, not_itself, queries=1)
+        y = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="norm")(x)
+        return (x + Mlp(self.hidden, self.dtype, self.activation, name="mlp")(y))[:, 0]

@@ -51,7 +51,8 @@ def vit_architecture(values: Values) -> Values | None:
     own: Values
     if values.get("model_type") == "clip_vision_model" and "resnet_layers" not in values:
         values = CLIP_IMAGE_DEFAULTS | values
-        own = {"patch_bias": False, "pre_norm": True, "pool": "cls"}
+        own = {"patch_bias": False, "pre_norm": values.get("pre_norm", True), "pool": values.get("pooling", "cls")}
+        own |= {"mean_first": values.get("mean_first", False)}
     elif values.get("model_type") == "siglip_vision_model":
         values = {**SIGLIP_IMAGE_DEFAULTS, **values}
         expect_options(values, {"vision_use_head": True})

@@ -2,8 +2,8 @@
 
 Hugging Face has no such pairs of towers. The model_type is "open_clip", each tower has its own model_type, and these
 fields are of this project: resnet_layers (the blocks in each stage) and resnet_width (the channels after the stem) of
-CLIP's ResNets, pooling of a text encoder, context_length, image_projection, text_projection, projection_hidden and
-logit_bias.
+CLIP's ResNets; pre_norm, pooling and mean_first of its ViTs, as in `ViT`; pooling of a text encoder, context_length,
+image_projection, text_projection, projection_hidden and logit_bias.
 """
 
 from pathlib import Path
@@ -22,7 +22,10 @@ MODEL_FIELDS = {
     *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"),
     *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
 }
-VIT_FIELDS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"}
+VIT_FIELDS = {
+    *("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"),
+    *("no_ln_pre", "pool_type", "final_ln_after_pool"),
+}
 TIMM_FIELDS = VIT_FIELDS | {
     *("timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias"),
     *("timm_drop", "timm_drop_path"),
@@ -35,6 +38,7 @@ TEXT_FIELDS = TOKEN_FIELDS | {
 HF_FIELDS = TOKEN_FIELDS | {
     *("width", "heads", "layers", "hf_model_name", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
 }
+VIT_POOLERS = {"tok": "cls", "avg": "mean"}
 HF_POOLERS = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "cls"}
 HF_TYPES = ("bert", "roberta", "xlm-roberta")
 CLEANINGS = ("whitespace", "lower", "canonicalize")
@@ -47,15 +51,17 @@ def is_open_clip(folder: Path) -> bool:
     return not described and (folder / OPEN_CLIP_CONFIG).is_file()
 
 
-def text_cleaning(folder: Path) -> str:
-    """Returns how open_clip cleans texts before a tokenizer of Hugging Face, one of `CLEANINGS`.
+def tokenizer_options(folder: Path) -> Values:
+    """Returns what open_clip does before and after a tokenizer of Hugging Face.
 
-    "" where the folder is not open_clip's, or has CLIP's own tokenizer, which cleans texts itself.
+    Returns:
+        "clean", how it cleans texts, one of `CLEANINGS`, and "strip_sep_token", whether token 0 replaces the one at the
+        end of a text. Empty where the folder is not open_clip's, or has CLIP's own tokenizer, which needs neither.
     """
     text = read_json(folder / OPEN_CLIP_CONFIG)["model_cfg"]["text_cfg"] if is_open_clip(folder) else {}
     if not text.get("hf_tokenizer_name"):
-        return ""
-    return (text.get("tokenizer_kwargs") or {}).get("clean", "whitespace")
+        return {}
+    return {"clean": "whitespace", "strip_sep_token": False} | (text.get("tokenizer_kwargs") or {})
 
 
 def to_hugging_face(path: Path) -> Values:
@@ -75,7 +81,7 @@ def to_hugging_face(path: Path) -> Values:
     elif isinstance(image.get("layers"), list):
         vision_config, image_projection = resnet_fields(image), "linear"
     else:
-        vision_config, image_projection = vit_fields(image, activation), "linear_no_bias"
+        vision_config, image_projection = vit_fields(path, image, activation), "linear_no_bias"
     if text.get("hf_model_name"):
         text_config, text_projection = hf_text_fields(path, text)
         hidden["text"] = (text_config["hidden_size"] + width) // 2
@@ -100,11 +106,13 @@ def to_hugging_face(path: Path) -> Values:
 def check_options(path: Path, model: Values) -> None:
     """Refuses options of model_cfg that are not implemented, unless they are switched off."""
     image, text = model["vision_cfg"], model["text_cfg"]
+    # Where padding is no part of a text, the token at its end would not be part of it either without its id.
+    tokenizer_fields = {"clean", "strip_sep_token"} if text.get("no_causal_mask") else {"clean"}
     sections = (
         ("", model, MODEL_FIELDS),
         ("vision_cfg.", image, TIMM_FIELDS if image.get("timm_model_name") else VIT_FIELDS),
         ("text_cfg.", text, HF_FIELDS if text.get("hf_model_name") else TEXT_FIELDS),
-        ("text_cfg.tokenizer_kwargs.", text.get("tokenizer_kwargs") or {}, {"clean"}),
+        ("text_cfg.tokenizer_kwargs.", text.get("tokenizer_kwargs") or {}, tokenizer_fields),
         ("text_cfg.norm_kwargs.", text.get("norm_kwargs") or {}, {"eps"}),
         ("text_cfg.act_kwargs.", text.get("act_kwargs") or {}, {"approximate"}),
     )
@@ -131,8 +139,9 @@ def refuse_others(path: Path, section: Values, field: str, *choices: Any, defaul
     return value
 
 
-def vit_fields(image: Values, activation: str) -> Values:
+def vit_fields(path: Path, image: Values, activation: str) -> Values:
     """Returns vision_config of CLIP's ViT from open_clip's vision_cfg."""
+    pool = refuse_others(path, image, "pool_type", *VIT_POOLERS, default="tok")
     width = image.get("width", 768)
     return {
         "model_type": "clip_vision_model",
@@ -143,6 +152,9 @@ def vit_fields(image: Values, activation: str) -> Values:
         "image_size": image.get("image_size", 224),
         "patch_size": image["patch_size"],
         "hidden_act": activation,
+        "pre_norm": not image.get("no_ln_pre"),
+        "pooling": VIT_POOLERS[pool],
+        "mean_first": bool(image.get("final_ln_after_pool")),
     }
 
 

@@ -264,7 +264,7 @@ HF_CLIP_TEXT = Layout(
     "embeddings.token_embedding.weight", named(CLIP_TEXT_NAMES, "encoder.layers"), rf"vision_model\..+|{PROJECTIONS}"
 )
 OPEN_CLIP_IMAGE = Layout(
-    "ln_pre.weight",
+    "ln_post.weight",
     named(OPEN_CLIP_IMAGE_NAMES, "transformer.resblocks"),
     rf"{OPEN_CLIP_TEXT_TOWER}|(visual\.)?proj|{OPEN_CLIP_SHARED}",
 )
