@@ -18,6 +18,7 @@ from tests.testing.open_clip import (
     EVA_SIZE,
     MEAN,
     MODELS,
+    OWN_TOKENIZER,
     SIZE,
     STD,
     VIT_SIZE,
@@ -97,12 +98,24 @@ def build_original(require, monkeypatch, name, folder, **preparation):
     torch.manual_seed(0)
     model, _, prepare = open_clip.create_model_and_transforms(path.stem, pretrained_hf=False, **preparation)
     randomise(model, vectors=0.15)
-    tokenizer = open_clip.get_tokenizer(path.stem)
+    tokenizer = zero_padded(require, folder) if name in OWN_TOKENIZER else open_clip.get_tokenizer(path.stem)
     push.save_for_hf(model, tokenizer, open_clip.get_model_config(path.stem), folder / "model", True)
     if "hf_model_name" in config["text_cfg"]:
         (folder / "model" / "inputs").mkdir()
         shutil.copy(folder / "inputs" / "config.json", folder / "model" / "inputs")
     return model.eval(), prepare, tokenizer
+
+
+def zero_padded(require, folder):
+    """Returns the tokenizer of FOLDER/inputs, which pads with token 0 as open_clip's own does."""
+    tokenizer = require("transformers").PreTrainedTokenizerFast.from_pretrained(folder / "inputs")
+
+    def encode(texts):
+        encoded = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+        return encoded["input_ids"] * encoded["attention_mask"]
+
+    encode.save_pretrained = tokenizer.save_pretrained
+    return encode
 
 
 @pytest.mark.parametrize(("name", "mode"), [*((name, "shortest") for name in MODELS), ("siglip", "squash")])
@@ -113,12 +126,13 @@ def test_embeddings_and_tokens_agree_with_open_clip(require, monkeypatch, tmp_pa
     )
     predictor = Predictor.restore(tmp_path / "saved" / "model", cache="")
     assert predictor.config.model.embed_dim == EMBED_DIM and predictor.config.model.image.size == SIZE
-    ids = tokenizer(TEXTS)
-    np.testing.assert_array_equal(predictor.tokenizer(TEXTS)[0], ids)
+    texts = [*TEXTS, "a red! dog"] if name in OWN_TOKENIZER else TEXTS
+    ids, (ours, mask) = tokenizer(texts), predictor.tokenizer(texts)
+    np.testing.assert_array_equal(ours * mask if name in OWN_TOKENIZER else ours, ids)
     with torch.no_grad():
         image_emb = original.encode_image(torch.stack([prepare(Image.fromarray(image)) for image in IMAGES]))
         text_emb = original.encode_text(ids)
-    got = predictor.encode_image(IMAGES), predictor.encode_text(TEXTS)
+    got = predictor.encode_image(IMAGES), predictor.encode_text(texts)
     np.testing.assert_allclose(got[0], unit(image_emb), rtol=0, atol=1e-4)
     np.testing.assert_allclose(got[1], unit(text_emb), rtol=0, atol=1e-4)
     objective = predictor.variables["params"]["objective"]
@@ -235,6 +249,7 @@ PARAMETERS = {  # of timm's models without a classifier
     "vit_tiny_patch16_224": 5_717_416 - 193_000,
     "vit_base_patch16_224": 86_567_656 - 769_000,
     "vit_huge_patch14_224": 632_045_800 - 1_281_000,
+    "vit_large_patch14_clip_224": 303_179_776,
     "eva_giant_patch14_224": 1_011_146_112,
     "eva02_base_patch16_clip_224": 85_869_312,
     "eva02_large_patch14_clip_336": 303_645_632,
@@ -271,7 +286,7 @@ VISION, SIGLIP = {"layers": 12, "patch_size": 32}, MODELS["siglip"]["vision_cfg"
         ({"vision_cfg": timm("vit_base_mci_224", "token", None)}, "timm_model_name 'vit_base_mci_224'"),
         ({"vision_cfg": timm("fastvit_mci2", "avg", None)}, "timm_model_name 'fastvit_mci2'"),
         ({"vision_cfg": timm("vitamin_large_256", "", "linear")}, "timm_model_name 'vitamin_large_256'"),
-        ({"vision_cfg": timm("vit_base_patch16_224", "token", None)}, "timm_pool 'token' and timm_proj None"),
+        ({"vision_cfg": timm("vit_base_patch16_224", "avg", None)}, "timm_pool 'avg' and timm_proj None"),
         (
             {"vision_cfg": timm("eva02_base_patch16_clip_224", "avg", None)},
             "expected the pool 'token' and no projection",
@@ -282,7 +297,8 @@ VISION, SIGLIP = {"layers": 12, "patch_size": 32}, MODELS["siglip"]["vision_cfg"
         ({"vision_cfg": VISION | {"image_size": 10**12}}, "open_clip_config.json has model.image.size .*1 to 4,096"),
         ({"vision_cfg": VISION | {"head_width": 0}}, "open_clip_config.json lacks a field or .*: ZeroDivisionError"),
         ({"multimodal_cfg": {"layers": 12}}, "has multimodal_cfg, which is not implemented: it is a CoCa"),
-        ({"text_cfg": {"no_causal_mask": True}}, "pool_type 'argmax', which is not implemented; expected 'last'"),
+        ({"text_cfg": {"no_causal_mask": True, "hf_tokenizer_name": "x"}}, "pool_type 'argmax', .* expected 'last'"),
+        ({"text_cfg": {"no_causal_mask": True, "pool_type": "last"}}, "pool_type 'last', which .* expected 'argmax'"),
         ({"text_cfg": {"tokenizer_kwargs": {"strip_sep_token": True}}}, "text_cfg.tokenizer_kwargs.strip_sep_token"),
         (
             {"text_cfg": {"hf_model_name": "roberta-base", "hf_pooler_type": "cls_pooler"}},

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from zslflax.errors import UserError
 from zslflax.models.bert import MAX_DISTANCE, Bert, BertConfig, distance_bucket
 from zslflax.models.import_weights.architecture import BERT_SIZES, DISTILBERT_SIZES, text_architecture
 from zslflax.models.import_weights.load import load_text_tower
@@ -151,6 +152,23 @@ def test_padding_does_not_change_an_embedding():
     outputs = apply(variables, ids, mask)
     wider = np.pad(ids, ((0, 0), (0, 6)), constant_values=17), np.pad(mask, ((0, 0), (0, 6)))
     np.testing.assert_allclose(apply(variables, *wider), outputs, atol=1e-6)
+
+
+def test_zeros_that_fill_up_a_text_are_read_and_its_last_token_is_its_vector():
+    fields = {"pool": "last", "pre_norm": True, "embedding_norm": False, "types": 0}
+    model, variables = random_model(zero_padding=True, **fields)
+    ids, mask = random_tokens(50, [5, 3], 6)
+    outputs = jax.jit(model.apply)(variables, ids, mask)
+    filled = jnp.pad(jnp.where(mask, ids, 0), ((0, 0), (0, 10)))  # to the 16 positions of the tower
+    inputs = filled, jnp.arange(16)[None], jnp.ones((2, 1, 1, 16), bool), False
+    tokens = random_model(**fields)[0].apply(variables, *inputs, method="last_layer")
+    np.testing.assert_allclose(outputs, [tokens[0, 4], tokens[1, 2]], rtol=0, atol=1e-5)
+    other_padding = jnp.where(mask, ids, 17)[:, :5], mask[:, :5]
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, *other_padding), outputs, rtol=0, atol=1e-5)
+    without = random_model(**fields)[0].apply(variables, ids, mask)
+    assert np.abs(without - outputs).max() > 0.05
+    with pytest.raises(UserError, match="model.text.pack_length: this text tower reads padding"):
+        model.apply(variables, ids, ids, ids, 2, method="packed")
 
 
 def test_order_and_last_token_change_an_embedding():

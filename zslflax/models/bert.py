@@ -37,6 +37,8 @@ class BertConfig:
         embedding_norm: whether a layer norm follows the embeddings.
         causal: whether a token attends to no later ones.
         attends_padding: whether texts are padded to the maximum length with tokens that count as any other (SigLIP).
+        zero_padding: whether token 0 fills up all texts to `max_tokens` and counts as any other token, although the
+            vector of a text is that of its own last token (MobileCLIP 2).
         buckets: of distances, each with a learnt bias of the attention (MPNet); 0 for none.
         rotary: ModernBERT's layers, each as (base of the rotary position embeddings, distance up to which a token
             attends to others, 0 for any); () for a table of positions.
@@ -60,6 +62,7 @@ class BertConfig:
     embedding_norm: bool = True
     causal: bool = False
     attends_padding: bool = False
+    zero_padding: bool = False
     buckets: int = 0
     rotary: tuple[tuple[float, int], ...] = ()
     gated: bool = False
@@ -149,8 +152,13 @@ class Bert(nn.Module):
                 f"texts of {text.shape[1]} tokens, but the encoder has {c.max_tokens} positions; "
                 "lower model.text.max_tokens"
             )
+        attended = text_mask
+        if c.zero_padding:  # rows may be shorter than the texts of which the tower has learnt
+            rest = (0, 0), (0, c.max_tokens - text.shape[1])
+            text, text_mask = jnp.pad(jnp.where(text_mask, text, 0), rest), jnp.pad(text_mask, rest)
+            attended = jnp.ones_like(text_mask)
         position = jnp.arange(text.shape[1], dtype=jnp.int32)[None]
-        x = self.last_layer(text, position, text_mask[:, None, None, :], train)
+        x = self.last_layer(text, position, attended[:, None, None, :], train)
         tokens = jnp.sum(text_mask, axis=1, keepdims=True)
         pooled = text_mask & self.pools(position, tokens)
         weight = pooled[:, :, None].astype(jnp.float32)
@@ -167,7 +175,14 @@ class Bert(nn.Module):
             position: int32 [rows, t], the position of the token in its text, from 0.
             texts: number of texts. A text without any token gives zeros.
             train: whether dropout is applied.
+
+        Raises:
+            UserError: padding is part of each text.
         """
+        if self.config.zero_padding:
+            raise UserError(
+                "model.text.pack_length: this text tower reads padding, which packed rows lack; set it to 0"
+            )
         same_text = segment[:, None, :, None] == segment[:, None, None, :]
         x = self.last_layer(text, position, same_text, train).astype(jnp.float32)
         # Padding gets an index out of range, which segment_sum drops; thousands of additions to one row would be slow.

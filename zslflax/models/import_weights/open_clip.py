@@ -2,8 +2,9 @@
 
 Hugging Face has no such pairs of towers. The model_type is "open_clip", each tower has its own model_type, and these
 fields are of this project: resnet_layers (the blocks in each stage) and resnet_width (the channels after the stem) of
-CLIP's ResNets; pre_norm, pooling and mean_first of its ViTs, as in `ViT`; pooling of a text encoder, context_length,
-image_projection, text_projection, projection_hidden and logit_bias.
+CLIP's ResNets; pre_norm, pool, mean_first and layer_scale of its ViTs, as in `ViT`; causal and zero_padding of its text
+tower, as in `BertConfig`; pooling of a text encoder, context_length, image_projection, text_projection,
+projection_hidden and logit_bias.
 """
 
 from pathlib import Path
@@ -24,7 +25,7 @@ MODEL_FIELDS = {
 }
 VIT_FIELDS = {
     *("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"),
-    *("no_ln_pre", "pool_type", "final_ln_after_pool"),
+    *("no_ln_pre", "pool_type", "final_ln_after_pool", "ls_init_value"),
 }
 TIMM_FIELDS = VIT_FIELDS | {
     *("timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias"),
@@ -153,8 +154,9 @@ def vit_fields(path: Path, image: Values, activation: str) -> Values:
         "patch_size": image["patch_size"],
         "hidden_act": activation,
         "pre_norm": not image.get("no_ln_pre"),
-        "pooling": VIT_POOLERS[pool],
+        "pool": VIT_POOLERS[pool],
         "mean_first": bool(image.get("final_ln_after_pool")),
+        "layer_scale": image.get("ls_init_value") is not None,
     }
 
 
@@ -176,14 +178,18 @@ def resnet_fields(image: Values) -> Values:
 def text_fields(path: Path, text: Values, activation: str) -> tuple[Values, str]:
     """Returns text_config of CLIP's or SigLIP's text tower from open_clip's text_cfg, and the projection after it."""
     both_ways = bool(text.get("no_causal_mask"))
+    siglip = both_ways and bool(text.get("hf_tokenizer_name"))  # without, token 0 fills up texts
     # CLIP takes the vector of the end token, SigLIP the last one of a text that is padded to its maximal length.
-    refuse_others(path, text, "pool_type", *(("last",) if both_ways else ("argmax", "eos")), default="argmax")
+    pools = ("last",) if siglip else ("argmax",) if both_ways else ("argmax", "eos")
+    refuse_others(path, text, "pool_type", *pools, default="argmax")
     if (text.get("act_kwargs") or {}).get("approximate") == "tanh":
         activation = "gelu_pytorch_tanh"
     kind = refuse_others(path, text, "proj_type", "linear", "none", default="linear")
     width = text.get("width", 512)
     fields = {
-        "model_type": "siglip_text_model" if both_ways else "clip_text_model",
+        "model_type": "siglip_text_model" if siglip else "clip_text_model",
+        "causal": not both_ways,
+        "zero_padding": both_ways and not siglip,
         "vocab_size": text.get("vocab_size", 49_408),
         "hidden_size": width,
         "num_hidden_layers": text.get("layers", 12),

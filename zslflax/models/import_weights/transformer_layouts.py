@@ -64,6 +64,8 @@ OPEN_CLIP_BLOCK_NAMES = {
     "mlp/fc2": "mlp.c_proj",
     "norm1": "ln_1",
     "norm2": "ln_2",
+    "layer_scale1/scale": "ls_1.gamma",
+    "layer_scale2/scale": "ls_2.gamma",
 }
 CLIP_IMAGE_NAMES = CLIP_BLOCK_NAMES | {
     "patch_embed": "embeddings.patch_embedding",
