@@ -33,6 +33,8 @@ from tests.testing.runs import read_metrics
 from zslflax.config_checks import validate
 from zslflax.errors import UserError
 from zslflax.inference.predictor import Predictor
+from zslflax.inference.published import published_config
+from zslflax.models.build import build_two_tower
 from zslflax.models.convnext import ConvNeXt
 from zslflax.models.import_weights.architecture import read_architecture
 from zslflax.models.import_weights.image_architecture import vit_architecture
@@ -138,6 +140,12 @@ def test_embeddings_and_tokens_agree_with_open_clip(require, monkeypatch, tmp_pa
     objective = predictor.variables["params"]["objective"]
     np.testing.assert_allclose(objective["log_logit_scale"], original.logit_scale.item(), rtol=1e-6)
     assert ("logit_bias" in objective) == (original.logit_bias is not None)
+    if name in ("clipa", *OWN_TOKENIZER):
+        predictor.export(tmp_path / "exported")
+        shutil.rmtree(tmp_path / "saved")
+        again = Predictor.restore(tmp_path / "exported", cache="")
+        np.testing.assert_array_equal(again.encode_image(IMAGES), got[0])
+        np.testing.assert_array_equal(again.encode_text(texts), got[1])
 
 
 @pytest.mark.parametrize(
@@ -296,7 +304,14 @@ VISION, SIGLIP = {"layers": 12, "patch_size": 32}, MODELS["siglip"]["vision_cfg"
         ({"vision_cfg": VISION | {"pool_type": "none"}}, "pool_type 'none', which .* expected 'tok' or 'avg'"),
         ({"vision_cfg": VISION | {"image_size": 10**12}}, "open_clip_config.json has model.image.size .*1 to 4,096"),
         ({"vision_cfg": VISION | {"head_width": 0}}, "open_clip_config.json lacks a field or .*: ZeroDivisionError"),
-        ({"multimodal_cfg": {"layers": 12}}, "has multimodal_cfg, which is not implemented: it is a CoCa"),
+        (
+            {"vision_cfg": VISION | {"attentional_pool": "cascade"}},
+            "attentional_pool 'cascade', which .* expected True",
+        ),
+        ({"vision_cfg": VISION | {"attentional_pool": True, "pool_type": "avg"}}, "pool_type 'avg', .* expected 'tok'"),
+        ({"text_cfg": {"embed_cls": True, "no_causal_mask": True}}, "no_causal_mask True, which .* expected False"),
+        ({"text_cfg": {"embed_cls": True, "hf_tokenizer_name": "x"}}, "hf_tokenizer_name 'x', which .* expected None"),
+        ({"text_cfg": {"embed_cls": True, "pad_id": 1}}, "pad_id 1, which is not implemented; expected 0"),
         ({"text_cfg": {"no_causal_mask": True, "hf_tokenizer_name": "x"}}, "pool_type 'argmax', .* expected 'last'"),
         ({"text_cfg": {"no_causal_mask": True, "pool_type": "last"}}, "pool_type 'last', which .* expected 'argmax'"),
         ({"text_cfg": {"tokenizer_kwargs": {"strip_sep_token": True}}}, "text_cfg.tokenizer_kwargs.strip_sep_token"),
@@ -332,6 +347,19 @@ def test_a_damaged_file_is_named_by_a_run_too(tmp_path):
     path.write_text(json.dumps({"model_cfg": {"embed_dim": 512, "vision_cfg": {"layers": 12}, "text_cfg": {}}}))
     with pytest.raises(UserError, match=r"open_clip_config.json lacks a field or .* KeyError\('patch_size'\)"):
         read_architecture(tmp_path)
+
+
+def test_a_coca_has_its_own_ways_to_pool(tmp_path):
+    vision = VISION | {"attentional_pool": True, "image_size": 64}
+    model = {"embed_dim": 512, "vision_cfg": vision, "text_cfg": {"embed_cls": True}, "multimodal_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    for modality, pool in (("image", "cls"), ("text", "mean")):
+        config = published_config(tmp_path).model
+        config[modality].pool = pool
+        with pytest.raises(
+            UserError, match=f"model.{modality}.pool is '{pool}'; .*: (it|this tower) has one way to pool"
+        ):
+            build_two_tower(config)
 
 
 def test_a_null_names_no_tower_of_timm_or_hugging_face(tmp_path):

@@ -82,6 +82,20 @@ MODELS = {  # model_cfg; text_cfg lacks the places of the tokenizer and of the e
         "text_cfg": TEXT | {"no_causal_mask": True},
         "custom_text": True,
     },
+    "coca": {
+        "vision_cfg": VIT
+        | {"width": 36, "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 5}
+        | {"output_tokens": True},
+        "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": TEXT,
+        "custom_text": True,
+    },
+    "coca roberta": {
+        "vision_cfg": VIT | {"output_tokens": True},
+        "text_cfg": HF_TEXT | {"hf_proj_type": "linear", "output_tokens": True},
+        "multimodal_cfg": TEXT,
+        "custom_text": True,
+    },
     "convnext with an mlp": {
         "vision_cfg": timm("convnext_base", "", "mlp") | {"timm_drop_path": 0.1},
         "text_cfg": TEXT | {"pool_type": "eos", "eos_id": 1},
@@ -100,7 +114,10 @@ MODELS = {  # model_cfg; text_cfg lacks the places of the tokenizer and of the e
 }
 
 
-OWN_TOKENIZER = ("mobileclip2",)  # models with open_clip's own tokenizer, which fills up texts with token 0, a word
+OWN_TOKENIZER = (
+    "coca",
+    "mobileclip2",
+)  # models with open_clip's own tokenizer, which fills up texts with token 0, a word
 
 
 TIMM_CONVNEXT_NAMES = {  # of a ConvNeXt in timm: what becomes of the parts of a name of Hugging Face
@@ -151,8 +168,8 @@ def write_inputs(require: Any, name: str, folder: Path) -> dict[str, Any]:
     tokens = {"pad_token": pad} | ({"sep_token": "</s>"} if name == "clipa" else {})
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **tokens).save_pretrained(folder / "inputs")
     text = MODELS[name]["text_cfg"] | ({} if name in OWN_TOKENIZER else {"hf_tokenizer_name": "inputs"})
-    if name in ("roberta", "bert"):
-        config = ENCODER | {"model_type": name, "vocab_size": backend.get_vocab_size()}
+    if (kind := name.split()[-1]) in ("roberta", "bert"):
+        config = ENCODER | {"model_type": kind, "vocab_size": backend.get_vocab_size()}
         (folder / "inputs" / "config.json").write_text(json.dumps(config))
         text["hf_model_name"] = "inputs"
     else:

@@ -92,6 +92,16 @@ TWO_TOWER_MODELS = (
     Known("CLIP ViT-H/14, XLM-R large", 1193.0, ("laion/CLIP-ViT-H-14-frozen-xlm-roberta-large-laion5B-s13B-b90k",)),
     Known("BiomedCLIP", 195.9, ("microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224 (convert)",)),
     Known("MobileCLIP2 L/14", 427.6, ("timm/MobileCLIP2-L-14-OpenCLIP",)),
+    Known(
+        "CoCa ViT-B/32",
+        152.5,
+        ("laion/CoCa-ViT-B-32-laion2B-s13B-b90k", "laion/mscoco_finetuned_CoCa-ViT-B-32-laion2B-s13B-b90k"),
+    ),
+    Known(
+        "CoCa ViT-L/14",
+        430.2,
+        ("laion/CoCa-ViT-L-14-laion2B-s13B-b90k", "laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k"),
+    ),
     Known("CLIPA L/14", 414.2, ("UCSC-VLAA/ViT-L-14-CLIPA-datacomp1B",)),
     Known("CLIPA L/14, 336 pixels", 414.5, ("UCSC-VLAA/ViT-L-14-CLIPA-336-datacomp1B",)),
     Known("CLIPA H/14", 968.2, ("UCSC-VLAA/ViT-H-14-CLIPA-datacomp1B",)),

@@ -155,3 +155,34 @@ class AttentionPool(nn.Module):
         x = Attention(self.heads, self.dtype, name="attention")(x, not_itself, queries=1)
         y = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="norm")(x)
         return (x + Mlp(self.hidden, self.dtype, self.activation, name="mlp")(y))[:, 0]
+
+
+class QueryPool(nn.Module):
+    """Pools by a learnt query of a width of its own, as open_clip's CoCa does (Yu et al. 2022, arXiv 2205.01917).
+
+    Attributes:
+        heads: of the attention.
+        width: of the query and of the output.
+        dtype, eps: as of a `Block`.
+    """
+
+    heads: int
+    width: int
+    dtype: Any
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, t, w] → [b, width]."""
+        b, width = x.shape[0], self.width
+        norm = partial(nn.LayerNorm, epsilon=self.eps, dtype=self.dtype)
+        dense = partial(nn.Dense, width, use_bias=False, dtype=self.dtype)
+        query = self.param("query", nn.initializers.normal(1.0), (1, width))
+        bias = self.param("bias", nn.initializers.zeros, (3 * width,)).astype(self.dtype)
+        query, x = jnp.broadcast_to(norm(name="query_norm")(query), (b, 1, width)), norm(name="norm")(x)
+        q = dense(name="q")(query) + bias[:width]
+        k = dense(name="k")(x) + bias[width : 2 * width]
+        v = dense(name="v")(x) + bias[2 * width :]
+        q, k, v = (y.reshape(b, -1, self.heads, width // self.heads) for y in (q, k, v))
+        y = jax.nn.dot_product_attention(q, k, v).reshape(b, width)
+        return nn.Dense(width, dtype=self.dtype, name="out")(y)

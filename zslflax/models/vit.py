@@ -1,6 +1,6 @@
 """Vision transformer (Dosovitskiy et al. 2021) with pre-norm blocks.
 
-Also as DINOv2, DINOv3, CLIP, SigLIP, EVA-CLIP and PE-Core have it.
+Also as DINOv2, DINOv3, CLIP, CLIPA, CoCa, SigLIP, EVA-CLIP and PE-Core have it.
 """
 
 import math
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from zslflax.errors import UserError
-from zslflax.models.transformer import Attention, AttentionPool, Mlp, rotary_frequencies
+from zslflax.models.transformer import Attention, AttentionPool, Mlp, QueryPool, rotary_frequencies
 
 VITS = {  # name: (patch in pixels, width, depth, heads)
     "vit_nano4": (4, 128, 4, 4),  # for 32-pixel images on a CPU
@@ -136,9 +136,10 @@ class ViT(nn.Module):
         registers: number of learnt tokens that take part in the attention and not in the output.
         pool: "cls": the class token; "mean": the mean over the patches; "cls_mean": one after the other (dino.txt,
             Jose et al. 2024, arXiv 2412.16334); "map": an `AttentionPool` of the patches; "cls_map": one of the class
-            token and the patches.
+            token and the patches; "query": a `QueryPool` of these, before the last layer norm (CoCa).
         mean_first: whether the mean over the patches is taken before the last layer norm, not after it (CLIPA).
-        pool_size: heads and width inside the perceptron of the `AttentionPool`; empty: those of the blocks.
+        pool_size: heads and width inside the perceptron of the `AttentionPool`; empty: those of the blocks. Or heads
+            and width of the `QueryPool`.
         hidden: width inside the perceptrons; 0: 4 · width.
         activation: of the perceptrons, one of `transformer.ACTIVATIONS`.
         gated: whether the perceptrons are gated, see `transformer.Mlp`.
@@ -211,6 +212,10 @@ class ViT(nn.Module):
         last, first = tokens.astype(jnp.float32), int(self.class_token) + self.registers
         if self.pool == "cls":
             return norm(last[:, 0])
+        if self.pool == "query":
+            heads, width = self.pool_size
+            query_pool = QueryPool(heads, width, self.dtype, self.eps, name="pool")
+            return norm(query_pool(tokens).astype(jnp.float32))
         tokens = norm(last)
         patches = tokens[:, first:]
         if self.pool in ("map", "cls_map"):

@@ -196,7 +196,7 @@ def clip_text(values: Values) -> Values:
     values = CLIP_TEXT_DEFAULTS | values
     other = {"types": 0, "pre_norm": True, "embedding_norm": False, "pool": "last"}
     own = {"eps": values["layer_norm_eps"], "activation": activation(values), "causal": values.get("causal", True)}
-    own |= {"zero_padding": values.get("zero_padding", False)}
+    own |= {field: values.get(field, False) for field in ("zero_padding", "class_token")}
     return pick(values, BERT_SIZES) | other | own
 
 

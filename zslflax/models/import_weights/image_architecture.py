@@ -34,7 +34,7 @@ CLIP_IMAGE_DEFAULTS = {
     "layer_norm_eps": 1e-5,
 }
 # Fields of CLIP's `ViT`, and their values in Hugging Face's files; those of open_clip may have others.
-CLIP_VIT = {"pre_norm": True, "pool": "cls", "mean_first": False, "layer_scale": False}
+CLIP_VIT = {"pre_norm": True, "pool": "cls", "pool_size": (), "mean_first": False, "layer_scale": False}
 SIGLIP_IMAGE_DEFAULTS = CLIP_IMAGE_DEFAULTS | {
     "patch_size": 16,
     "hidden_act": "gelu_pytorch_tanh",
@@ -53,7 +53,8 @@ def vit_architecture(values: Values) -> Values | None:
     own: Values
     if values.get("model_type") == "clip_vision_model" and "resnet_layers" not in values:
         values = CLIP_IMAGE_DEFAULTS | values
-        own = {field: values.get(field, default) for field, default in CLIP_VIT.items()} | {"patch_bias": False}
+        own = {field: values.get(field, default) for field, default in CLIP_VIT.items()}
+        own |= {"patch_bias": False, "pool_size": tuple(own["pool_size"])}
     elif values.get("model_type") == "siglip_vision_model":
         values = {**SIGLIP_IMAGE_DEFAULTS, **values}
         expect_options(values, {"vision_use_head": True})

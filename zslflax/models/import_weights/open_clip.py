@@ -2,9 +2,9 @@
 
 Hugging Face has no such pairs of towers. The model_type is "open_clip", each tower has its own model_type, and these
 fields are of this project: resnet_layers (the blocks in each stage) and resnet_width (the channels after the stem) of
-CLIP's ResNets; pre_norm, pool, mean_first and layer_scale of its ViTs, as in `ViT`; causal and zero_padding of its text
-tower, as in `BertConfig`; pooling of a text encoder, context_length, image_projection, text_projection,
-projection_hidden and logit_bias.
+CLIP's ResNets; pre_norm, pool, pool_size, mean_first and layer_scale of its ViTs, as in `ViT`; causal, class_token and
+zero_padding of its text tower, as in `BertConfig`; pooling of a text encoder, context_length, image_projection,
+text_projection, projection_hidden and logit_bias.
 """
 
 from pathlib import Path
@@ -20,12 +20,13 @@ Values = dict[str, Any]
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 MODEL_FIELDS = {
-    *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"),
+    *("embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu", "custom_text"),
     *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
 }
 VIT_FIELDS = {
     *("image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "patch_dropout"),
-    *("no_ln_pre", "pool_type", "final_ln_after_pool", "ls_init_value"),
+    *("no_ln_pre", "pool_type", "final_ln_after_pool", "ls_init_value", "output_tokens"),
+    *("attentional_pool", "attn_pooler_heads", "attn_pooler_queries"),
 }
 TIMM_FIELDS = VIT_FIELDS | {
     *("timm_model_name", "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias"),
@@ -34,10 +35,11 @@ TIMM_FIELDS = VIT_FIELDS | {
 TOKEN_FIELDS = {"context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs"}
 TEXT_FIELDS = TOKEN_FIELDS | {
     *("width", "heads", "layers", "mlp_ratio", "no_causal_mask", "pool_type", "pad_id", "eos_id"),
-    *("proj_type", "proj_bias", "norm_kwargs", "act_kwargs"),
+    *("proj_type", "proj_bias", "norm_kwargs", "act_kwargs", "embed_cls", "output_tokens"),
 }
 HF_FIELDS = TOKEN_FIELDS | {
     *("width", "heads", "layers", "hf_model_name", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+    "output_tokens",
 }
 VIT_POOLERS = {"tok": "cls", "avg": "mean"}
 HF_POOLERS = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "cls"}
@@ -82,7 +84,7 @@ def to_hugging_face(path: Path) -> Values:
     elif isinstance(image.get("layers"), list):
         vision_config, image_projection = resnet_fields(image), "linear"
     else:
-        vision_config, image_projection = vit_fields(path, image, activation), "linear_no_bias"
+        vision_config, image_projection = vit_fields(path, image, activation, width), "linear_no_bias"
     if text.get("hf_model_name"):
         text_config, text_projection = hf_text_fields(path, text)
         hidden["text"] = (text_config["hidden_size"] + width) // 2
@@ -124,8 +126,7 @@ def check_options(path: Path, model: Values) -> None:
         if section[field] not in (None, False)
     ]
     if unknown:
-        kind = ": it is a CoCa, which writes texts" if "multimodal_cfg" in unknown else ""
-        raise UserError(f"{path} has {', '.join(unknown)}, which is not implemented{kind}")
+        raise UserError(f"{path} has {', '.join(unknown)}, which is not implemented")
     refuse_others(path, text, "hf_pooler_type", *HF_POOLERS, default="mean_pooler")
     refuse_others(path, text.get("tokenizer_kwargs") or {}, "clean", *CLEANINGS, default="whitespace")
     refuse_others(path, text.get("act_kwargs") or {}, "approximate", "tanh", "none", default="none")
@@ -140,9 +141,10 @@ def refuse_others(path: Path, section: Values, field: str, *choices: Any, defaul
     return value
 
 
-def vit_fields(path: Path, image: Values, activation: str) -> Values:
+def vit_fields(path: Path, image: Values, activation: str, embed_dim: int) -> Values:
     """Returns vision_config of CLIP's ViT from open_clip's vision_cfg."""
-    pool = refuse_others(path, image, "pool_type", *VIT_POOLERS, default="tok")
+    queries = refuse_others(path, image, "attentional_pool", True, False, None, default=False)  # CoCa's pool
+    pool = refuse_others(path, image, "pool_type", *(("tok",) if queries else VIT_POOLERS), default="tok")
     width = image.get("width", 768)
     return {
         "model_type": "clip_vision_model",
@@ -154,7 +156,8 @@ def vit_fields(path: Path, image: Values, activation: str) -> Values:
         "patch_size": image["patch_size"],
         "hidden_act": activation,
         "pre_norm": not image.get("no_ln_pre"),
-        "pool": VIT_POOLERS[pool],
+        "pool": "query" if queries else VIT_POOLERS[pool],
+        "pool_size": (image.get("attn_pooler_heads", 8), embed_dim) if queries else (),
         "mean_first": bool(image.get("final_ln_after_pool")),
         "layer_scale": image.get("ls_init_value") is not None,
     }
@@ -181,7 +184,12 @@ def text_fields(path: Path, text: Values, activation: str) -> tuple[Values, str]
     siglip = both_ways and bool(text.get("hf_tokenizer_name"))  # without, token 0 fills up texts
     # CLIP takes the vector of the end token, SigLIP the last one of a text that is padded to its maximal length.
     pools = ("last",) if siglip else ("argmax",) if both_ways else ("argmax", "eos")
-    refuse_others(path, text, "pool_type", *pools, default="argmax")
+    class_token = bool(text.get("embed_cls"))
+    if class_token:  # of CoCa, which pools by it
+        for field, default in (("no_causal_mask", False), ("hf_tokenizer_name", None), ("pad_id", 0)):
+            refuse_others(path, text, field, default, default=default)
+    else:
+        refuse_others(path, text, "pool_type", *pools, default="argmax")
     if (text.get("act_kwargs") or {}).get("approximate") == "tanh":
         activation = "gelu_pytorch_tanh"
     kind = refuse_others(path, text, "proj_type", "linear", "none", default="linear")
@@ -195,7 +203,9 @@ def text_fields(path: Path, text: Values, activation: str) -> tuple[Values, str]
         "num_hidden_layers": text.get("layers", 12),
         "num_attention_heads": text.get("heads", 8),
         "intermediate_size": int(width * text.get("mlp_ratio", 4)),
-        "max_position_embeddings": text.get("context_length", 77),
+        "max_position_embeddings": text.get("context_length", 77) + int(class_token),
+        "context_length": text.get("context_length", 77),
+        "class_token": class_token,
         "hidden_act": activation,
         "layer_norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
     }

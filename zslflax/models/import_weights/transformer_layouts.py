@@ -13,6 +13,7 @@ from zslflax.models.import_weights.layouts import (
     Layout,
     Names,
     clip_resnet,
+    expand,
     rename_module,
 )
 
@@ -91,10 +92,19 @@ OPEN_CLIP_IMAGE_NAMES = OPEN_CLIP_BLOCK_NAMES | {
     "position": "positional_embedding",
     "pre_norm": "ln_pre",
     "norm": "ln_post",
+    "pool": "attn_pool.attn.in_proj_",
+    "pool/query": "attn_pool.query",
+    "pool/query_norm": "attn_pool.ln_q",
+    "pool/norm": "attn_pool.ln_k",
+    "pool/q": "attn_pool.attn.q_proj_",
+    "pool/k": "attn_pool.attn.k_proj_",
+    "pool/v": "attn_pool.attn.v_proj_",
+    "pool/out": "attn_pool.attn.out_proj",
 }
 OPEN_CLIP_TEXT_NAMES = OPEN_CLIP_BLOCK_NAMES | {
     "word": "token_embedding",
     "position": "positional_embedding=",
+    "cls_token": "cls_emb",
     "last_norm": "ln_final",
 }
 BERT_NAMES = {
@@ -232,11 +242,6 @@ def transformer_name(path: str, names: Mapping[str, str], layers: str, parts: Se
         if path.startswith(block):
             path = f"{layers}.{path.removeprefix(block)}"
     return expand(path.replace("/", "."), parts)
-
-
-def expand(name: str, parts: Sequence[str] = ("query", "key", "value")) -> Names:
-    """Expands `{}` in a name to the three projections of an attention that the tower has as one."""
-    return tuple(name.format(part) for part in parts) if "{}" in name else name
 
 
 def named(names: Mapping[str, str], layers: str, parts: Sequence[str] = ("q", "k", "v")) -> partial[Names]:
