@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from zslflax.data.text import Tokenizer
+from zslflax.errors import UserError
 
 TEXTS = [
     "a photo of a red circle.",
@@ -225,3 +226,24 @@ def test_siglip_2_reads_text_in_lower_case(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer", "pad_token": "<pad>"}')
     for of_siglip, first in ((True, 2), (False, 1)):
         assert Tokenizer.from_folder(tmp_path, 4, of_siglip)(["Cat"])[0].tolist() == [[first, 0, 0, 0]]
+
+
+def test_open_clip_replaces_the_separator_of_bert_by_token_0(require, tmp_path):
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "cat", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    original = require("transformers").BertTokenizer(str(tmp_path / "vocab.txt"))
+    original.save_pretrained(tmp_path)
+    text = {"hf_tokenizer_name": "bert", "no_causal_mask": True, "tokenizer_kwargs": {"strip_sep_token": True}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"text_cfg": text}}))
+    texts = ["A red cat", "cats", "", "a red cat " * 5]
+    tokenizer = Tokenizer.from_folder(tmp_path, 8, attends_padding=True)
+    ids, mask = tokenizer(texts)
+    wanted = original(texts, padding="max_length", max_length=8, truncation=True, return_tensors="np")["input_ids"]
+    assert (wanted == 3).sum() == len(texts) and mask.all()
+    np.testing.assert_array_equal(ids, np.where(wanted == 3, 0, wanted))
+    tokenizer.save(tmp_path / "saved")
+    np.testing.assert_array_equal(Tokenizer.from_folder(tmp_path / "saved", 8, True)(texts)[0], ids)
+    tokenizer.backend.post_processor = None
+    tokenizer.save(tmp_path)
+    with pytest.raises(UserError, match="strip_sep_token, but its tokenizer adds no token to a text; expected one"):
+        Tokenizer.from_folder(tmp_path, 8, attends_padding=True)

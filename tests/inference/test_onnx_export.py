@@ -26,7 +26,8 @@ TOWERS = {
     "convnext": ConvNeXt((1, 1), (8, 16)),
     "vit": ViT(patch=8, width=16, depth=1, heads=2),
     "dinov2_reg": ViT(patch=8, width=16, depth=1, heads=2, layer_scale=True, registers=2),
-    "siglip": ViT(patch=8, width=16, depth=1, heads=2, pool="attention", class_token=False, hidden=24),
+    "siglip": ViT(patch=8, width=16, depth=1, heads=2, pool="map", class_token=False, hidden=24),
+    "coca": ViT(patch=8, width=16, depth=1, heads=2, pool="query", pool_size=(4, 24), patch_bias=False, pre_norm=True),
 }
 
 

@@ -18,6 +18,7 @@ from tests.testing.open_clip import (
     EVA_SIZE,
     MEAN,
     MODELS,
+    OWN_TOKENIZER,
     SIZE,
     STD,
     VIT_SIZE,
@@ -32,6 +33,8 @@ from tests.testing.runs import read_metrics
 from zslflax.config_checks import validate
 from zslflax.errors import UserError
 from zslflax.inference.predictor import Predictor
+from zslflax.inference.published import published_config
+from zslflax.models.build import build_two_tower
 from zslflax.models.convnext import ConvNeXt
 from zslflax.models.import_weights.architecture import read_architecture
 from zslflax.models.import_weights.image_architecture import vit_architecture
@@ -97,12 +100,24 @@ def build_original(require, monkeypatch, name, folder, **preparation):
     torch.manual_seed(0)
     model, _, prepare = open_clip.create_model_and_transforms(path.stem, pretrained_hf=False, **preparation)
     randomise(model, vectors=0.15)
-    tokenizer = open_clip.get_tokenizer(path.stem)
+    tokenizer = zero_padded(require, folder) if name in OWN_TOKENIZER else open_clip.get_tokenizer(path.stem)
     push.save_for_hf(model, tokenizer, open_clip.get_model_config(path.stem), folder / "model", True)
     if "hf_model_name" in config["text_cfg"]:
         (folder / "model" / "inputs").mkdir()
         shutil.copy(folder / "inputs" / "config.json", folder / "model" / "inputs")
     return model.eval(), prepare, tokenizer
+
+
+def zero_padded(require, folder):
+    """Returns the tokenizer of FOLDER/inputs, which pads with token 0 as open_clip's own does."""
+    tokenizer = require("transformers").PreTrainedTokenizerFast.from_pretrained(folder / "inputs")
+
+    def encode(texts):
+        encoded = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+        return encoded["input_ids"] * encoded["attention_mask"]
+
+    encode.save_pretrained = tokenizer.save_pretrained
+    return encode
 
 
 @pytest.mark.parametrize(("name", "mode"), [*((name, "shortest") for name in MODELS), ("siglip", "squash")])
@@ -113,17 +128,24 @@ def test_embeddings_and_tokens_agree_with_open_clip(require, monkeypatch, tmp_pa
     )
     predictor = Predictor.restore(tmp_path / "saved" / "model", cache="")
     assert predictor.config.model.embed_dim == EMBED_DIM and predictor.config.model.image.size == SIZE
-    ids = tokenizer(TEXTS)
-    np.testing.assert_array_equal(predictor.tokenizer(TEXTS)[0], ids)
+    texts = [*TEXTS, "a red! dog"] if name in OWN_TOKENIZER else TEXTS
+    ids, (ours, mask) = tokenizer(texts), predictor.tokenizer(texts)
+    np.testing.assert_array_equal(ours * mask if name in OWN_TOKENIZER else ours, ids)
     with torch.no_grad():
         image_emb = original.encode_image(torch.stack([prepare(Image.fromarray(image)) for image in IMAGES]))
         text_emb = original.encode_text(ids)
-    got = predictor.encode_image(IMAGES), predictor.encode_text(TEXTS)
+    got = predictor.encode_image(IMAGES), predictor.encode_text(texts)
     np.testing.assert_allclose(got[0], unit(image_emb), rtol=0, atol=1e-4)
     np.testing.assert_allclose(got[1], unit(text_emb), rtol=0, atol=1e-4)
     objective = predictor.variables["params"]["objective"]
     np.testing.assert_allclose(objective["log_logit_scale"], original.logit_scale.item(), rtol=1e-6)
     assert ("logit_bias" in objective) == (original.logit_bias is not None)
+    if name in ("clipa", *OWN_TOKENIZER):
+        predictor.export(tmp_path / "exported")
+        shutil.rmtree(tmp_path / "saved")
+        again = Predictor.restore(tmp_path / "exported", cache="")
+        np.testing.assert_array_equal(again.encode_image(IMAGES), got[0])
+        np.testing.assert_array_equal(again.encode_text(texts), got[1])
 
 
 @pytest.mark.parametrize(
@@ -235,6 +257,7 @@ PARAMETERS = {  # of timm's models without a classifier
     "vit_tiny_patch16_224": 5_717_416 - 193_000,
     "vit_base_patch16_224": 86_567_656 - 769_000,
     "vit_huge_patch14_224": 632_045_800 - 1_281_000,
+    "vit_large_patch14_clip_224": 303_179_776,
     "eva_giant_patch14_224": 1_011_146_112,
     "eva02_base_patch16_clip_224": 85_869_312,
     "eva02_large_patch14_clip_336": 303_645_632,
@@ -271,17 +294,26 @@ VISION, SIGLIP = {"layers": 12, "patch_size": 32}, MODELS["siglip"]["vision_cfg"
         ({"vision_cfg": timm("vit_base_mci_224", "token", None)}, "timm_model_name 'vit_base_mci_224'"),
         ({"vision_cfg": timm("fastvit_mci2", "avg", None)}, "timm_model_name 'fastvit_mci2'"),
         ({"vision_cfg": timm("vitamin_large_256", "", "linear")}, "timm_model_name 'vitamin_large_256'"),
-        ({"vision_cfg": timm("vit_base_patch16_224", "token", None)}, "timm_pool 'token' and timm_proj None"),
+        ({"vision_cfg": timm("vit_base_patch16_224", "avg", None)}, "timm_pool 'avg' and timm_proj None"),
         (
             {"vision_cfg": timm("eva02_base_patch16_clip_224", "avg", None)},
             "expected the pool 'token' and no projection",
         ),
         ({"vision_cfg": SIGLIP | {"timm_pool": "avg"}}, "timm_pool 'avg' and .* expected the pool 'map'"),
-        ({"vision_cfg": VISION | {"no_ln_pre": True, "output_tokens": False}}, "has vision_cfg.no_ln_pre, which"),
+        ({"vision_cfg": VISION | {"qk_norm": True, "output_tokens": False}}, "has vision_cfg.qk_norm, which"),
+        ({"vision_cfg": VISION | {"pool_type": "none"}}, "pool_type 'none', which .* expected 'tok' or 'avg'"),
         ({"vision_cfg": VISION | {"image_size": 10**12}}, "open_clip_config.json has model.image.size .*1 to 4,096"),
         ({"vision_cfg": VISION | {"head_width": 0}}, "open_clip_config.json lacks a field or .*: ZeroDivisionError"),
-        ({"multimodal_cfg": {"layers": 12}}, "has multimodal_cfg, which is not implemented: it is a CoCa"),
-        ({"text_cfg": {"no_causal_mask": True}}, "pool_type 'argmax', which is not implemented; expected 'last'"),
+        (
+            {"vision_cfg": VISION | {"attentional_pool": "cascade"}},
+            "attentional_pool 'cascade', which .* expected True",
+        ),
+        ({"vision_cfg": VISION | {"attentional_pool": True, "pool_type": "avg"}}, "pool_type 'avg', .* expected 'tok'"),
+        ({"text_cfg": {"embed_cls": True, "no_causal_mask": True}}, "no_causal_mask True, which .* expected False"),
+        ({"text_cfg": {"embed_cls": True, "hf_tokenizer_name": "x"}}, "hf_tokenizer_name 'x', which .* expected None"),
+        ({"text_cfg": {"embed_cls": True, "pad_id": 1}}, "pad_id 1, which is not implemented; expected 0"),
+        ({"text_cfg": {"no_causal_mask": True, "hf_tokenizer_name": "x"}}, "pool_type 'argmax', .* expected 'last'"),
+        ({"text_cfg": {"no_causal_mask": True, "pool_type": "last"}}, "pool_type 'last', which .* expected 'argmax'"),
         ({"text_cfg": {"tokenizer_kwargs": {"strip_sep_token": True}}}, "text_cfg.tokenizer_kwargs.strip_sep_token"),
         (
             {"text_cfg": {"hf_model_name": "roberta-base", "hf_pooler_type": "cls_pooler"}},
@@ -315,6 +347,19 @@ def test_a_damaged_file_is_named_by_a_run_too(tmp_path):
     path.write_text(json.dumps({"model_cfg": {"embed_dim": 512, "vision_cfg": {"layers": 12}, "text_cfg": {}}}))
     with pytest.raises(UserError, match=r"open_clip_config.json lacks a field or .* KeyError\('patch_size'\)"):
         read_architecture(tmp_path)
+
+
+def test_a_coca_has_its_own_ways_to_pool(tmp_path):
+    vision = VISION | {"attentional_pool": True, "image_size": 64}
+    model = {"embed_dim": 512, "vision_cfg": vision, "text_cfg": {"embed_cls": True}, "multimodal_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    for modality, pool in (("image", "cls"), ("text", "mean")):
+        config = published_config(tmp_path).model
+        config[modality].pool = pool
+        with pytest.raises(
+            UserError, match=f"model.{modality}.pool is '{pool}'; .*: (it|this tower) has one way to pool"
+        ):
+            build_two_tower(config)
 
 
 def test_a_null_names_no_tower_of_timm_or_hugging_face(tmp_path):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from zslflax.errors import UserError
 from zslflax.models.bert import MAX_DISTANCE, Bert, BertConfig, distance_bucket
 from zslflax.models.import_weights.architecture import BERT_SIZES, DISTILBERT_SIZES, text_architecture
 from zslflax.models.import_weights.load import load_text_tower
@@ -151,6 +152,53 @@ def test_padding_does_not_change_an_embedding():
     outputs = apply(variables, ids, mask)
     wider = np.pad(ids, ((0, 0), (0, 6)), constant_values=17), np.pad(mask, ((0, 0), (0, 6)))
     np.testing.assert_allclose(apply(variables, *wider), outputs, atol=1e-6)
+
+
+def test_zeros_that_fill_up_a_text_are_read_and_its_last_token_is_its_vector():
+    fields = {"pool": "last", "pre_norm": True, "embedding_norm": False, "types": 0}
+    model, variables = random_model(zero_padding=True, **fields)
+    ids, mask = random_tokens(50, [5, 3], 6)
+    outputs = jax.jit(model.apply)(variables, ids, mask)
+    filled = jnp.pad(jnp.where(mask, ids, 0), ((0, 0), (0, 10)))  # to the 16 positions of the tower
+    plain = Bert(dataclasses.replace(model.config, zero_padding=False))
+    inputs = filled, jnp.arange(16)[None], jnp.ones((2, 1, 1, 16), bool)
+    tokens = jax.jit(partial(plain.apply, train=False, method="last_layer"))(variables, *inputs)
+    np.testing.assert_allclose(outputs, [tokens[0, 4], tokens[1, 2]], rtol=0, atol=1e-5)
+    other_padding = jnp.where(mask, ids, 17)[:, :5], mask[:, :5]
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, *other_padding), outputs, rtol=0, atol=1e-5)
+    without = jax.jit(plain.apply)(variables, ids, mask)
+    assert np.abs(without - outputs).max() > 0.05
+    with pytest.raises(UserError, match="model.text.pack_length: this text tower reads padding"):
+        model.apply(variables, ids, ids, ids, 2, method="packed")
+
+
+def test_a_class_token_reads_the_text_and_one_token_of_padding():
+    fields = {"pool": "last", "pre_norm": True, "embedding_norm": False, "types": 0, "causal": True}
+    model, variables = random_model(class_token=True, dropout=0.0, **fields)
+    assert model.config.max_tokens == 15
+    lengths = [5, 0, 15]
+    ids, mask = random_tokens(50, lengths, 15)
+    ids = np.maximum(ids, 1)
+    outputs = jax.jit(model.apply)(variables, ids, mask)
+    assert not outputs[1].any()
+    plain = Bert(dataclasses.replace(model.config, class_token=False, vocab_size=51))
+    last_layer = jax.jit(partial(plain.apply, train=False, method="last_layer"))
+    table = jnp.concatenate([variables["params"]["word"]["embedding"], variables["params"]["cls_token"][None]])
+    own = {name: x for name, x in variables["params"].items() if name != "cls_token"} | {"word": {"embedding": table}}
+    for i, length in ((0, 5), (2, 15)):
+        # The same as a text of which the class token is the last word, and a zero the one before it.
+        zeros = [0] if length < 15 else []
+        text = jnp.array([[*ids[i, :length], *zeros, 50]])
+        position = jnp.array([[*range(length + len(zeros)), 15]])
+        seen = jnp.ones((1, 1, 1, text.shape[1]), bool).at[..., -1].set(length == 15)
+        [tokens] = last_layer({"params": own}, text, position, seen)
+        np.testing.assert_allclose(outputs[i], tokens[-1], rtol=0, atol=1e-5)
+    other_padding = jnp.where(mask, ids, 17)[:2, :5], mask[:2, :5]
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, *other_padding), outputs[:2], rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="model.text.pack_length: this text tower reads padding"):
+        model.apply(variables, ids, ids, ids, 2, method="packed")
+    with pytest.raises(UserError, match="model.text.pool is 'mean'; expected \"\" or last: this tower has one way"):
+        dataclasses.replace(model.config, pool="mean")
 
 
 def test_order_and_last_token_change_an_embedding():

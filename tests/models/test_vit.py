@@ -233,6 +233,50 @@ def test_an_image_that_patches_do_not_fill_is_refused():
         shapes(small(), 36)
 
 
+def test_the_mean_of_the_patches_is_taken_before_or_after_the_last_norm():
+    images, weights = random_images(2, 32), {}
+    variables = jax.jit(small(pool="mean").init)(jax.random.key(0), images)
+    for name, x in variables["params"]["norm"].items():
+        weights[name] = variables["params"]["norm"][name] = x + random_images(1, 1, WIDTH)[0, 0, :, 0]
+    output, found = small(pool="mean", mean_first=True).apply(variables, images, capture_intermediates=True)
+    [tokens] = found["intermediates"][f"block_{DEPTH - 1}"]["__call__"]
+    normed = lambda x: (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * weights["scale"] + weights["bias"]
+    np.testing.assert_allclose(output, normed(np.asarray(tokens)[:, 1:].mean(axis=1)), rtol=0, atol=1e-4)
+    after = small(pool="mean").apply(variables, images)
+    np.testing.assert_allclose(after, normed(np.asarray(tokens)[:, 1:]).mean(axis=1), rtol=0, atol=1e-4)
+    assert np.abs(after - output).max() > 0.05
+    both = small(pool="cls_mean", mean_first=True).apply(variables, images)
+    np.testing.assert_allclose(both, np.concatenate([normed(np.asarray(tokens)[:, 0]), output], 1), rtol=0, atol=1e-4)
+
+
+def test_a_query_of_another_width_attends_as_in_pytorch(require):
+    torch = require("torch")
+    torch.manual_seed(0)
+    width, images = 12, random_images(3, 32)
+    tower = small(pool="query", pool_size=(4, width), eps=1e-5)
+    variables = jax.jit(tower.init)(jax.random.key(0), images)
+    query, heads = (
+        torch.randn(1, width),
+        torch.nn.MultiheadAttention(width, 4, kdim=WIDTH, vdim=WIDTH, batch_first=True),
+    )
+    parts = torch.nn.ModuleList([heads, *(torch.nn.LayerNorm(w) for w in (width, WIDTH, width))])
+    attention, query_norm, norm, last_norm = randomise(parts)
+    array = lambda x: jnp.asarray(x.detach().numpy())
+    of_norm = lambda module: {"scale": array(module.weight), "bias": array(module.bias)}
+    names = {name: {"kernel": array(getattr(attention, f"{name}_proj_weight")).T} for name in "qkv"}
+    out = {"kernel": array(attention.out_proj.weight).T, "bias": array(attention.out_proj.bias)}
+    pool = {"query": array(query), "bias": array(attention.in_proj_bias), "out": out}
+    pool |= names | {"query_norm": of_norm(query_norm), "norm": of_norm(norm)}
+    params = variables["params"] | {"pool": pool, "norm": of_norm(last_norm)}
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, variables["params"])
+    output, found = tower.apply({"params": params}, images, capture_intermediates=True)
+    [tokens] = found["intermediates"][f"block_{DEPTH - 1}"]["__call__"]
+    with torch.no_grad():
+        keys = norm(torch.tensor(np.asarray(tokens)))
+        expected = last_norm(attention(query_norm(query).expand(3, 1, width), keys, keys)[0][:, 0]).numpy()
+    assert_agree(output, expected)
+
+
 def test_bfloat16_is_close_to_float32():
     images = random_images(4, 32)
     variables = jax.jit(small().init)(jax.random.key(0), images)

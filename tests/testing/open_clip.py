@@ -72,6 +72,30 @@ MODELS = {  # model_cfg; text_cfg lacks the places of the tokenizer and of the e
         "vision_cfg": timm("convnext_base", "", "linear") | {"timm_drop": 0.0, "timm_drop_path": 0.1},
         "text_cfg": TEXT,
     },
+    "clipa": {
+        "vision_cfg": VIT | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
+        "text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "last", "tokenizer_kwargs": {"strip_sep_token": True}},
+    },
+    "layer scale": {"vision_cfg": VIT | {"ls_init_value": 1e-4, "pool_type": "avg"}, "text_cfg": TEXT},
+    "mobileclip2": {
+        "vision_cfg": timm("vit_base_patch16_clip_224", "token", None),
+        "text_cfg": TEXT | {"no_causal_mask": True},
+        "custom_text": True,
+    },
+    "coca": {
+        "vision_cfg": VIT
+        | {"width": 36, "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 5}
+        | {"output_tokens": True},
+        "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": TEXT,
+        "custom_text": True,
+    },
+    "coca roberta": {
+        "vision_cfg": VIT | {"output_tokens": True},
+        "text_cfg": HF_TEXT | {"hf_proj_type": "linear", "output_tokens": True},
+        "multimodal_cfg": TEXT,
+        "custom_text": True,
+    },
     "convnext with an mlp": {
         "vision_cfg": timm("convnext_base", "", "mlp") | {"timm_drop_path": 0.1},
         "text_cfg": TEXT | {"pool_type": "eos", "eos_id": 1},
@@ -88,6 +112,12 @@ MODELS = {  # model_cfg; text_cfg lacks the places of the tokenizer and of the e
         "custom_text": True,
     },
 }
+
+
+OWN_TOKENIZER = (
+    "coca",
+    "mobileclip2",
+)  # models with open_clip's own tokenizer, which fills up texts with token 0, a word
 
 
 TIMM_CONVNEXT_NAMES = {  # of a ConvNeXt in timm: what becomes of the parts of a name of Hugging Face
@@ -135,10 +165,11 @@ def write_inputs(require: Any, name: str, folder: Path) -> dict[str, Any]:
     """
     transformers = require("transformers")
     backend, pad = text_tokenizer(name)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad).save_pretrained(folder / "inputs")
-    text = MODELS[name]["text_cfg"] | {"hf_tokenizer_name": "inputs"}
-    if name in ("roberta", "bert"):
-        config = ENCODER | {"model_type": name, "vocab_size": backend.get_vocab_size()}
+    tokens = {"pad_token": pad} | ({"sep_token": "</s>"} if name == "clipa" else {})
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **tokens).save_pretrained(folder / "inputs")
+    text = MODELS[name]["text_cfg"] | ({} if name in OWN_TOKENIZER else {"hf_tokenizer_name": "inputs"})
+    if (kind := name.split()[-1]) in ("roberta", "bert"):
+        config = ENCODER | {"model_type": kind, "vocab_size": backend.get_vocab_size()}
         (folder / "inputs" / "config.json").write_text(json.dumps(config))
         text["hf_model_name"] = "inputs"
     else:
@@ -153,13 +184,17 @@ def text_tokenizer(name: str) -> tuple[tokenizers.Tokenizer, str]:
     words = ["<s>", "<pad>", "<unk>", *WORDS, "_", "'", '"', "it", "s", "</s>"]
     if name == "convnext with an mlp":
         words[1], words[-1] = words[-1], words[1]  # the id of the end is 1, and not the largest
+    if name in OWN_TOKENIZER:
+        words.insert(0, "!")
+    if name == "clipa":
+        words[0], words[1] = words[1], words[0]  # the id of padding is 0
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )
     backend.normalizer = tokenizers.normalizers.Lowercase()
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\w+|[^\w\s]|\s"), "isolated")
     backend.post_processor = tokenizers.processors.TemplateProcessing(
-        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", words.index("</s>"))]
+        "<s> $A </s>", special_tokens=[(end, words.index(end)) for end in ("<s>", "</s>")]
     )
     return backend, "<pad>"
 

@@ -15,7 +15,7 @@ import tokenizers
 
 from zslflax.errors import MissingFileError, UserError
 from zslflax.files import read_json, storage_errors, write_json, write_text
-from zslflax.models.import_weights.open_clip import text_cleaning
+from zslflax.models.import_weights.open_clip import tokenizer_options
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -94,9 +94,11 @@ class Tokenizer:
                     backend.normalizer = tokenizers.normalizers.Sequence(steps)
             else:
                 backend = load_from_vocabulary(folder, config)
-            if cleaning := text_cleaning(folder):
-                steps = [*cleaning_steps(cleaning), *filter(None, [backend.normalizer])]
+            if options := tokenizer_options(folder):
+                steps = [*cleaning_steps(options["clean"]), *filter(None, [backend.normalizer])]
                 backend.normalizer = tokenizers.normalizers.Sequence(steps)
+                if options["strip_sep_token"]:
+                    backend.post_processor = end_by_zero(folder, backend)
             return cls(backend, max_tokens, find_pad_token(folder, config, backend), attends_padding)
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -244,6 +246,24 @@ def cleaning_steps(kind: str) -> list[Any]:
         *([] if kind == "whitespace" else [lowercase()]),
         *single_spaces(),
     ]
+
+
+def end_by_zero(folder: Path, backend: tokenizers.Tokenizer) -> Any:
+    """What adds a tokenizer's own token before a text, and the token 0 after it instead of its own (CLIPA).
+
+    Raises:
+        UserError: the tokenizer does not add one token on each side, as BERT's does.
+    """
+    backend.no_padding()
+    added, zero = backend.encode(""), backend.id_to_token(0)
+    if len(added.ids) != 2 or zero is None:
+        found = ", ".join(added.tokens) or "no token"
+        raise UserError(
+            f"{folder} has tokenizer_kwargs.strip_sep_token, but its tokenizer adds {found} to a text; expected one "
+            "token before it and one after it"
+        )
+    ids = [(added.tokens[0], added.ids[0]), (zero, 0)]
+    return tokenizers.processors.TemplateProcessing(f"{added.tokens[0]} $A {zero}", special_tokens=ids)
 
 
 def single_spaces() -> list[Any]:

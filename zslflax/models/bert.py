@@ -1,4 +1,4 @@
-"""Text transformers as sentence encoders: BERT and its relatives, CLIP's and SigLIP's text towers, ModernBERT."""
+"""Text transformers as sentence encoders: BERT and its relatives, those of CLIP, SigLIP and CoCa, ModernBERT."""
 
 import dataclasses
 import math
@@ -37,6 +37,10 @@ class BertConfig:
         embedding_norm: whether a layer norm follows the embeddings.
         causal: whether a token attends to no later ones.
         attends_padding: whether texts are padded to the maximum length with tokens that count as any other (SigLIP).
+        class_token: whether the vector of a text is that of a learnt token after it and its padding by token 0 (CoCa).
+            It has the last position, and reads the text and one token of padding.
+        zero_padding: whether token 0 fills up all texts to `max_tokens` and counts as any other token, although the
+            vector of a text is that of its own last token (MobileCLIP 2).
         buckets: of distances, each with a learnt bias of the attention (MPNet); 0 for none.
         rotary: ModernBERT's layers, each as (base of the rotary position embeddings, distance up to which a token
             attends to others, 0 for any); () for a table of positions.
@@ -60,16 +64,22 @@ class BertConfig:
     embedding_norm: bool = True
     causal: bool = False
     attends_padding: bool = False
+    class_token: bool = False
+    zero_padding: bool = False
     buckets: int = 0
     rotary: tuple[tuple[float, int], ...] = ()
     gated: bool = False
     use_bias: bool = True
     norm_bias: bool = True
 
+    def __post_init__(self) -> None:
+        if self.class_token and self.pool != "last":
+            raise UserError(f'model.text.pool is {self.pool!r}; expected "" or last: this tower has one way to pool')
+
     @property
     def max_tokens(self) -> int:
-        """The number of tokens that have a position embedding."""
-        return self.positions - self.first_position
+        """The number of tokens of a text that have a position embedding."""
+        return self.positions - self.first_position - int(self.class_token)
 
 
 class Layer(nn.Module):
@@ -149,12 +159,29 @@ class Bert(nn.Module):
                 f"texts of {text.shape[1]} tokens, but the encoder has {c.max_tokens} positions; "
                 "lower model.text.max_tokens"
             )
+        if c.class_token:
+            return self.class_vector(text, text_mask, train)
+        attended = text_mask
+        if c.zero_padding:  # rows may be shorter than the texts of which the tower has learnt
+            rest = (0, 0), (0, c.max_tokens - text.shape[1])
+            text, text_mask = jnp.pad(jnp.where(text_mask, text, 0), rest), jnp.pad(text_mask, rest)
+            attended = jnp.ones_like(text_mask)
         position = jnp.arange(text.shape[1], dtype=jnp.int32)[None]
-        x = self.last_layer(text, position, text_mask[:, None, None, :], train)
+        x = self.last_layer(text, position, attended[:, None, None, :], train)
         tokens = jnp.sum(text_mask, axis=1, keepdims=True)
         pooled = text_mask & self.pools(position, tokens)
         weight = pooled[:, :, None].astype(jnp.float32)
         return jnp.sum(x.astype(jnp.float32) * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)
+
+    def class_vector(self, text: jax.Array, text_mask: jax.Array, train: bool) -> jax.Array:
+        """Returns the vector of the class token after each text; the arguments and the result are those of a call."""
+        c, t = self.config, text.shape[1]
+        text = jnp.pad(jnp.where(text_mask, text, 0), ((0, 0), (0, int(t < c.max_tokens))))
+        # The mask of CoCa's weights is one too late: a token is read unless the token before it is a zero.
+        attended = jnp.pad(text != 0, ((0, 0), (1, 0)), constant_values=True)
+        position = jnp.append(jnp.arange(text.shape[1], dtype=jnp.int32), c.positions - 1)[None]
+        x = self.last_layer(text, position, attended[:, None, None, :], train)[:, -1].astype(jnp.float32)
+        return jnp.where(jnp.any(text_mask, axis=1, keepdims=True), x, 0.0)
 
     def packed(
         self, text: jax.Array, segment: jax.Array, position: jax.Array, texts: int, train: bool = False
@@ -167,7 +194,14 @@ class Bert(nn.Module):
             position: int32 [rows, t], the position of the token in its text, from 0.
             texts: number of texts. A text without any token gives zeros.
             train: whether dropout is applied.
+
+        Raises:
+            UserError: padding is part of each text.
         """
+        if self.config.zero_padding or self.config.class_token:
+            raise UserError(
+                "model.text.pack_length: this text tower reads padding, which packed rows lack; set it to 0"
+            )
         same_text = segment[:, None, :, None] == segment[:, None, None, :]
         x = self.last_layer(text, position, same_text, train).astype(jnp.float32)
         # Padding gets an index out of range, which segment_sum drops; thousands of additions to one row would be slow.
@@ -191,6 +225,9 @@ class Bert(nn.Module):
         norm = partial(nn.LayerNorm, epsilon=c.eps, use_bias=c.norm_bias)
         table = partial(nn.Embed, features=c.width, embedding_init=nn.initializers.normal(0.02))
         x = table(c.vocab_size, name="word")(text)
+        if c.class_token:
+            token = self.param("cls_token", nn.initializers.normal(0.02), (c.width,))
+            x = jnp.concatenate([x, jnp.broadcast_to(token, (x.shape[0], 1, c.width))], axis=1)
         if not c.rotary:
             x = x + table(c.positions, name="position")(position + c.first_position)
         if c.types:

@@ -194,7 +194,7 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
     resnet_d = partial(resnet, deep=True)
     convnext = partial(ConvNeXt, dtype=dtype, remat=remat)
     mobilenet = partial(MobileNet, dtype=dtype, axis_name=axis_name, remat=remat)
-    vit = partial(ViT, dtype=dtype, remat=remat, pool=pool or "cls")
+    vit = partial(ViT, dtype=dtype, remat=remat)
     dinov2 = partial(vit, layer_scale=True)
     rotary = {"table": False, "rotary": DINOV3_ROTARY, "registers": REGISTERS, "key_bias": False, "eps": 1e-5}
     dinov3 = partial(dinov2, **rotary)
@@ -243,9 +243,7 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
         raise UserError(
             f"model.image.name is {name!r}; expected one of {', '.join(towers)}; nearest: {nearest_names(name, towers)}"
         )
-    tower = towers[name]
-    check_pool(tower, name, pool)
-    return tower
+    return with_pool(towers[name], name, pool)
 
 
 def described_tower(config: ConfigDict, dtype: Any, axis_name: str | None = None) -> ViT | ResNet | ConvNeXt:
@@ -268,23 +266,24 @@ def described_tower(config: ConfigDict, dtype: Any, axis_name: str | None = None
     elif fields := convnext_architecture(values):
         tower = ConvNeXt(**fields, dtype=dtype, remat=config.remat)
     elif fields := vit_architecture(values):
-        tower = ViT(**fields | {"pool": config.pool or fields["pool"]}, dtype=dtype, remat=config.remat)
+        tower = ViT(**fields, dtype=dtype, remat=config.remat)
     else:
         raise UserError(
             f'model.image.name is "", but {folder} has model_type {values.get("model_type")!r}; expected clip, '
             "clip_vision_model, siglip or siglip_vision_model, or give the name of the tower"
         )
-    check_pool(tower, "this tower", config.pool)
-    return tower
+    return with_pool(tower, "this tower", config.pool)
 
 
-def check_pool(tower: nn.Module, name: str, pool: str) -> None:
-    """Refuses a value of `image.pool` that the tower called `name` does not have."""
-    if pool and not (isinstance(tower, ViT) and pool in POOLS):
-        pools = f'"" or one of {", ".join(POOLS)}' if isinstance(tower, ViT) else '"": it has one way to pool'
+def with_pool(tower: Any, name: str, pool: str) -> Any:
+    """Returns the tower called `name` with a value of `image.pool`, "" for its own; refuses one that it lacks."""
+    choices = POOLS if isinstance(tower, ViT) and tower.pool in POOLS else ()
+    if pool and pool not in choices:
+        pools = f'"" or one of {", ".join(choices)}' if choices else '"": it has one way to pool'
         raise UserError(f"model.image.pool is {pool!r}; expected of {name} {pools}")
     if pool.startswith("cls") and not getattr(tower, "class_token", True):
         raise UserError(f"model.image.pool is {pool!r}, but {name} has no class token; expected mean or map")
+    return tower.clone(pool=pool) if pool else tower
 
 
 def text_config(config: ConfigDict) -> BertConfig:

@@ -1,4 +1,4 @@
-"""Self-attention and perceptrons, which the image and the text transformers share."""
+"""Self-attention and perceptrons, which the image and the text transformers share, and what pools by attention."""
 
 from collections.abc import Callable
 from functools import partial
@@ -130,3 +130,59 @@ class Mlp(nn.Module):
         if self.norm_eps:
             y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
         return nn.Dense(x.shape[-1], use_bias=self.use_bias, dtype=self.dtype, name="fc2")(y)
+
+
+class AttentionPool(nn.Module):
+    """Pools by a learnt query that attends to all patches, as in SigLIP (Zhai et al. 2021, arXiv 2106.04560).
+
+    Attributes:
+        heads, dtype, eps, hidden, activation: as of a `Block`.
+    """
+
+    heads: int
+    dtype: Any
+    eps: float
+    hidden: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, t, w] → [b, w]."""
+        b, t, w = x.shape
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, w)).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(probe, (b, 1, w)), x], axis=1)
+        not_itself = (jnp.arange(t + 1) > 0)[None, None, None]
+        x = Attention(self.heads, self.dtype, name="attention")(x, not_itself, queries=1)
+        y = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="norm")(x)
+        return (x + Mlp(self.hidden, self.dtype, self.activation, name="mlp")(y))[:, 0]
+
+
+class QueryPool(nn.Module):
+    """Pools by a learnt query of a width of its own, as open_clip's CoCa does (Yu et al. 2022, arXiv 2205.01917).
+
+    Attributes:
+        heads: of the attention.
+        width: of the query and of the output.
+        dtype, eps: as of a `Block`.
+    """
+
+    heads: int
+    width: int
+    dtype: Any
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [b, t, w] → [b, width]."""
+        b, width = x.shape[0], self.width
+        norm = partial(nn.LayerNorm, epsilon=self.eps, dtype=self.dtype)
+        dense = partial(nn.Dense, width, use_bias=False, dtype=self.dtype)
+        query = self.param("query", nn.initializers.normal(1.0), (1, width))
+        bias = self.param("bias", nn.initializers.zeros, (3 * width,)).astype(self.dtype)
+        query, x = jnp.broadcast_to(norm(name="query_norm")(query), (b, 1, width)), norm(name="norm")(x)
+        q = dense(name="q")(query) + bias[:width]
+        k = dense(name="k")(x) + bias[width : 2 * width]
+        v = dense(name="v")(x) + bias[2 * width :]
+        q, k, v = (y.reshape(b, -1, self.heads, width // self.heads) for y in (q, k, v))
+        y = jax.nn.dot_product_attention(q, k, v).reshape(b, width)
+        return nn.Dense(width, dtype=self.dtype, name="out")(y)

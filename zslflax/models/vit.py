@@ -1,6 +1,6 @@
 """Vision transformer (Dosovitskiy et al. 2021) with pre-norm blocks.
 
-Also as DINOv2, DINOv3, CLIP, SigLIP, EVA-CLIP and PE-Core have it.
+Also as DINOv2, DINOv3, CLIP, CLIPA, CoCa, SigLIP, EVA-CLIP and PE-Core have it.
 """
 
 import math
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from zslflax.errors import UserError
-from zslflax.models.transformer import Attention, Mlp, rotary_frequencies
+from zslflax.models.transformer import Attention, AttentionPool, Mlp, QueryPool, rotary_frequencies
 
 VITS = {  # name: (patch in pixels, width, depth, heads)
     "vit_nano4": (4, 128, 4, 4),  # for 32-pixel images on a CPU
@@ -122,31 +122,6 @@ class Block(nn.Module):
         return LayerScale(self.dtype, name=f"layer_scale{number}")(x) if self.layer_scale else x
 
 
-class AttentionPool(nn.Module):
-    """Pools by a learnt query that attends to all patches, as in SigLIP (Zhai et al. 2021, arXiv 2106.04560).
-
-    Attributes:
-        heads, dtype, eps, hidden, activation: as of a `Block`.
-    """
-
-    heads: int
-    dtype: Any
-    eps: float
-    hidden: int
-    activation: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b, t, w] → [b, w]."""
-        b, t, w = x.shape
-        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, w)).astype(self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(probe, (b, 1, w)), x], axis=1)
-        not_itself = (jnp.arange(t + 1) > 0)[None, None, None]
-        x = Attention(self.heads, self.dtype, name="attention")(x, not_itself, queries=1)
-        y = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="norm")(x)
-        return (x + Mlp(self.hidden, self.dtype, self.activation, name="mlp")(y))[:, 0]
-
-
 class ViT(nn.Module):
     """Maps images to the class token, the mean of the patches, both, or a learnt pool, after the last layer norm.
 
@@ -161,8 +136,10 @@ class ViT(nn.Module):
         registers: number of learnt tokens that take part in the attention and not in the output.
         pool: "cls": the class token; "mean": the mean over the patches; "cls_mean": one after the other (dino.txt,
             Jose et al. 2024, arXiv 2412.16334); "map": an `AttentionPool` of the patches; "cls_map": one of the class
-            token and the patches.
-        pool_size: heads and width inside the perceptron of the `AttentionPool`; empty: those of the blocks.
+            token and the patches; "query": a `QueryPool` of these, before the last layer norm (CoCa).
+        mean_first: whether the mean over the patches is taken before the last layer norm, not after it (CLIPA).
+        pool_size: heads and width inside the perceptron of the `AttentionPool`; empty: those of the blocks. Or heads
+            and width of the `QueryPool`.
         hidden: width inside the perceptrons; 0: 4 · width.
         activation: of the perceptrons, one of `transformer.ACTIVATIONS`.
         gated: whether the perceptrons are gated, see `transformer.Mlp`.
@@ -188,6 +165,7 @@ class ViT(nn.Module):
     layer_scale: bool = False
     registers: int = 0
     pool: str = "cls"
+    mean_first: bool = False
     pool_size: tuple[int, ...] = ()
     hidden: int = 0
     activation: str = "gelu"
@@ -231,16 +209,21 @@ class ViT(nn.Module):
         for i in range(self.depth):
             tokens = block(name=f"block_{i}")(tokens, rotation)
         norm = nn.LayerNorm(epsilon=self.eps, name="norm")
+        last, first = tokens.astype(jnp.float32), int(self.class_token) + self.registers
         if self.pool == "cls":
-            return norm(tokens[:, 0].astype(jnp.float32))
-        tokens = norm(tokens.astype(jnp.float32))
-        patches = tokens[:, int(self.class_token) + self.registers :]
+            return norm(last[:, 0])
+        if self.pool == "query":
+            heads, width = self.pool_size
+            query_pool = QueryPool(heads, width, self.dtype, self.eps, name="pool")
+            return norm(query_pool(tokens).astype(jnp.float32))
+        tokens = norm(last)
+        patches = tokens[:, first:]
         if self.pool in ("map", "cls_map"):
             heads, hidden = self.pool_size or (self.heads, hidden)
             pool = AttentionPool(heads, self.dtype, self.eps, hidden, self.activation, name="pool")
             pooled = patches if self.pool == "map" else jnp.concatenate([tokens[:, :1], patches], axis=1)
             return pool(pooled.astype(self.dtype)).astype(jnp.float32)
-        mean = jnp.mean(patches, axis=1)
+        mean = norm(jnp.mean(last[:, first:], axis=1)) if self.mean_first else jnp.mean(patches, axis=1)
         return mean if self.pool == "mean" else jnp.concatenate([tokens[:, 0], mean], axis=-1)
 
     def embed_patches(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array | None]:

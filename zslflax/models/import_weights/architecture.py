@@ -195,7 +195,8 @@ def clip_text(values: Values) -> Values:
     """Fields of CLIP's text tower (Radford et al. 2021, arXiv 2103.00020)."""
     values = CLIP_TEXT_DEFAULTS | values
     other = {"types": 0, "pre_norm": True, "embedding_norm": False, "pool": "last"}
-    own = {"eps": values["layer_norm_eps"], "activation": activation(values), "causal": True}
+    own = {"eps": values["layer_norm_eps"], "activation": activation(values), "causal": values.get("causal", True)}
+    own |= {field: values.get(field, False) for field in ("zero_padding", "class_token")}
     return pick(values, BERT_SIZES) | other | own
 
 

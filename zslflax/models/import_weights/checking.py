@@ -52,7 +52,7 @@ def detect_layout(folder: Path, names: Collection[str], layouts: Sequence[Layout
         (layout, name.removesuffix(layout.anchor))
         for layout in layouts
         for name in sorted(names)
-        if name == layout.anchor or name.endswith("." + layout.anchor)
+        if (name == layout.anchor or name.endswith("." + layout.anchor)) and not re.fullmatch(layout.others, name)
     ]
     if len(found) == 1:
         return found[0]

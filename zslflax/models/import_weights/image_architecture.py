@@ -33,6 +33,8 @@ CLIP_IMAGE_DEFAULTS = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+# Fields of CLIP's `ViT`, and their values in Hugging Face's files; those of open_clip may have others.
+CLIP_VIT = {"pre_norm": True, "pool": "cls", "pool_size": (), "mean_first": False, "layer_scale": False}
 SIGLIP_IMAGE_DEFAULTS = CLIP_IMAGE_DEFAULTS | {
     "patch_size": 16,
     "hidden_act": "gelu_pytorch_tanh",
@@ -51,7 +53,8 @@ def vit_architecture(values: Values) -> Values | None:
     own: Values
     if values.get("model_type") == "clip_vision_model" and "resnet_layers" not in values:
         values = CLIP_IMAGE_DEFAULTS | values
-        own = {"patch_bias": False, "pre_norm": True, "pool": "cls"}
+        own = {field: values.get(field, default) for field, default in CLIP_VIT.items()}
+        own |= {"patch_bias": False, "pool_size": tuple(own["pool_size"])}
     elif values.get("model_type") == "siglip_vision_model":
         values = {**SIGLIP_IMAGE_DEFAULTS, **values}
         expect_options(values, {"vision_use_head": True})
@@ -81,6 +84,7 @@ def perception_encoder(values: Values) -> Values:
 
 TIMM_VITS: dict[str, Callable[[Values], Values]] = {  # by model_type, the fields in which a `ViT` differs from ViT
     "timm_vit": lambda values: {},
+    "timm_clip": lambda values: {"patch_bias": False, "pre_norm": True},
     "timm_eva": lambda values: {"key_bias": False},
     "timm_eva02": eva02,
     "timm_pe": perception_encoder,

@@ -208,6 +208,11 @@ def rename_module(path: str, names: Mapping[str, str]) -> str:
     return names.get(path, path)
 
 
+def expand(name: str, parts: Sequence[str] = ("query", "key", "value")) -> Names:
+    """Expands `{}` in a name to the three projections of an attention that the tower has as one."""
+    return tuple(name.format(part) for part in parts) if "{}" in name else name
+
+
 def split_block(path: str) -> tuple[int, str]:
     """Splits "block_3/name" into 3 and "name"."""
     block, module = path.split("/")
@@ -218,8 +223,8 @@ TORCHVISION_RESNET = Layout("layer1.0.conv1.weight", torchvision_resnet)
 HF_RESNET = Layout("embedder.embedder.convolution.weight", hf_resnet)
 TIMM_RESNET_D = Layout("conv1.0.weight", timm_resnet_d)
 # What models of open_clip have beside their image tower: sizes, which OpenAI's own files have beside the weights, the
-# scale and the bias, and the text tower.
-OPEN_CLIP_SHARED = r"logit_(scale|bias)|(text\.)?attn_mask|input_resolution|context_length|vocab_size"
+# scale and the bias, what writes captions in a CoCa, and the text tower.
+OPEN_CLIP_SHARED = r"logit_(scale|bias)|(text\.)?attn_mask|input_resolution|context_length|vocab_size|text_decoder\..+"
 OPEN_CLIP_TEXT_TOWER = r"text\..+|transformer\..+|(positional|token)_embedding.*|ln_final\..+|text_projection.*"
 # Beside a tower of timm, the projection as well.
 BESIDE_TRUNK = rf"visual\.head\..+|{OPEN_CLIP_TEXT_TOWER}|{OPEN_CLIP_SHARED}"

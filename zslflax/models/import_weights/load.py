@@ -110,6 +110,7 @@ def load_described_tower(folder: Path, variables: dict[str, Any], image_size: in
             table.reshape(1, *table.shape[-2:]), side, antialias=layout in (TIMM_VIT, TIMM_EVA02), tokens=tokens
         ),
         ("cls_token",): lambda token, layout: token.reshape(1, 1, -1),
+        ("pool", "query"): lambda queries, layout: queries[:1],  # the others are for CoCa's captions
     }
     kind = tower_values(values, "vision")["model_type"]
     if vit.get("rotary"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from zslflax.errors import UserError
 
-VIT_NAME = re.compile(r"vit_(?P<size>[a-z0-9]+)_patch(?P<patch>\d+)_(?P<siglip>siglip_)?(?P<image>\d+)")
+VIT_NAME = re.compile(r"vit_(?P<size>[a-z0-9]+)_patch(?P<patch>\d+)_((?P<kind>siglip|clip)_)?(?P<image>\d+)")
 VIT_SIZES = {  # width, depth, heads, width inside the perceptrons
     "tiny": (192, 12, 3, 768),
     "small": (384, 12, 6, 1536),
@@ -44,8 +44,8 @@ CONVNEXT_POOLS = {"": "avg", "avg": "avg"}
 def timm_fields(path: Path, image: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Returns vision_config of a tower that timm names, and the kind of projection after it.
 
-    The model_types timm_vit, timm_eva, timm_eva02, timm_pe and timm_convnext are of this project, and the field
-    rope_grid: the patches along a side of the image for which a patch's number is its rotary position.
+    The model_types timm_vit, timm_clip, timm_eva, timm_eva02, timm_pe and timm_convnext are of this project, and the
+    field rope_grid: the patches along a side of the image for which a patch's number is its rotary position.
 
     Args:
         path: of open_clip_config.json, for messages.
@@ -59,8 +59,10 @@ def timm_fields(path: Path, image: dict[str, Any]) -> tuple[dict[str, Any], str]
     name, pool = image["timm_model_name"].partition(".")[0], image.get("timm_pool", "avg")
     projection = image.get("timm_proj", "linear")
     match = VIT_NAME.fullmatch(name)
-    siglip, eva = bool(match and match["siglip"]), EVA_NAME.fullmatch(name)
+    siglip, eva = bool(match and match["kind"] == "siglip"), EVA_NAME.fullmatch(name)
     projections: tuple[str | None, ...] = ("none", "linear", "mlp") if siglip else ("linear", "mlp")
+    if match and pool == "token":  # with another pool, timm's classifier has a norm of its own, or is for each token
+        projections = (None, *projections)
     if name in CONVNEXTS:
         pools, fields = CONVNEXT_POOLS, convnext_fields(*CONVNEXTS[name])
     elif match and match["size"] in (SIGLIP_SIZES if siglip else VIT_SIZES):
@@ -70,8 +72,9 @@ def timm_fields(path: Path, image: dict[str, Any]) -> tuple[dict[str, Any], str]
     else:
         raise UserError(
             f"{path} has vision_cfg.timm_model_name {name!r}, which is not implemented; expected a ViT such as "
-            "vit_base_patch16_224, a SigLIP such as vit_base_patch16_siglip_224, eva02_base_patch16_clip_224 or "
-            f"_large_, a PE-Core such as vit_pe_core_base_patch16_224, or {', '.join(CONVNEXTS)}"
+            "vit_base_patch16_224 or vit_base_patch16_clip_224, a SigLIP such as vit_base_patch16_siglip_224, "
+            "eva02_base_patch16_clip_224 or _large_, a PE-Core such as vit_pe_core_base_patch16_224, or "
+            f"{', '.join(CONVNEXTS)}"
         )
     if pool not in pools or projection not in projections:
         wanted = "no projection (null)" if eva else "a projection linear or mlp"
@@ -88,8 +91,10 @@ def timm_fields(path: Path, image: dict[str, Any]) -> tuple[dict[str, Any], str]
 
 
 def vit_fields(match: re.Match[str]) -> dict[str, Any]:
-    """Returns the fields of a ViT of timm from its name."""
-    return {"model_type": "timm_vit", "hidden_act": "gelu"} | transformer_fields(match, VIT_SIZES)
+    """Returns the fields of a ViT of timm, or of CLIP's in timm, from its name."""
+    kind = match["kind"] or "vit"
+    eps = {"layer_norm_eps": 1e-5} if kind == "clip" else {}
+    return {"model_type": f"timm_{kind}", "hidden_act": "gelu"} | transformer_fields(match, VIT_SIZES) | eps
 
 
 def siglip_fields(match: re.Match[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from zslflax.models.import_weights.layouts import (
     Layout,
     Names,
     clip_resnet,
+    expand,
     rename_module,
 )
 
@@ -64,6 +65,8 @@ OPEN_CLIP_BLOCK_NAMES = {
     "mlp/fc2": "mlp.c_proj",
     "norm1": "ln_1",
     "norm2": "ln_2",
+    "layer_scale1/scale": "ls_1.gamma",
+    "layer_scale2/scale": "ls_2.gamma",
 }
 CLIP_IMAGE_NAMES = CLIP_BLOCK_NAMES | {
     "patch_embed": "embeddings.patch_embedding",
@@ -89,10 +92,19 @@ OPEN_CLIP_IMAGE_NAMES = OPEN_CLIP_BLOCK_NAMES | {
     "position": "positional_embedding",
     "pre_norm": "ln_pre",
     "norm": "ln_post",
+    "pool": "attn_pool.attn.in_proj_",
+    "pool/query": "attn_pool.query",
+    "pool/query_norm": "attn_pool.ln_q",
+    "pool/norm": "attn_pool.ln_k",
+    "pool/q": "attn_pool.attn.q_proj_",
+    "pool/k": "attn_pool.attn.k_proj_",
+    "pool/v": "attn_pool.attn.v_proj_",
+    "pool/out": "attn_pool.attn.out_proj",
 }
 OPEN_CLIP_TEXT_NAMES = OPEN_CLIP_BLOCK_NAMES | {
     "word": "token_embedding",
     "position": "positional_embedding=",
+    "cls_token": "cls_emb",
     "last_norm": "ln_final",
 }
 BERT_NAMES = {
@@ -232,11 +244,6 @@ def transformer_name(path: str, names: Mapping[str, str], layers: str, parts: Se
     return expand(path.replace("/", "."), parts)
 
 
-def expand(name: str, parts: Sequence[str] = ("query", "key", "value")) -> Names:
-    """Expands `{}` in a name to the three projections of an attention that the tower has as one."""
-    return tuple(name.format(part) for part in parts) if "{}" in name else name
-
-
 def named(names: Mapping[str, str], layers: str, parts: Sequence[str] = ("q", "k", "v")) -> partial[Names]:
     """Returns `Layout.module` of a transformer; the arguments are those of `transformer_name`."""
     return partial(transformer_name, names=names, layers=layers, parts=parts)
@@ -264,7 +271,7 @@ HF_CLIP_TEXT = Layout(
     "embeddings.token_embedding.weight", named(CLIP_TEXT_NAMES, "encoder.layers"), rf"vision_model\..+|{PROJECTIONS}"
 )
 OPEN_CLIP_IMAGE = Layout(
-    "ln_pre.weight",
+    "ln_post.weight",
     named(OPEN_CLIP_IMAGE_NAMES, "transformer.resblocks"),
     rf"{OPEN_CLIP_TEXT_TOWER}|(visual\.)?proj|{OPEN_CLIP_SHARED}",
 )
