@@ -1,8 +1,10 @@
 """Compiled programs on disk."""
 
+import os
+
 import jax
 
-from zslflax import compilation, distributed
+from zslflax import cli, distributed
 from zslflax.config import default_config
 
 
@@ -20,12 +22,21 @@ def test_compiled_functions_are_cached_unless_the_config_says_otherwise(tmp_path
         distributed.initialize(f"{tmp_path}/file/folder")
         assert f"compiled programs are not kept: {tmp_path}/file/folder cannot be written" in caplog.text
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-        monkeypatch.setattr(compilation, "COMPILATION_CACHE", str(tmp_path / "other"))
-        compilation.keep_compiled_by_default()
+        monkeypatch.setattr(cli, "COMPILATION_CACHE", str(tmp_path / "other"))
+        cli.prepare_inference()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path) and not (tmp_path / "other").exists()
         jax.config.update("jax_compilation_cache_dir", None)
-        compilation.keep_compiled_by_default()
+        cli.prepare_inference()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "other")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
+
+
+def test_commands_that_use_a_model_take_memory_as_needed_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    for before, after in ((None, "false"), ("true", "true")):
+        if before:
+            monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", before)
+        cli.share_gpu()
+        assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == after

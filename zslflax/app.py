@@ -8,8 +8,7 @@ It answers this machine only unless --host says otherwise.
 import argparse
 import logging
 
-from zslflax.cli import add_model_argument, exit_on_error, start_logging
-from zslflax.compilation import keep_compiled_by_default
+from zslflax.cli import add_model_argument, exit_on_error, prepare_inference, start_logging
 from zslflax.files import local_path
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.test_names import read_test_names
@@ -26,7 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     from zslflax.page import serve_page  # needs the extra "app"; where it is missing, main ends with the command
 
-    keep_compiled_by_default()
+    prepare_inference()
     start_logging()
     folder = args.images and local_path(args.images, "--images").resolve()
     log.info("loading the model")

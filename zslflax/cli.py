@@ -19,6 +19,7 @@ import jax
 from tqdm import tqdm
 
 from zslflax import distributed
+from zslflax.compilation import COMPILATION_CACHE, keep_compiled
 from zslflax.errors import UserError, device_memory_errors
 
 log = logging.getLogger("zslflax")
@@ -73,6 +74,26 @@ class _TqdmStream:
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+def prepare_inference() -> None:
+    """Prepares jax for a command without the config of a run; it must be called before any other use of jax.
+
+    Compiled programs are kept in `COMPILATION_CACHE`, unless another folder was chosen, as by the environment variable
+    JAX_COMPILATION_CACHE_DIR.
+    """
+    share_gpu()
+    chosen: Any = jax.config
+    if not chosen.jax_compilation_cache_dir:
+        keep_compiled(COMPILATION_CACHE)
+
+
+def share_gpu() -> None:
+    """Takes a GPU's memory as it is needed, where jax would take three quarters at once, which a run may have already.
+
+    The environment variable that says so stays as it is if it is set.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 import warnings
-from typing import Any
 
 import jax
 
@@ -14,16 +13,6 @@ from zslflax.files import expand_user, storage_errors
 log = logging.getLogger("zslflax")
 
 COMPILATION_CACHE = "~/.cache/zslflax/xla"  # the default folder
-
-
-def keep_compiled_by_default() -> None:
-    """Keeps compiled programs for a command without the config of a run, in `COMPILATION_CACHE`.
-
-    A folder that was chosen before, as by the environment variable JAX_COMPILATION_CACHE_DIR, stays.
-    """
-    chosen: Any = jax.config
-    if not chosen.jax_compilation_cache_dir:
-        keep_compiled(COMPILATION_CACHE)
 
 
 def keep_compiled(folder: str) -> None:

@@ -6,7 +6,7 @@ zslflax export FOLDER --workdir=runs/demo [--onnx] [--push=USER/NAME --license=a
 import argparse
 import json
 
-from zslflax.cli import add_model_argument, exit_on_error, start_logging
+from zslflax.cli import add_model_argument, exit_on_error, prepare_inference, start_logging
 from zslflax.files import local_path
 from zslflax.inference.hub import check_repository, push_folder
 from zslflax.inference.model_card import read_facts
@@ -17,6 +17,7 @@ from zslflax.inference.test_names import read_test_names, write_test_names
 def main() -> None:
     args = parse_arguments()
     start_logging()
+    prepare_inference()
     predictor = Predictor.restore(args.workdir, step=args.step)
     workdir = local_path(args.workdir, "--workdir")
     facts = read_facts(workdir, predictor.step, args.license, args.data)

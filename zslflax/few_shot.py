@@ -8,8 +8,7 @@ import argparse
 import json
 import logging
 
-from zslflax.cli import add_model_argument, exit_on_error, start_logging
-from zslflax.compilation import keep_compiled_by_default
+from zslflax.cli import add_model_argument, exit_on_error, prepare_inference, start_logging
 from zslflax.evaluation.few_shot_sets import (
     embed_views,
     format_metrics,
@@ -49,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    keep_compiled_by_default()
+    prepare_inference()
     start_logging()
     class_names = read_class_names(args.class_names) if args.class_names else None
     kept = read_class_names(args.classes) if args.classes else None

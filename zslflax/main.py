@@ -10,7 +10,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from zslflax import config, distributed
-from zslflax.cli import exit_on_error, start_logging
+from zslflax.cli import exit_on_error, share_gpu, start_logging
 from zslflax.config_checks import check_devices, check_overrides, validate
 from zslflax.data.workers import available_cores
 from zslflax.errors import UserError, nearest_names
@@ -167,6 +167,7 @@ def main(_: Any) -> int:
     name = Path(MODEL.value).name or run_config.name
     workdir = local_path(WORKDIR.value or f"runs/{name}", "--workdir").absolute()
     if evaluating:
+        share_gpu()
         distributed.initialize(run_config.compilation_cache)
         evaluate(workdir)
         return 0

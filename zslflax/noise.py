@@ -8,8 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from zslflax.cli import add_model_argument, exit_on_error, start_logging
-from zslflax.compilation import keep_compiled_by_default
+from zslflax.cli import add_model_argument, exit_on_error, prepare_inference, start_logging
 from zslflax.evaluation.caption_noise import analyse_source
 from zslflax.files import local_path
 from zslflax.inference.predictor import Predictor
@@ -25,7 +24,7 @@ def main() -> None:
         "--to", help="folder of noise.json, noise.csv and noise.png; default: MODEL/noise, runs/NAME/noise for a Hub id"
     )
     args = parser.parse_args()
-    keep_compiled_by_default()
+    prepare_inference()
     if not 0.0 < args.worst < 1.0:
         parser.error(f"--worst is {args.worst}, expected a share between 0 and 1")
     start_logging()

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zslflax.cli import add_model_argument, exit_on_error
-from zslflax.compilation import keep_compiled_by_default
+from zslflax.cli import add_model_argument, exit_on_error, prepare_inference
 from zslflax.errors import UserError
 from zslflax.figures import prediction_grid, text_bars
 from zslflax.files import local_path, storage_errors
@@ -31,7 +30,7 @@ SHOWN_NAMES = 5  # of the model's own class names, on standard error
 
 def main() -> None:
     args = parse_arguments()
-    keep_compiled_by_default()
+    prepare_inference()
     predictor = Predictor.restore(args.workdir, allow_urls=args.allow_urls)
     templates = read_templates(args.templates) if args.templates else None
     class_names = read_class_names(args.class_names) if args.class_names else own_class_names(predictor, args.workdir)

@@ -7,8 +7,7 @@ import argparse
 import json
 import sys
 
-from zslflax.cli import add_model_argument, exit_on_error
-from zslflax.compilation import keep_compiled_by_default
+from zslflax.cli import add_model_argument, exit_on_error, prepare_inference
 from zslflax.errors import UserError
 from zslflax.figures import text_bars
 from zslflax.inference.embed_files import embed_files
@@ -25,7 +24,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON object per query")
     parser.add_argument("--allow-urls", action="store_true", help="an IMAGE may be an http(s) address, and is fetched")
     args = parser.parse_args()
-    keep_compiled_by_default()
+    prepare_inference()
     predictor = Predictor.restore(args.workdir, allow_urls=args.allow_urls)
     errors: list[UserError] = []
     paths, image_emb = embed_files(predictor, expand_folders(args.images), errors.append)
