@@ -35,6 +35,34 @@ with cli.exit_on_error():
     file.write("content")
     raise SystemExit(0 if file.fileno() > 2 else 9)
 """
+IN_CALLBACK = """
+import gc, signal, time
+from zslflax import cli
+with cli.exit_on_error():
+    gc.callbacks.append(lambda phase, _: signal.raise_signal(signal.SIGINT) if phase == "stop" else None)
+    gc.collect()
+    gc.callbacks.clear()
+    time.sleep(60)
+"""
+IN_IMPORT = """
+import signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "numpy":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from zslflax import commands
+sys.argv = ["zslflax", "predict"]
+commands.main()
+"""
+IN_EXTENSION = """
+from zslflax import cli
+with cli.exit_on_error():
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise ImportError("initialization failed") from error
+"""
 
 
 def start(code: str, *arguments: str, shell: str = "") -> subprocess.Popen:
@@ -61,6 +89,13 @@ def test_a_process_ends_after_its_main_thread_although_a_thread_waits():
         _, errors = process.communicate(timeout=60)
         assert process.returncode == status and time.monotonic() - began < 30
         assert errors.strip().rpartition("\n")[2] == last
+
+
+@pytest.mark.parametrize("code", [IN_CALLBACK, IN_IMPORT, IN_EXTENSION])
+def test_ctrl_c_ends_a_command_with_one_line_wherever_it_comes(code):
+    process = start(code)
+    output, errors = process.communicate(timeout=60)
+    assert (output, errors, process.returncode) == ("", "zslflax: interrupted\n", 130)
 
 
 @pytest.mark.parametrize("shell", [">&- 2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])

@@ -21,12 +21,12 @@ from tqdm import tqdm
 from zslflax import distributed
 from zslflax.compilation import COMPILATION_CACHE, keep_compiled
 from zslflax.errors import UserError, device_memory_errors
+from zslflax.interrupts import INTERRUPTED, MESSAGE, interrupt_again, raise_on_interrupt, was_interrupted
 
 log = logging.getLogger("zslflax")
 
 EXIT_SECONDS = 30.0  # that a process may wait for its threads when it ends
 SHUTDOWN_SECONDS = 300.0  # more, in which jax waits at the end for the other processes of a run
-INTERRUPTED = 130  # exit status after Ctrl-C
 # Errors of the machine, which a user can fix wherever they come from: permissions, full or read-only disks, limits.
 MACHINE_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
@@ -56,11 +56,15 @@ def hide_repeated_errors() -> None:
     absl.logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-    sys.unraisablehook = show_unraisable
 
 
 def show_unraisable(found: "sys.UnraisableHookArgs") -> None:
-    """Shows an exception that cannot be raised, as Python does, except from reads and writes that Orbax has left."""
+    """Shows an exception that cannot be raised, as Python does, except from reads and writes that Orbax has left.
+
+    A KeyboardInterrupt is raised a moment later instead.
+    """
+    if interrupt_again(found):
+        return
     files = [frame.filename for frame in traceback.extract_tb(found.exc_traceback)]
     if str(found.exc_value) != "Event loop is closed" and not any("/orbax/" in file for file in files):
         sys.__unraisablehook__(found)
@@ -125,7 +129,9 @@ def exit_on_error() -> Iterator[None]:
     threads wait for, such as a file system or a server that does not answer.
     """
     open_standard_streams()
+    sys.unraisablehook = show_unraisable
     limit = ExitLimit()
+    raise_on_interrupt()
     try:
         with device_memory_errors("end other programs that use it, or choose a smaller model or batch"):
             yield
@@ -138,9 +144,9 @@ def exit_on_error() -> Iterator[None]:
     except SystemExit as error:
         limit.status = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
-    except KeyboardInterrupt:
-        end_process("zslflax: interrupted", INTERRUPTED, limit)
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if was_interrupted(error):
+            end_process(MESSAGE, INTERRUPTED, limit)
         if isinstance(error, FileNotFoundError) and not working_directory_exists():
             end_process("zslflax: the working directory was removed; change to one that exists", 1, limit)
         of_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRORS

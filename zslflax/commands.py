@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from zslflax import __version__
 from zslflax.errors import nearest_names
+from zslflax.interrupts import end_on_interrupt
 
 
 class Command(NamedTuple):
@@ -70,6 +71,7 @@ def main() -> None:
     elif name in COMMANDS:
         command = COMMANDS[name]
         sys.argv[1:] = [*command.arguments, *arguments]
+        end_on_interrupt()  # until it has imported its libraries
         runpy.run_module(command.module, run_name="__main__", alter_sys=True)
     else:
         print(f"zslflax: there is no command {name!r}; nearest: {nearest_names(name, COMMANDS)}", file=sys.stderr)
