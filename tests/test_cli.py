@@ -24,6 +24,11 @@ FULL_DEVICE = (
     "a device's memory does not suffice (Out of memory allocating 4503599627370496 bytes): end other programs that use "
     "it, or choose a smaller model or batch"
 )
+FULL_MEMORY = (
+    "the machine's memory does not suffice (Unable to allocate 256. PiB for an array with shape (36028797018963968,) "
+    "and data type float64): end other programs that use it, or allow this one more (ulimit -v, the limit of its job or "
+    "container)"
+)
 CLOSED = """
 import sys
 from zslflax import cli
@@ -77,6 +82,7 @@ def test_a_process_ends_after_its_main_thread_although_a_thread_waits():
         "raise UserError('wrong')": (1, "zslflax: wrong"),
         "raise KeyError('a bug')": (1, "KeyError: 'a bug'"),
         "open('a' * 300)": (1, f"zslflax: [Errno 36] {LONG}"),
+        "import numpy; numpy.ones(1 << 55)": (1, f"zslflax: {FULL_MEMORY}"),
         "sys.exit(143)": (143, ""),
         "import jax; jax.numpy.ones(1 << 50)": (1, f"zslflax: {FULL_DEVICE}"),
         "raise KeyboardInterrupt": (130, "zslflax: interrupted"),

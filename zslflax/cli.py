@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import io
 import logging
 import os
@@ -20,18 +19,13 @@ from tqdm import tqdm
 
 from zslflax import distributed
 from zslflax.compilation import COMPILATION_CACHE, keep_compiled
-from zslflax.errors import UserError, device_memory_errors
+from zslflax.errors import UserError, device_memory_errors, explain_machine_error
 from zslflax.interrupts import INTERRUPTED, MESSAGE, interrupt_again, raise_on_interrupt, was_interrupted
 
 log = logging.getLogger("zslflax")
 
 EXIT_SECONDS = 30.0  # that a process may wait for its threads when it ends
 SHUTDOWN_SECONDS = 300.0  # more, in which jax waits at the end for the other processes of a run
-# Errors of the machine, which a user can fix wherever they come from: permissions, full or read-only disks, limits.
-MACHINE_ERRORS = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
-    *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP),
-)
 UNKNOWN_SIZE = 80, 24  # columns and rows of a terminal that does not tell
 LOG_SECONDS = 30.0  # between lines of progress, where standard error is not a terminal
 
@@ -118,7 +112,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 def exit_on_error() -> Iterator[None]:
     """Ends the program with the message of a `UserError`, and with the traceback of any other exception.
 
-    Errors of the machine, such as a full disk or a missing permission, end with their message as well.
+    Errors of the machine, such as a full disk or no memory, end with their message as well.
 
     A reader that closes the pipe of standard output, such as `head`, ends the program quietly.
 
@@ -149,9 +143,9 @@ def exit_on_error() -> Iterator[None]:
             end_process(MESSAGE, INTERRUPTED, limit)
         if isinstance(error, FileNotFoundError) and not working_directory_exists():
             end_process("zslflax: the working directory was removed; change to one that exists", 1, limit)
-        of_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRORS
-        if (isinstance(error, UserError) or of_machine) and not os.environ.get("ZSLFLAX_TRACEBACK"):
-            end_process(f"zslflax: {error}", 1, limit)
+        message = str(error) if isinstance(error, UserError) else explain_machine_error(error)
+        if message and not os.environ.get("ZSLFLAX_TRACEBACK"):
+            end_process(f"zslflax: {message}", 1, limit)
         if jax.distributed.is_initialized():
             end_process(traceback.format_exc(), 1, limit)
         raise

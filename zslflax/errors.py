@@ -2,8 +2,15 @@
 
 import contextlib
 import difflib
+import errno
 import re
 from collections.abc import Iterable, Iterator
+
+# Errors of the machine, which a user can fix wherever they come from: permissions, full or read-only disks, limits.
+MACHINE_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+    *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTCONN),
+)
 
 
 class UserError(ValueError):
@@ -69,6 +76,35 @@ def device_memory_errors(advice: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise DeviceMemoryError(error, advice) from error
+
+
+def explain_machine_error(error: BaseException) -> str:
+    """The message for an error of the machine: of a disk, its memory or a limit. Empty for other errors.
+
+    >>> explain_machine_error(OSError(errno.ENOSPC, "No space left on device", "a.npy"))
+    "[Errno 28] No space left on device: 'a.npy'"
+    >>> explain_machine_error(MemoryError("Unable to allocate 9 GiB for an array"))
+    "the machine's memory does not suffice (Unable to allocate 9 GiB for an array): end other programs that use it, \
+or allow this one more (ulimit -v, the limit of its job or container)"
+    >>> explain_machine_error(RuntimeError("can't start new thread"))
+    "the system gives no further thread or process (can't start new thread): raise ulimit -u, ulimit -v or the limits \
+of the job or container"
+    >>> explain_machine_error(RuntimeError("another"))
+    ''
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        found = str(error) or "MemoryError"
+        return (
+            f"the machine's memory does not suffice ({found}): end other programs that use it, or allow this one more "
+            "(ulimit -v, the limit of its job or container)"
+        )
+    if number == errno.EAGAIN or str(error).startswith("can't start new thread"):
+        return (
+            f"the system gives no further thread or process ({error}): raise ulimit -u, ulimit -v or the limits of the "
+            "job or container"
+        )
+    return str(error) if number in MACHINE_ERRORS else ""
 
 
 def nearest_names(name: str, choices: Iterable[str], count: int = 1, cutoff: float = 0.0) -> str:
