@@ -198,7 +198,7 @@ class ImageFeatures:
                 return self.compute_in_batches(numbers, size)
             except Exception as error:
                 self.tower.apply_fn.halve(size, error)
-                numbers = np.intersect1d(numbers, self.missing())
+                numbers = np.intersect1d(numbers, self.missing(unreadable=True))
 
     def compute_in_batches(self, numbers: np.ndarray, size: int) -> None:
         """Computes rows in batches of a size and writes them; images are read while the devices compute."""
