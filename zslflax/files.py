@@ -72,10 +72,14 @@ def cache_folder() -> Path | None:
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path, advice: str = "") -> Iterator[None]:
     """Turns an OSError, such as a full disk or a missing permission, into a `StorageError` that names the path.
 
     So does an error of safetensors, which has its own kind.
+
+    Args:
+        path: what is written.
+        advice: what to change, for the message.
     """
     try:
         yield
@@ -83,7 +87,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"{path} cannot be written: {reason}") from error
+        raise StorageError(f"{path} cannot be written: {reason}{advice and f'; {advice}'}") from error
 
 
 @contextlib.contextmanager
