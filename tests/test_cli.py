@@ -26,8 +26,8 @@ FULL_DEVICE = (
 )
 FULL_MEMORY = (
     "the machine's memory does not suffice (Unable to allocate 256. PiB for an array with shape (36028797018963968,) "
-    "and data type float64): end other programs that use it, or allow this one more (ulimit -v, the limit of its job or "
-    "container)"
+    "and data type float64): end other programs that use it, or allow this one more (ulimit -v, the limit of its job "
+    "or container)"
 )
 CLOSED = """
 import sys

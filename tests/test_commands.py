@@ -38,6 +38,9 @@ assert not {"jax", "numpy", "absl", "tqdm"} & set(sys.modules)
         assert done.returncode == 0, done.stderr
         assert all(f"  {name} " in done.stdout for name in commands.COMMANDS)
     assert run("-c", program, "--version", cwd=tmp_path).stdout == f"zslflax {zslflax.__version__}\n"
+    command = f"{sys.executable} -m zslflax.commands --help"
+    piped = run("-c", f"import os; os.system('(sleep 0.5; {command}; echo $? >&2) | true')", cwd=tmp_path)
+    assert piped.stderr == "0\n"
 
 
 def test_every_command_is_a_module_that_exists():

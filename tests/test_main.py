@@ -17,6 +17,9 @@ from zslflax.errors import UserError
 from zslflax.inference.prompts import resolve_templates
 
 DEMO = ROOT / "configs" / "demo.py"
+START = (
+    "from zslflax.config import default_config\ndef get_config():\n    c = default_config()\n    "  # of a config file
+)
 
 
 @pytest.fixture
@@ -150,6 +153,27 @@ def test_a_wrong_flag_ends_in_one_line(parse, arguments, config, message):
     "text, message",
     [
         ("x = 1\ndef (", "file.py, line 2: invalid syntax"),
+        (
+            f"{START}c.optimizer.lerning_rate = 1.0",
+            "line 4: optimizer.lerning_rate: there is no such field; nearest: op",
+        ),
+        (
+            f"{START}c.teacher.decay = 0.9",
+            "file.py, line 4: teacher.decay: there is no such field; it is called teacher.",
+        ),
+        (f"{START}c.batch_size = '64'", "file.py, line 4: batch_size: expected the type int, found the type str"),
+        (f"{START}c.model.image = 'resnet50'", "line 4: model.image: expected a group of fields, found the type str"),
+        (f"{START}c.steps = 1 // 0", "file.py, line 4: ZeroDivisionError: integer division or modulo by zero"),
+        (
+            f"{START}open('/no/file')",
+            "file.py, line 4: FileNotFoundError: [Errno 2] No such file or directory: '/no/fi",
+        ),
+        ("import no_such_module", "file.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            "import ml_collections as m\ndef get_config(): return m.ConfigDict({'steps': 1})",
+            "the config has no field batch_size, checkpoint.every, ",
+        ),
+        ("def get_config(a, b): pass", "file.py: TypeError: get_config() missing 2 required positional arguments"),
         ("x = 1", "the file has no function get_config"),
         ("def get_config(): pass", "expected get_config() to return an ml_collections.ConfigDict, found None"),
     ],

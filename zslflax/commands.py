@@ -7,6 +7,7 @@ Each command is a module that `python -m` runs too. It is imported when its name
 answers at once.
 """
 
+import contextlib
 import runpy
 import sys
 from typing import NamedTuple
@@ -64,10 +65,9 @@ def usage() -> str:
 def main() -> None:
     """Runs the command that `sys.argv` names."""
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("--help", "-h", "help"):
-        print(usage())
-    elif name == "--version":
-        print(f"zslflax {__version__}")
+    if name in ("--help", "-h", "help", "--version"):
+        with contextlib.suppress(BrokenPipeError):  # of a reader such as `head`
+            print(f"zslflax {__version__}" if name == "--version" else usage(), flush=True)
     elif name in COMMANDS:
         command = COMMANDS[name]
         sys.argv[1:] = [*command.arguments, *arguments]

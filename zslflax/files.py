@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from zslflax.errors import MissingFileError, StorageError, UserError
+from zslflax.errors import FolderExistsError, MissingFileError, StorageError, UserError
 
 LFS_START = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer starts
 MAX_PROBED = 4096  # characters in which the encoding of a file is looked for
@@ -71,14 +72,46 @@ def cache_folder() -> Path | None:
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError, such as a full disk or a missing permission, into a `StorageError` that names the path."""
+def storage_errors(path: Path, advice: str = "") -> Iterator[None]:
+    """Turns an OSError, such as a full disk or a missing permission, into a `StorageError` that names the path.
+
+    So does an error of safetensors, which has its own kind.
+
+    Args:
+        path: what is written.
+        advice: what to change, for the message.
+    """
     try:
         yield
     except UserError:
         raise
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{path} cannot be written: {reason}{advice and f'; {advice}'}") from error
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Creates a folder; removes what was written into it, if the block fails or is interrupted.
+
+    Raises:
+        FolderExistsError: it is not empty.
+        StorageError: it, or a file in it, cannot be written.
+    """
+    with storage_errors(folder):
+        existed = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise FolderExistsError(f"{folder} is not empty; name a new folder")
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first error says what is wrong
+                for path in folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if not existed:
+                    folder.rmdir()
+            raise
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

@@ -1,5 +1,6 @@
 """Trains or evaluates: `zslflax train --config=demo [--workdir=DIR] [--config.FIELD=VALUE …]`."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 from zslflax import config, distributed
 from zslflax.cli import exit_on_error, share_gpu, start_logging
 from zslflax.config_checks import check_devices, check_overrides, validate
+from zslflax.config_file import ConfigFileError, load_config
 from zslflax.data.workers import available_cores
 from zslflax.errors import UserError, nearest_names
 from zslflax.files import local_path
@@ -71,11 +73,11 @@ def parse(arguments: list[str]) -> list[str]:
     flag.parser, parser.arguments, parser.evaluating = parser, arguments, evaluating
     try:
         return flags.FLAGS(arguments)
-    except SyntaxError as error:
-        sys.exit(f"zslflax: --config: {error.filename}, line {error.lineno}: {error.msg}")
-    except (AttributeError, KeyError) as error:
-        if getattr(error, "name", "") == "get_config":
-            sys.exit("zslflax: --config: the file has no function get_config, which returns the config; see configs/")
+    except ConfigFileError as error:
+        if os.environ.get("ZSLFLAX_TRACEBACK"):
+            raise
+        sys.exit(f"zslflax: --config: {error}")
+    except (AttributeError, KeyError):
         # Parse again without the overrides, which ml_collections looks up in sys.argv, to know the config's fields.
         flags.FLAGS.unparse_flags()
         sys.argv = [argument for argument in arguments if not argument.lstrip("-").startswith("config.")]
@@ -124,9 +126,7 @@ class ConfigParser(flags.ArgumentParser):
         self.parser, self.arguments, self.evaluating = parser, list[str](), False
 
     def parse(self, argument: str) -> ConfigDict:
-        loaded: Any = self.parser.parse(argument)
-        if not isinstance(loaded, ConfigDict):
-            raise UserError(f"expected get_config() to return an ml_collections.ConfigDict, found {loaded!r}")
+        loaded = load_config(self.parser.parse, argument)
         field = r"\w+" if self.evaluating else "data"
         pattern = re.compile(rf"--?config\.eval\.sets\.([^.=]+)\.{field}(=|$)")
         names = [found[1] for argument in self.arguments if (found := pattern.match(argument))]

@@ -70,7 +70,7 @@ def test_numbers_that_a_type_cannot_hold_are_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match=f"{tmp_path}/file/images-.* cannot be written"):
+    with pytest.raises(StorageError, match=f"{tmp_path}/file/images-.* cannot be written: .*; set features.folder"):
         open_folder(tmp_path / "file", "images", {})
 
 

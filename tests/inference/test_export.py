@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.testing.faults import small_disk
+from zslflax.errors import StorageError
 from zslflax.inference import export
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
@@ -47,6 +49,24 @@ def test_an_export_can_be_exported_and_moved(predictor, exported, tmp_path):
     np.testing.assert_array_equal(again.encode_text(CLASS_NAMES), predictor.encode_text(CLASS_NAMES))
     with pytest.raises(FileExistsError, match="third is not empty"):
         again.export(tmp_path / "third")
+
+
+def test_an_export_that_fails_leaves_nothing_behind(exported, tmp_path, monkeypatch):
+    model = Predictor.restore(exported)
+    size = sum(path.stat().st_size for path in exported.rglob("*"))
+    with small_disk(tmp_path / "disk", str(size - (exported / export.WEIGHTS).stat().st_size // 2)) as disk:
+        with pytest.raises(StorageError, match=f"{disk}/model/zslflax.safetensors cannot be written: .*No space left"):
+            model.export(disk / "model")
+        assert not list(disk.iterdir())
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(export, "save_model", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.export(tmp_path / "empty")
+    assert not list((tmp_path / "empty").iterdir())
 
 
 def test_the_sizes_of_a_pretrained_encoder_are_exported(tiny_config, tmp_path):

@@ -18,10 +18,11 @@ from safetensors.numpy import save_file
 from zslflax.config import default_config, is_classifier
 from zslflax.config_json import read_config
 from zslflax.data.text import Tokenizer
-from zslflax.errors import FolderExistsError, MissingFileError, UserError
+from zslflax.errors import MissingFileError, UserError
 from zslflax.files import (
     hash_arrays,
     local_path,
+    new_folder,
     open_tensors,
     read_json,
     storage_errors,
@@ -71,17 +72,14 @@ def export_model(
         from zslflax.inference.onnx_export import export_onnx, import_onnx_libraries
 
         import_onnx_libraries()  # an error comes before anything is written
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise FolderExistsError(f"{folder} is not empty; export the model into a new folder")
     config, variables, step = model
-    if tokenizer is not None:
-        save_text_encoder(config, tokenizer, folder / TEXT_FOLDER)
-    save_image_encoder(config, folder / IMAGE_FOLDER)
-    save_model(folder, config, jax.device_get(variables), step, model_card(config, step, facts, onnx))
-    if onnx:
-        export_onnx(config, variables, folder)
+    with new_folder(folder):
+        if tokenizer is not None:
+            save_text_encoder(config, tokenizer, folder / TEXT_FOLDER)
+        save_image_encoder(config, folder / IMAGE_FOLDER)
+        save_model(folder, config, jax.device_get(variables), step, model_card(config, step, facts, onnx))
+        if onnx:
+            export_onnx(config, variables, folder)
 
 
 def save_model(folder: Path, config: ConfigDict, variables: dict[str, Any], step: int, card: str) -> None:
@@ -109,7 +107,8 @@ def save_model(folder: Path, config: ConfigDict, variables: dict[str, Any], step
         save_file(tensors, partial, {"format": "np", "step": str(step), "sha256": hash_arrays(tensors)})
         partial.chmod(mode)  # save_file lets nobody else read the file
 
-    write_atomically(folder / WEIGHTS, write_weights)
+    with storage_errors(folder / WEIGHTS):
+        write_atomically(folder / WEIGHTS, write_weights)
 
 
 def prediction_fields(config: ConfigDict) -> dict[str, Any]:

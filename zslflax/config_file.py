@@ -1,0 +1,96 @@
+"""Messages for config files that cannot be loaded: where the error is, what it is, and the nearest field."""
+
+import linecache
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from zslflax.config import default_config, field_names
+from zslflax.config_checks import check_field
+from zslflax.errors import UserError
+
+# How its own messages start, for errors of a config file. They hold the traceback.
+OF_ML_COLLECTIONS = ("Error whilst parsing config file", "Configuration is not available")
+
+
+class ConfigFileError(Exception):
+    """A config file cannot be loaded.
+
+    It is no ValueError, which absl would take for a wrong value of the flag.
+    """
+
+
+def load_config(parse: Callable[[str], object], argument: str) -> ConfigDict:
+    """Loads a config, and checks that it has all fields.
+
+    Args:
+        parse: the parser of ml_collections.
+        argument: FILE or FILE:ARGUMENT.
+
+    Raises:
+        ConfigFileError: the file cannot be loaded, or what it returns is no config of this package.
+    """
+    file = argument.partition(":")[0]
+    try:
+        loaded = parse(argument)
+        if not isinstance(loaded, ConfigDict):
+            getattr(loaded, "name", None)  # raises the error, which ml_collections keeps until the config is used
+    except Exception as error:
+        raise ConfigFileError(explain_config_error(error, file)) from error
+    if not isinstance(loaded, ConfigDict):
+        raise ConfigFileError(f"{file}: expected get_config() to return an ml_collections.ConfigDict, found {loaded!r}")
+    names = list(field_names(default_config()))
+    known = {*field_names(loaded), *(name for name in names if name.startswith("eval.sets."))}
+    if missing := [name for name in names if name not in known]:
+        raise ConfigFileError(
+            f"{file}: the config has no field {', '.join(missing[:3])}{', …' * (len(missing) > 3)}; let get_config() "
+            "start with zslflax.config.default_config(), which has all fields"
+        )
+    return loaded
+
+
+def explain_config_error(error: Exception, file: str) -> str:
+    """The line of a config file where an exception was raised, and its reason."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {error.msg}"
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        return f"{file}: the file has no function get_config, which returns the config; see configs/"
+    first = error.__cause__ or error.__context__
+    if str(error).startswith(OF_ML_COLLECTIONS) and isinstance(first, Exception):
+        error = first
+    frames = traceback.extract_tb(error.__traceback__)
+    paths = [frame for frame in frames if Path(frame.filename) == Path(file)]
+    if not paths:
+        return f"{file}: {type(error).__name__}: {error}"
+    number = paths[-1].lineno or 0
+    return f"{file}, line {number}: {explain_field(error, linecache.getline(paths[-1].filename, number))}"
+
+
+def explain_field(error: Exception, line: str) -> str:
+    """The reason of an exception at a line, which names the nearest field where there is no such field.
+
+    ml_collections lists all fields with their values there.
+    """
+    reason = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    text = (
+        str(reason.args[0] if isinstance(reason, KeyError) and reason.args else reason)
+        .strip()
+        .partition("\n")[0]
+        .partition(" Other fields present")[0]
+    )
+    field = re.match(r"\s*\w+\.([\w.]+)", line)  # config.optimizer.name = "adamw"
+    if field and isinstance(reason, KeyError):
+        try:
+            check_field(default_config(), field[1])
+        except UserError as unknown:
+            return str(unknown).removeprefix("--config.")
+    if converted := re.match(
+        r"Could not override field '(.*?)' .*original type <class '(.*)'> .* <class '(.*)'>", text
+    ):
+        _, found, expected = converted.groups()
+        kind = "a group of fields" if expected.endswith("ConfigDict") else f"the type {expected}"
+        return f"{field[1] if field else converted[1]}: expected {kind}, found the type {found}"
+    return f"{type(error).__name__}: {text[:300]}"
