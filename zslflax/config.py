@@ -64,9 +64,9 @@ def model_fields() -> ConfigDict:
     c.class_names = ()
     c.image = ConfigDict()
     # Tower: resnet18|34|50|101|12|_nano, resnet18d|34d|50d|101d, convnext_tiny|_small|_base|_large, mobilenet_v2,
-    # efficientnet_lite0 … 4, vit_ti16|_s16|_b16|_b32|_nano4, dinov2_s14|_b14|_l14, dinov2_s14_reg|…,
-    # dinov3_s16|_s16_plus|_b16|_l16|_h16_plus; "": the one that the files of image.pretrained describe,
-    # CLIP's, SigLIP's or open_clip's.
+    # efficientnet_lite0 … 4, fastvit_t8|_t12|_s12|_sa12|_sa24|_sa36|_ma36|_mci0 … 4, vit_ti16|_s16|_b16|_b32|_nano4,
+    # dinov2_s14|_b14|_l14, dinov2_s14_reg|…, dinov3_s16|_s16_plus|_b16|_l16|_h16_plus; "": the one that the
+    # files of image.pretrained describe, CLIP's, SigLIP's or open_clip's.
     c.image.name = "resnet50"
     # Output of a ViT: cls (the class token) | mean (of the patches) | cls_mean (both, dino.txt) | map (SigLIP's
     # attention pool) | cls_map (PE-Core's, of the class token too); "": the tower's own.

@@ -8,6 +8,7 @@ import pytest
 
 from zslflax.inference import onnx_export
 from zslflax.inference.onnx_export import export_function
+from zslflax.models import fastvit
 from zslflax.models.convnext import ConvNeXt
 from zslflax.models.mobilenet import MobileNet, Stage, Variant
 from zslflax.models.resnet import ResNet
@@ -24,6 +25,7 @@ TOWERS = {
     "mobilenet_v2": MobileNet(Variant(STAGES, 1e-5, tensorflow_padding=False)),
     "efficientnet_lite": MobileNet(Variant(STAGES, 1e-3, tensorflow_padding=True)),
     "convnext": ConvNeXt((1, 1), (8, 16)),
+    "fastvit": fastvit.FastViT(fastvit.Variant((1, 1, 1), (16, 16, 32), 2, 1, activated=True, squeezed=True)),
     "vit": ViT(patch=8, width=16, depth=1, heads=2),
     "dinov2_reg": ViT(patch=8, width=16, depth=1, heads=2, layer_scale=True, registers=2),
     "siglip": ViT(patch=8, width=16, depth=1, heads=2, pool="map", class_token=False, hidden=24),

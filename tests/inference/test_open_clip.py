@@ -16,6 +16,7 @@ from tests.testing.open_clip import (
     EMBED_DIM,
     EPS,
     EVA_SIZE,
+    FASTVIT,
     MEAN,
     MODELS,
     OWN_TOKENIZER,
@@ -88,6 +89,7 @@ def build_original(require, monkeypatch, name, folder, **preparation):
     use_small_towers(monkeypatch)
     vit, eva = timm_sizes(VIT_SIZE), timm_sizes(EVA_SIZE)
     sizes = {"vit_ba": vit, "vit_so": vit, "vit_pe": eva, "eva02_": eva}
+    sizes["fastvi"] = {"layers": FASTVIT.depths, "embed_dims": FASTVIT.widths}
     sizes["convne"] = {"depths": DEPTHS, "dims": WIDTHS, "norm_eps": EPS}
     create = timm_model.timm.create_model
     monkeypatch.setattr(timm_model.timm, "create_model", lambda name, **k: create(name, **k, **sizes[name[:6]]))
@@ -292,7 +294,7 @@ VISION, SIGLIP = {"layers": 12, "patch_size": 32}, MODELS["siglip"]["vision_cfg"
             "timm_model_name 'eva02_enormous_patch14",
         ),
         ({"vision_cfg": timm("vit_base_mci_224", "token", None)}, "timm_model_name 'vit_base_mci_224'"),
-        ({"vision_cfg": timm("fastvit_mci2", "avg", None)}, "timm_model_name 'fastvit_mci2'"),
+        ({"vision_cfg": timm("vitamin_base_224", "avg", None)}, "timm_model_name 'vitamin_base_224'"),
         ({"vision_cfg": timm("vitamin_large_256", "", "linear")}, "timm_model_name 'vitamin_large_256'"),
         ({"vision_cfg": timm("vit_base_patch16_224", "avg", None)}, "timm_pool 'avg' and timm_proj None"),
         (

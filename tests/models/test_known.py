@@ -11,7 +11,10 @@ from zslflax.models.__main__ import main
 from zslflax.models.build import image_tower
 from zslflax.models.known import IMAGE_TOWERS
 
-QUICK = ("resnet18d", "resnet_nano", "convnext_tiny", "mobilenet_v2", "vit_nano4", "vit_b32", "dinov2_s14_reg")
+QUICK = (
+    *("resnet18d", "resnet_nano", "convnext_tiny", "mobilenet_v2", "fastvit_t8"),
+    *("vit_nano4", "vit_b32", "dinov2_s14_reg"),
+)
 
 
 def test_every_image_tower_is_listed():

@@ -8,12 +8,14 @@ import tokenizers
 
 from tests.testing.networks import randomise
 from tests.testing.published import OPEN_CLIP_NAMES, TOKENS, WORDS, join_attention, rename, unigram_tokenizer
-from zslflax.models import convnext
+from zslflax.models import convnext, fastvit
+from zslflax.models.fastvit import Variant
 from zslflax.models.import_weights import timm_towers
 
 SIZE, EMBED_DIM = 64, 24
 VIT_SIZE = (24, 2, 4, 72)  # width, depth, heads, width inside the perceptrons
 EVA_SIZE = (64, 2, 8, 144)  # likewise; the widths of heads are multiples of 4
+FASTVIT = Variant((1, 1, 1, 1), (16, 32, 32, 32), 3, 1, activated=True, squeezed=True)
 DEPTHS, WIDTHS, EPS = (1, 2, 1, 1), (8, 16, 24, 32), 1e-5
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 TEXT = {"context_length": TOKENS, "width": 32, "heads": 4, "layers": 2}
@@ -82,6 +84,11 @@ MODELS = {  # model_cfg; text_cfg lacks the places of the tokenizer and of the e
         "text_cfg": TEXT | {"no_causal_mask": True},
         "custom_text": True,
     },
+    "mobileclip": {
+        "vision_cfg": timm("fastvit_mci0", "avg", None),
+        "text_cfg": TEXT | {"no_causal_mask": True},
+        "custom_text": True,
+    },
     "coca": {
         "vision_cfg": VIT
         | {"width": 36, "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 5}
@@ -116,6 +123,7 @@ MODELS = {  # model_cfg; text_cfg lacks the places of the tokenizer and of the e
 
 OWN_TOKENIZER = (
     "coca",
+    "mobileclip",
     "mobileclip2",
 )  # models with open_clip's own tokenizer, which fills up texts with token 0, a word
 
@@ -155,6 +163,7 @@ def use_small_towers(monkeypatch: Any, eps: float = EPS) -> None:
     for family, sizes in timm_towers.EVA_SIZES.items():
         monkeypatch.setitem(timm_towers.EVA_SIZES, family, dict.fromkeys(sizes, EVA_SIZE))
     monkeypatch.setitem(convnext.CONVNEXTS, "convnext_base", (DEPTHS, WIDTHS, eps))
+    monkeypatch.setitem(fastvit.FASTVITS, "fastvit_mci0", FASTVIT)
 
 
 def write_inputs(require: Any, name: str, folder: Path) -> dict[str, Any]:

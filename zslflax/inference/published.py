@@ -40,6 +40,8 @@ PARAMETERS = {
     "visual.head.proj.bias": ("image/projection/bias", False),
     "visual.trunk.head.weight": ("image/projection/kernel", True),
     "visual.trunk.head.bias": ("image/projection/bias", False),
+    "visual.trunk.head.fc.weight": ("image/projection/kernel", True),
+    "visual.trunk.head.fc.bias": ("image/projection/bias", False),
     "visual.head.mlp.fc1.weight": ("image/projection/fc1/kernel", True),
     "visual.head.mlp.fc1.bias": ("image/projection/fc1/bias", False),
     "visual.head.mlp.fc2.weight": ("image/projection/fc2/kernel", True),

@@ -14,11 +14,13 @@ from ml_collections import ConfigDict
 from zslflax.errors import UserError, nearest_names
 from zslflax.models.bert import Bert, BertConfig
 from zslflax.models.convnext import CONVNEXTS, ConvNeXt
+from zslflax.models.fastvit import FASTVITS, FastViT
 from zslflax.models.import_weights.architecture import read_architecture, text_architecture
 from zslflax.models.import_weights.description import read_pixel_statistics, read_text_pooling
 from zslflax.models.import_weights.image_architecture import (
     clip_resnet_architecture,
     convnext_architecture,
+    fastvit_architecture,
     vit_architecture,
 )
 from zslflax.models.import_weights.locate import locate_weights
@@ -222,6 +224,7 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
         "efficientnet_lite2": mobilenet(MOBILENETS["efficientnet_lite2"]),
         "efficientnet_lite3": mobilenet(MOBILENETS["efficientnet_lite3"]),
         "efficientnet_lite4": mobilenet(MOBILENETS["efficientnet_lite4"]),
+        **{fastvit: FastViT(variant, dtype, axis_name, remat) for fastvit, variant in FASTVITS.items()},
         "vit_nano4": vit(*VITS["vit_nano4"]),
         "vit_ti16": vit(*VITS["vit_ti16"]),
         "vit_s16": vit(*VITS["vit_s16"]),
@@ -246,7 +249,7 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
     return with_pool(towers[name], name, pool)
 
 
-def described_tower(config: ConfigDict, dtype: Any, axis_name: str | None = None) -> ViT | ResNet | ConvNeXt:
+def described_tower(config: ConfigDict, dtype: Any, axis_name: str | None = None) -> nn.Module:
     """Builds the image tower that the files of `image.pretrained` describe.
 
     Args:
@@ -260,11 +263,13 @@ def described_tower(config: ConfigDict, dtype: Any, axis_name: str | None = None
         raise UserError('model.image.name is ""; expected a name, or model.image.pretrained, whose files describe it')
     folder = locate_weights(config, "image")
     values = read_architecture(folder)
-    tower: ViT | ResNet | ConvNeXt
+    tower: nn.Module
     if fields := clip_resnet_architecture(values):
         tower = ResNet(**fields, dtype=dtype, axis_name=axis_name, remat=config.remat)
     elif fields := convnext_architecture(values):
         tower = ConvNeXt(**fields, dtype=dtype, remat=config.remat)
+    elif fields := fastvit_architecture(values):
+        tower = FastViT(**fields, dtype=dtype, axis_name=axis_name, remat=config.remat)
     elif fields := vit_architecture(values):
         tower = ViT(**fields, dtype=dtype, remat=config.remat)
     else:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from zslflax.errors import UserError
+from zslflax.models.fastvit import FASTVITS
 from zslflax.models.import_weights.architecture import (
     MAX_LAYERS,
     Values,
@@ -131,6 +132,13 @@ def convnext_architecture(values: Values) -> Values | None:
     return sizes | {"depths": tuple(depths), "widths": tuple(widths)}
 
 
+def fastvit_architecture(values: Values) -> Values | None:
+    """Returns the fields of the `FastViT` that the file of an open_clip model names; None for another tower."""
+    values = tower_values(values, "vision")
+    return {"variant": FASTVITS[values["name"]]} if values.get("model_type") == "timm_fastvit" else None
+
+
 def image_architecture(values: Values) -> Values | None:
     """Returns the fields of the image tower that a config.json describes; None where it has to be named."""
-    return vit_architecture(values) or clip_resnet_architecture(values) or convnext_architecture(values)
+    architectures = vit_architecture, clip_resnet_architecture, convnext_architecture, fastvit_architecture
+    return next((fields for fields in (architecture(values) for architecture in architectures) if fields), None)

@@ -129,6 +129,54 @@ def hf_convnext(path: str) -> str:
     return f"encoder.stages.{stage}.layers.{index}.{names[module]}"
 
 
+BRANCHES = {  # the modules of FastViT's `Branches`, and timm's names
+    "conv": "conv_kxk.0.conv",
+    "conv_bn": "conv_kxk.0.bn",
+    "small_conv": "conv_scale.conv",
+    "small_bn": "conv_scale.bn",
+    "skip_bn": "identity",
+}
+FASTVIT_BLOCK = {
+    **{f"mixer/{module}": f"token_mixer.mixer.{name}" for module, name in BRANCHES.items()},
+    "mixer_bn": "token_mixer.norm.identity",
+    "layer_scale_mixer/scale": "token_mixer.layer_scale.gamma",
+    "attention/qkv": "token_mixer.qkv",
+    "out": "token_mixer.proj",
+    "mlp/conv": "mlp.conv.conv",
+    "mlp/conv_bn": "mlp.conv.bn",
+    "layer_scale/scale": "layer_scale.gamma",
+    "layer_scale1/scale": "layer_scale_1.gamma",
+    "layer_scale2/scale": "layer_scale_2.gamma",
+}
+
+
+def timm_fastvit(path: str) -> str:
+    """Returns timm's name of a FastViT's module.
+
+    >>> timm_fastvit("stage2_5/mixer/small_conv"), timm_fastvit("stage1_large/conv_bn")
+    ('stages.2.blocks.5.token_mixer.mixer.conv_scale.conv', 'stages.1.downsample.proj.0.large_conv.bn')
+    """
+    owner, _, module = path.partition("/")
+    if owner.startswith("stem"):
+        return f"stem.{owner[4:]}.{BRANCHES[module]}"
+    if owner == "last":
+        return f"final_conv.{BRANCHES[module]}"
+    if owner == "last_squeeze":
+        return f"final_conv.se.{module}"
+    stage, _, part = owner.removeprefix("stage").partition("_")
+    stage = f"stages.{stage}"
+    if part == "large":
+        kernel, kind = "small" if module.startswith("small") else "large", "bn" if module.endswith("bn") else "conv"
+        return f"{stage}.downsample.proj.0.{kernel}_conv.{kind}"
+    if part == "squeeze":
+        return f"{stage}.downsample.proj.0.se.{module}"
+    if part == "point":
+        return f"{stage}.downsample.proj.1.{BRANCHES[module]}"
+    if part == "position":
+        return f"{stage}.pos_emb.pos_enc"
+    return f"{stage}.blocks.{part}.{FASTVIT_BLOCK.get(module, module.replace('/', '.'))}"
+
+
 def torchvision_mobilenet(path: str) -> str:
     """Returns torchvision's name of a MobileNetV2's module.
 
@@ -229,6 +277,7 @@ OPEN_CLIP_TEXT_TOWER = r"text\..+|transformer\..+|(positional|token)_embedding.*
 # Beside a tower of timm, the projection as well.
 BESIDE_TRUNK = rf"visual\.head\..+|{OPEN_CLIP_TEXT_TOWER}|{OPEN_CLIP_SHARED}"
 TIMM_CONVNEXT = Layout("stem.0.weight", timm_convnext, BESIDE_TRUNK)
+TIMM_FASTVIT = Layout("stem.0.conv_kxk.0.conv.weight", timm_fastvit, BESIDE_TRUNK)
 HF_CONVNEXT = Layout("encoder.stages.0.layers.0.dwconv.weight", hf_convnext)
 TORCHVISION_MOBILENET = Layout("features.1.conv.0.0.weight", torchvision_mobilenet)
 FLAT_MOBILENET = Layout("features.1.conv.0.weight", flat_mobilenet)

@@ -11,17 +11,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from zslflax.errors import UserError
 from zslflax.models.convnext import CONVNEXTS
+from zslflax.models.fastvit import FASTVITS
 from zslflax.models.import_weights.architecture import read_architecture, tower_values
 from zslflax.models.import_weights.checking import BUFFERS, check_config, check_names, check_shapes, detect_layout
 from zslflax.models.import_weights.image_architecture import (
     clip_resnet_architecture,
     convnext_architecture,
+    fastvit_architecture,
     vit_architecture,
 )
 from zslflax.models.import_weights.layouts import (
     HF_CONVNEXT,
     HF_RESNET,
     TIMM_CONVNEXT,
+    TIMM_FASTVIT,
     TIMM_RESNET_D,
     TORCHVISION_RESNET,
     Layout,
@@ -55,8 +58,8 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
 
     Args:
         folder: holds safetensors in one of the tower's layouts (`layouts.py`), with any prefix.
-        name: of the tower, one of `RESNETS`, `RESNET_DS`, `CONVNEXTS`, `MOBILENETS`, `VITS`, `DINOV2` or `DINOV3`; ""
-            for the one that config.json describes.
+        name: of the tower, one of `RESNETS`, `RESNET_DS`, `CONVNEXTS`, `MOBILENETS`, `FASTVITS`, `VITS`, `DINOV2` or
+            `DINOV3`; "" for the one that config.json describes.
         variables: the tower's {"params", "batch_stats"}, as arrays or their shapes.
         image_size: pixels. The position embeddings of a ViT are resized to it.
 
@@ -79,6 +82,8 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
         return load_variables(folder, variables, (TIMM_CONVNEXT, HF_CONVNEXT))
     if name in MOBILENETS:
         return load_variables(folder, variables, mobilenet_layouts([s.blocks for s in MOBILENETS[name].stages]))
+    if name in FASTVITS:
+        return load_variables(folder, variables, (TIMM_FASTVIT,))
     if name in VITS:
         resize = lambda table, layout: resize_positions(table, image_size // VITS[name][0])
         return load_variables(folder, variables, (TIMM_VIT, HF_VIT), {("position",): resize})
@@ -90,7 +95,7 @@ def load_image_tower(folder: Path, name: str, variables: dict[str, Any], image_s
         return load_variables(folder, variables, (TIMM_VIT, HF_DINOV2), {("position",): resize})
     if name in DINOV3:
         return load_variables(folder, variables, dinov3_layouts(gated=name.endswith("plus")))
-    names = [*RESNETS, *RESNET_DS, *CONVNEXTS, *MOBILENETS, *VITS, *DINOV2, *DINOV3]
+    names = [*RESNETS, *RESNET_DS, *CONVNEXTS, *MOBILENETS, *FASTVITS, *VITS, *DINOV2, *DINOV3]
     raise UserError(f"no image tower is called {name!r}; expected one of {', '.join(names)}")
 
 
@@ -102,6 +107,8 @@ def load_described_tower(folder: Path, variables: dict[str, Any], image_size: in
         return load_variables(folder, variables, (OPEN_CLIP_RESNET,), {("pool", "position"): resize})
     if convnext_architecture(values):
         return load_variables(folder, variables, (TIMM_CONVNEXT,))
+    if fastvit_architecture(values):
+        return load_variables(folder, variables, (TIMM_FASTVIT,))
     vit = vit_architecture(values)
     assert vit is not None  # or the tower could not have been built
     tokens, side = int(vit.get("class_token", True)), image_size // vit["patch"]
@@ -133,7 +140,7 @@ def rotary_transforms(depth: int, heads: int, columns_first: bool) -> dict[tuple
 
 def towers_by_architecture() -> dict[str, str]:
     """Returns the name of the image tower that computes what a value of "architecture" in config.json stands for."""
-    towers = (*RESNETS, *RESNET_DS, *CONVNEXTS, *MOBILENETS)
+    towers = (*RESNETS, *RESNET_DS, *CONVNEXTS, *MOBILENETS, *FASTVITS)
     return {value: name for name in towers for value in expected_options(name)["architecture"]}
 
 
@@ -153,6 +160,8 @@ def expected_options(name: str) -> dict[str, tuple[Any, ...]]:
         tensorflow = (name.replace("_", "-"), f"tf_{name}")
         names = (name, "mobilenetv2_100") if name == "mobilenet_v2" else tensorflow
         return {"architecture": names, "global_pool": ("avg",)}
+    if name in FASTVITS:
+        return {"architecture": (name,), "global_pool": ("avg",)}
     options: dict[str, tuple[Any, ...]] = {"hidden_act": ("gelu",), "qkv_bias": (True,), "global_pool": ("token", "")}
     if name in VITS:
         return options | {"num_attention_heads": (VITS[name][3],), "layer_norm_eps": (1e-6, 1e-12)}  # see `ViT.eps`
@@ -236,12 +245,15 @@ def to_linen(leaf: str, parts: list[np.ndarray]) -> np.ndarray:
     """Converts a PyTorch weight, given in parts along its outputs, to linen's axes.
 
     Args:
-        leaf: name of the linen variable. A "kernel" is transposed: OIHW → HWIO, [out, in] → [in, out].
+        leaf: name of the linen variable. A "kernel" is transposed: OIHW → HWIO, [out, in] → [in, out]. The "scale" of
+            a layer of channels may be [c, 1, 1].
         parts: arrays to concatenate along the first axis.
     """
     value = np.concatenate(parts) if len(parts) > 1 else parts[0]
     if leaf == "kernel":
         value = value.transpose((2, 3, 1, 0) if value.ndim == 4 else None)
+    if leaf == "scale" and value.shape[1:] == (1, 1):
+        value = value[:, 0, 0]
     return np.ascontiguousarray(value)
 
 

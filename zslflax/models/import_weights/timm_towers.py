@@ -39,13 +39,15 @@ VIT_POOLS = {"": "cls", "token": "cls", "avg": "mean"}
 SIGLIP_POOLS = {"map": "map"}
 EVA_POOLS = {"eva": {"token": "cls"}, "eva02": {"token": "cls"}, "vit_pe_core": {"map": "cls_map"}}
 CONVNEXT_POOLS = {"": "avg", "avg": "avg"}
+FASTVIT_POOLS = {"avg": "avg"}
 
 
 def timm_fields(path: Path, image: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Returns vision_config of a tower that timm names, and the kind of projection after it.
 
-    The model_types timm_vit, timm_clip, timm_eva, timm_eva02, timm_pe and timm_convnext are of this project, and the
-    field rope_grid: the patches along a side of the image for which a patch's number is its rotary position.
+    The model_types timm_vit, timm_clip, timm_eva, timm_eva02, timm_pe, timm_convnext and timm_fastvit are of this
+    project, and the field rope_grid: the patches along a side of the image for which a patch's number is its rotary
+    position.
 
     Args:
         path: of open_clip_config.json, for messages.
@@ -54,7 +56,9 @@ def timm_fields(path: Path, image: dict[str, Any]) -> tuple[dict[str, Any], str]
     Raises:
         UserError: the tower, its pooling or its projection is not implemented.
     """
-    from zslflax.models.convnext import CONVNEXTS  # imports JAX, which the processes that prepare data do without
+    # They import JAX, which the processes that prepare data do without.
+    from zslflax.models.convnext import CONVNEXTS
+    from zslflax.models.fastvit import FASTVITS
 
     name, pool = image["timm_model_name"].partition(".")[0], image.get("timm_pool", "avg")
     projection = image.get("timm_proj", "linear")
@@ -65,6 +69,9 @@ def timm_fields(path: Path, image: dict[str, Any]) -> tuple[dict[str, Any], str]
         projections = (None, *projections)
     if name in CONVNEXTS:
         pools, fields = CONVNEXT_POOLS, convnext_fields(*CONVNEXTS[name])
+    elif name in FASTVITS:
+        pools, projections = FASTVIT_POOLS, (None,)
+        fields = {"model_type": "timm_fastvit", "name": name}
     elif match and match["size"] in (SIGLIP_SIZES if siglip else VIT_SIZES):
         pools, fields = (SIGLIP_POOLS, siglip_fields(match)) if siglip else (VIT_POOLS, vit_fields(match))
     elif eva and eva["size"] in EVA_SIZES[eva["family"]]:
@@ -74,10 +81,10 @@ def timm_fields(path: Path, image: dict[str, Any]) -> tuple[dict[str, Any], str]
             f"{path} has vision_cfg.timm_model_name {name!r}, which is not implemented; expected a ViT such as "
             "vit_base_patch16_224 or vit_base_patch16_clip_224, a SigLIP such as vit_base_patch16_siglip_224, "
             "eva02_base_patch16_clip_224 or _large_, a PE-Core such as vit_pe_core_base_patch16_224, or "
-            f"{', '.join(CONVNEXTS)}"
+            f"{', '.join([*CONVNEXTS, *FASTVITS])}"
         )
     if pool not in pools or projection not in projections:
-        wanted = "no projection (null)" if eva else "a projection linear or mlp"
+        wanted = "no projection (null)" if projections == (None,) else "a projection linear or mlp"
         raise UserError(
             f"{path} has timm_pool {pool!r} and timm_proj {projection!r}, which is not implemented for {name}; "
             f"expected the pool {' or '.join(map(repr, pools))} and {wanted}"
