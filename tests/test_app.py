@@ -21,10 +21,11 @@ import pytest
 from PIL import Image
 
 from tests.testing.range_server import serve
+from zslflax.app import check_port
 from zslflax.data import preprocess
 from zslflax.data.sources import shapes
 from zslflax.data.sources.opening import open_source
-from zslflax.errors import MissingLibraryError
+from zslflax.errors import MissingLibraryError, UserError
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.test_names import read_test_names, write_test_names
 
@@ -430,3 +431,12 @@ def test_a_proxy_is_not_asked_for_the_page_itself(monkeypatch, tmp_path, require
         monkeypatch.delenv("NO_PROXY")
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/a.txt")
+
+
+def test_a_port_that_cannot_be_used_is_refused_by_its_number():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port={port} cannot be used: Address already in use; choose another"):
+            check_port(port)
+    with pytest.raises(UserError, match="--port=80000 cannot be used: .* choose another"):
+        check_port(80_000)

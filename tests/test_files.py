@@ -39,6 +39,12 @@ def test_storage_errors_name_the_file_and_keep_their_cause(tmp_path, number):
     assert isinstance(raised.value, UserError) and raised.value.__cause__.errno == number
 
 
+def test_a_file_name_that_is_no_text_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"a.json cannot hold '/data/caf\\udce9/x', which is no text in UTF-8; rename"):
+        files.write_json(tmp_path / "a.json", {"shards": ["/data/caf\udce9/x", "another"]})
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_errors_pass_through(tmp_path):
     for error in (ValueError("a bug"), MissingFileError("there is no file b")):
         with pytest.raises(type(error), match=str(error)), files.storage_errors(tmp_path / "a"):

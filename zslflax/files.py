@@ -134,10 +134,18 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file atomically.
 
     Raises:
+        UserError: the text has a file name that is no UTF-8.
         StorageError: the file cannot be written.
     """
-    with storage_errors(path):
-        write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    try:
+        with storage_errors(path):
+            write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    except UnicodeEncodeError as error:  # a lone surrogate stands for a byte of a file name that is no UTF-8
+        start = max(text.rfind('"', 0, error.start) + 1, error.start - 200)
+        raise UserError(
+            f"{path} cannot hold {text[start : error.end + 40].partition(chr(34))[0]!r}, which is no text in UTF-8; "
+            "rename the file or folder of this name, or set LC_ALL=C.UTF-8"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -111,7 +111,7 @@ def load_index(path: str, limits: ReadLimits = DEFAULT_LIMITS) -> TarIndex:
 def index_places(path: str) -> list[Path]:
     """Where the index of a tar file may be: beside a local file or in the cache; of a remote file in the cache."""
     remote = is_remote(path)
-    name = hashlib.sha256((path if remote else str(Path(path).resolve())).encode()).hexdigest()[:32]
+    name = hashlib.sha256(path.encode() if remote else os.fsencode(Path(path).resolve())).hexdigest()[:32]
     beside = [] if remote else [Path(path + SUFFIX)]
     cache = cache_folder()
     return beside if cache is None else [*beside, cache / "index" / f"{name}.npz"]
