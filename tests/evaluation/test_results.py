@@ -28,7 +28,9 @@ def test_the_table_has_a_row_per_test_set_model_and_measure():
     results |= {a: 0.5, a._replace(k=10): 1.0, Metric("mAP", test_set="a"): 0.25, student: 0.4}
     results |= {a._replace(bound="low"): 0.4, Metric("labelled", test_set="a"): 7, student._replace(group="seen"): 0.1}
     results |= {a._replace(group="harmonic"): 0.3, a._replace(group="unseen"): 0.2}
-    assert [line.split() for line in format_table(results).splitlines()] == [
+    *table, explained = format_table(results).splitlines()
+    assert explained == "(student: the model itself; the other rows are of its moving average, which a run ships)"
+    assert [line.split() for line in table] == [
         ["@1", "@5", "@10", "mAP"],
         ["a", "hit@k", "50.0", "100.0", "25.0"],
         ["a", "student", "hit@k", "40.0"],

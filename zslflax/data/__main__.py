@@ -65,7 +65,7 @@ def open_either(spec: str, split: str | None, captions_per_line: bool, tfds_dir:
             source = open_source(spec, config, "test")
         except UserError:
             raise refused from None
-        log.info("no training data: %s", refused)
+        log.info("a test set, and no training data: %s", refused)
         return source, "test"
 
 

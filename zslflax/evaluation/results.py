@@ -100,4 +100,6 @@ def format_table(results: Results) -> str:
     for is_retrieval, title in sorted(rows, key=lambda row: row[0]):
         cells = rows[is_retrieval, title]
         lines.append(f"{title:<{width}}" + "".join(f"{cells.get(column, ''):>{cell_width}}" for column in columns))
+    if any(metric.model == "student" for metric in results):
+        lines.append("(student: the model itself; the other rows are of its moving average, which a run ships)")
     return "\n".join(lines)

@@ -87,7 +87,8 @@ def train(
     if complete:
         log.info("finished %d steps; everything is in %s", config.steps, workdir)
     else:
-        log.info("stopped and saved at step %d of %d; the same command continues from there", last_step, config.steps)
+        rest = "continues from there" if last_step < config.steps else "makes the evaluation that is left"
+        log.info("stopped and saved at step %d of %d; the same command %s", last_step, config.steps, rest)
     return complete
 
 

@@ -269,7 +269,7 @@ def log_unused(folder: Path, needed: set[str], found: Collection[str], others: s
     other_tower = {name for name in unused if re.fullmatch(others, name)}
     heads = [name for name in unused if name not in other_tower and not BUFFERS.fullmatch(name)]
     log.info(
-        "%s: read %d tensors; no part of the tower: %s and %d constant buffers%s",
+        "%s: read %d tensors; left out as no part of the tower: %s and %d constant buffers%s",
         folder,
         len(needed),
         ", ".join(heads) or "no head",
