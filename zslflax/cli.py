@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from zslflax import distributed
 from zslflax.compilation import COMPILATION_CACHE, keep_compiled
-from zslflax.errors import UserError, device_memory_errors, explain_machine_error
+from zslflax.errors import UserError, explain_machine_error
 from zslflax.interrupts import INTERRUPTED, MESSAGE, interrupt_again, raise_on_interrupt, was_interrupted
 
 log = logging.getLogger("zslflax")
@@ -127,8 +127,7 @@ def exit_on_error() -> Iterator[None]:
     limit = ExitLimit()
     raise_on_interrupt()
     try:
-        with device_memory_errors("end other programs that use it, or choose a smaller model or batch"):
-            yield
+        yield
         sys.stdout.flush()  # an error of the last lines is raised here
         limit.status = 0
     except BrokenPipeError:

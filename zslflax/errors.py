@@ -48,12 +48,12 @@ class DeviceMemoryError(UserError, MemoryError):
         advice: what to change.
     """
 
-    def __init__(self, error: Exception, advice: str):
+    def __init__(self, error: BaseException, advice: str):
         found = str(error).partition("\n")[0][:300].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(". ")
         super().__init__(f"a device's memory does not suffice ({found}): {advice}")
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception is jax's for a device whose memory does not suffice: a JaxRuntimeError, or a ValueError.
 
     >>> is_out_of_memory(ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 1073741824 bytes."))
@@ -79,7 +79,7 @@ def device_memory_errors(advice: str) -> Iterator[None]:
 
 
 def explain_machine_error(error: BaseException) -> str:
-    """The message for an error of the machine: of a disk, its memory or a limit. Empty for other errors.
+    """The message for an error of the machine: of a disk, its memory or a device's, or a limit. Empty for other errors.
 
     >>> explain_machine_error(OSError(errno.ENOSPC, "No space left on device", "a.npy"))
     "[Errno 28] No space left on device: 'a.npy'"
@@ -92,6 +92,8 @@ of the job or container"
     >>> explain_machine_error(RuntimeError("another"))
     ''
     """
+    if is_out_of_memory(error):
+        return str(DeviceMemoryError(error, "end other programs that use it, or choose a smaller model or batch"))
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or number == errno.ENOMEM:
         found = str(error) or "MemoryError"
