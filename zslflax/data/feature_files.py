@@ -4,6 +4,7 @@ Several processes may read and write the same files at once. There are no locks:
 write the same bytes. A row is followed by its checksum, so that a row that was written in part is computed again.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -27,9 +28,11 @@ log = logging.getLogger("zslflax")
 FLOAT_TYPES: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 MISSING, COMPUTED, UNREADABLE = range(3)  # status of a row
 RECENT_TEXTS = 1 << 16  # texts of this process that are found by a dict, before they join the sorted keys
-ADVICE = "set features.folder to a folder with more space that can be written"
 KEY_BYTES = 16  # of the hash of a text's tokens
 KEY_ENTRY = np.dtype([("key", "<u8", 2), ("checksum", "<u4")])
+
+ADVICE = "set features.folder to a folder with more space that can be written"
+feature_errors = functools.partial(storage_errors, advice=ADVICE)
 
 
 def folder_path(root: Path, kind: str, identity: dict[str, Any]) -> Path:
@@ -51,7 +54,7 @@ def open_folder(root: Path, kind: str, identity: dict[str, Any]) -> Path:
         StorageError: the folder cannot be written.
     """
     folder = folder_path(root, kind, identity)
-    with storage_errors(folder, ADVICE):
+    with feature_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "identity.json").exists():
         write_json(folder / "identity.json", identity)
@@ -113,7 +116,7 @@ class RowFile:
     def open_array(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         """A read-only map of a file, which is extended by zeros where it is too short."""
         path, size = self.folder / name, int(np.prod(shape)) * dtype.itemsize
-        with storage_errors(path, ADVICE):
+        with feature_errors(path):
             self.descriptors[name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             if os.fstat(self.descriptors[name]).st_size < size:
                 os.ftruncate(self.descriptors[name], size)  # takes space on the disk as rows are written
@@ -125,7 +128,7 @@ class RowFile:
         Raises:
             StorageError: the disk is full.
         """
-        with storage_errors(self.folder, ADVICE):
+        with feature_errors(self.folder):
             for number, entry in zip(numbers.tolist(), entries):
                 write_fully(self.descriptors[name], entry, number * len(entry))
 
@@ -168,7 +171,7 @@ class RowFile:
         """
         size = self.width * self.dtype.itemsize
         stored = to_stored(values, self.dtype, self.folder)
-        with storage_errors(self.folder, ADVICE):
+        with feature_errors(self.folder):
             for number, row in zip(numbers.tolist(), stored):
                 write_fully(self.descriptors["rows"], row.tobytes(), number * size)
                 write_fully(self.descriptors["checksums"], struct.pack("<I", checksum(row, number)), number * 4)
@@ -176,7 +179,7 @@ class RowFile:
 
     def mark_unreadable(self, numbers: np.ndarray) -> None:
         """Notes that the images of rows cannot be read."""
-        with storage_errors(self.folder, ADVICE):
+        with feature_errors(self.folder):
             for number in numbers.tolist():
                 write_fully(self.descriptors["status"], bytes([UNREADABLE]), number)
 
@@ -205,7 +208,7 @@ class TextFile:
         self.places = np.empty((0, 2), np.int64)  # of each entry: segment, position in it
         self.verified = np.empty(0, bool)  # entries whose checksum this process has compared
         self.recent: dict[bytes, np.ndarray] = {}  # stored rows of this process that are not among `entries` yet
-        with storage_errors(folder, ADVICE):
+        with feature_errors(folder):
             self.add_segments(sorted(path.with_suffix("") for path in folder.glob("*.keys")))
 
     def add_segments(self, paths: Sequence[Path]) -> None:
@@ -267,7 +270,7 @@ class TextFile:
         entries = np.empty(len(keys), KEY_ENTRY)
         entries["key"] = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
         entries["checksum"] = [checksum(row, zlib.crc32(key)) for key, row in zip(keys, stored)]
-        with storage_errors(self.folder, ADVICE):
+        with feature_errors(self.folder):
             path, keys_file, rows_file = self.own or self.open_own_segment()
             self.own = None  # a segment is not used any more after an error
             write_fully(rows_file, stored.tobytes())
