@@ -16,8 +16,6 @@ from zslflax.models.import_weights.architecture import read_architecture, tower_
 from zslflax.models.import_weights.checking import BUFFERS, check_config, check_names, check_shapes, detect_layout
 from zslflax.models.import_weights.image_architecture import (
     clip_resnet_architecture,
-    convnext_architecture,
-    fastvit_architecture,
     vit_architecture,
 )
 from zslflax.models.import_weights.layouts import (
@@ -105,10 +103,9 @@ def load_described_tower(folder: Path, variables: dict[str, Any], image_size: in
     if clip_resnet_architecture(values):
         resize = lambda table, layout: resize_positions(table[None], image_size // 32, antialias=False)
         return load_variables(folder, variables, (OPEN_CLIP_RESNET,), {("pool", "position"): resize})
-    if convnext_architecture(values):
-        return load_variables(folder, variables, (TIMM_CONVNEXT,))
-    if fastvit_architecture(values):
-        return load_variables(folder, variables, (TIMM_FASTVIT,))
+    kind = tower_values(values, "vision")["model_type"]
+    if convolutional := {"timm_convnext": TIMM_CONVNEXT, "timm_fastvit": TIMM_FASTVIT}.get(kind):
+        return load_variables(folder, variables, (convolutional,))
     vit = vit_architecture(values)
     assert vit is not None  # or the tower could not have been built
     tokens, side = int(vit.get("class_token", True)), image_size // vit["patch"]
@@ -119,7 +116,6 @@ def load_described_tower(folder: Path, variables: dict[str, Any], image_size: in
         ("cls_token",): lambda token, layout: token.reshape(1, 1, -1),
         ("pool", "query"): lambda queries, layout: queries[:1],  # the others are for CoCa's captions
     }
-    kind = tower_values(values, "vision")["model_type"]
     if vit.get("rotary"):
         transforms |= rotary_transforms(vit["depth"], vit["heads"], columns_first=kind == "timm_pe")
     timm = TIMM_EVA02 if kind == "timm_eva02" else TIMM_VIT
