@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from zslflax.models.depthwise import DepthwiseConv
 from zslflax.models.resnet import KAIMING, batch_norm
-from zslflax.models.transformer import Attention
+from zslflax.models.transformer import ACTIVATIONS, Attention
 from zslflax.models.vit import LayerScale
 
 HEAD_WIDTH = 32  # channels of an attention head
 
-gelu = partial(nn.gelu, approximate=False)
+gelu = ACTIVATIONS["gelu"]
 
 
 class Variant(NamedTuple):
