@@ -42,9 +42,9 @@ def load_config(parse: Callable[[str], object], argument: str) -> ConfigDict:
         raise ConfigFileError(explain_config_error(error, file)) from error
     if not isinstance(loaded, ConfigDict):
         raise ConfigFileError(f"{file}: expected get_config() to return an ml_collections.ConfigDict, found {loaded!r}")
-    names = list(field_names(default_config()))
-    known = {*field_names(loaded), *(name for name in names if name.startswith("eval.sets."))}
-    if missing := [name for name in names if name not in known]:
+    found = set(field_names(loaded))
+    names = (name for name in field_names(default_config()) if not name.startswith("eval.sets."))
+    if missing := [name for name in names if name not in found]:
         raise ConfigFileError(
             f"{file}: the config has no field {', '.join(missing[:3])}{', …' * (len(missing) > 3)}; let get_config() "
             "start with zslflax.config.default_config(), which has all fields"
