@@ -121,11 +121,8 @@ MODELS = {  # model_cfg; text_cfg lacks the places of the tokenizer and of the e
 }
 
 
-OWN_TOKENIZER = (
-    "coca",
-    "mobileclip",
-    "mobileclip2",
-)  # models with open_clip's own tokenizer, which fills up texts with token 0, a word
+# Models with open_clip's own tokenizer, which fills up texts with token 0, a word.
+OWN_TOKENIZER = ("coca", "mobileclip", "mobileclip2")
 
 
 TIMM_CONVNEXT_NAMES = {  # of a ConvNeXt in timm: what becomes of the parts of a name of Hugging Face
