@@ -1,5 +1,6 @@
 """Self-attention and perceptrons, which the image and the text transformers share, and what pools by attention."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,8 +9,33 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, x · Φ(x) with Φ the normal distribution's cumulative function; computed in fp32 (Hendrycks 2016).
+
+    For its gradient, Φ(x) + x · Φ'(x), it keeps x alone and not also the terms of the formula.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * normal_cdf(wide)).astype(x.dtype)
+
+
+def gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    """The gradient by x."""
+    wide = x.astype(jnp.float32)
+    slope = normal_cdf(wide) + wide * jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
+    return ((slope * gradient.astype(jnp.float32)).astype(x.dtype),)
+
+
+def normal_cdf(x: jax.Array) -> jax.Array:
+    """Φ(x)."""
+    return 0.5 * (1 + jax.lax.erf(x / math.sqrt(2)))
+
+
+gelu.defvjp(lambda x: (gelu(x), x), gelu_backward)
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {  # by their names in Hugging Face's config.json
-    "gelu": partial(nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
     "silu": nn.silu,
