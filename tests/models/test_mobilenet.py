@@ -217,7 +217,9 @@ def test_recomputed_activations_change_neither_outputs_nor_gradients():
         jax.jit(lambda x, remat=remat: loss_and_gradients(tiny(remat=remat), variables, x))(images)
         for remat in (False, True)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), recomputed, stored)
+    # Some gradients are sums that cancel: their rounding is that of the largest ones, which are about 700.
+    atol = 1e-6 * max(np.abs(x).max() for x in jax.tree.leaves(stored))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=1e-4), recomputed, stored)
 
 
 def test_bfloat16_is_close_to_float32_and_returns_float32():

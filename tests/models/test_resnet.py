@@ -11,7 +11,7 @@ import pytest
 from tests.testing.networks import random_images, randomise_batch_norm
 from zslflax.models.import_weights.layouts import HF_RESNET, TORCHVISION_RESNET
 from zslflax.models.import_weights.load import load_image_tower, load_variables
-from zslflax.models.resnet import KAIMING, RESNETS, ResNet, StemConv
+from zslflax.models.resnet import KAIMING, RESNETS, ResNet, StemConv, add_relu
 
 PARAMETERS = {  # of torchvision's models without their classifier of 1,000 classes
     "resnet18": 11_689_512 - 513_000,
@@ -49,6 +49,15 @@ def shapes(model, size=32):
 def assert_agree(ours, original):
     assert original.std() > 0.05, "the output of the original is nearly constant: the comparison would mean nothing"
     np.testing.assert_allclose(ours, original, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_relu_of_a_sum_has_the_gradients_of_flax(dtype):
+    x, y, gradient = np.round(np.random.default_rng(0).normal(size=(3, 500))).astype(dtype)  # many sums are 0
+    assert (x + y == 0).sum() > 50
+    found, wanted = (jax.vjp(function, x, y) for function in (add_relu, lambda x, y: nn.relu(x + y)))
+    np.testing.assert_array_equal(found[0], wanted[0])
+    jax.tree.map(np.testing.assert_array_equal, found[1](gradient), wanted[1](gradient))
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 46), (7, 31)])

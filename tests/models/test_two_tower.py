@@ -123,6 +123,27 @@ def test_images_in_chunks_have_the_embeddings_of_the_whole_batch(monkeypatch, na
     np.testing.assert_allclose(encode()(image), whole, rtol=0, atol=1e-6)
 
 
+def test_batch_norms_are_folded_on_a_gpu(monkeypatch):
+    model = residual_model()
+    image, text, mask = inputs(size=32)
+    variables = jax.jit(model.init)(jax.random.key(0), image, text, mask)
+    train = lambda image: model.apply(variables, image, train=True, method="encode_image", mutable=["batch_stats"])
+    variables = {**variables, **jax.jit(train)(image)[1]}  # statistics that are not those of the start
+    encode = lambda: jax.jit(lambda image: model.apply(variables, image, method="encode_image"))
+    on_cpu = encode()(image)
+    assert "mul" in layers(encode(), image)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "mul" not in layers(encode(), image)  # the pixels are divided
+    np.testing.assert_allclose(encode()(image), on_cpu, rtol=0, atol=1e-6)
+
+
+def layers(function, image):
+    """The operations whose results are [b, h, w, c], which are those of the image tower between its layers."""
+    (jitted,) = jax.make_jaxpr(function)(image).jaxpr.eqns
+    shapes = [(eqn.primitive.name, eqn.outvars[0].aval.shape) for eqn in jitted.params["jaxpr"].eqns]
+    return {name for name, shape in shapes if len(shape) == 4 and shape[0] == len(image)}
+
+
 def scans(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":

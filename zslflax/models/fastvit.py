@@ -10,14 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from zslflax.models.batch_norm import batch_norm
 from zslflax.models.depthwise import DepthwiseConv
-from zslflax.models.resnet import KAIMING, batch_norm
-from zslflax.models.transformer import ACTIVATIONS, Attention
+from zslflax.models.resnet import KAIMING
+from zslflax.models.transformer import Attention, gelu
 from zslflax.models.vit import LayerScale
 
 HEAD_WIDTH = 32  # channels of an attention head
-
-gelu = ACTIVATIONS["gelu"]
 
 
 class Variant(NamedTuple):

@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from zslflax.models.batch_norm import batch_norm
 from zslflax.models.depthwise import DepthwiseConv, Padding
-from zslflax.models.resnet import KAIMING, batch_norm
+from zslflax.models.resnet import KAIMING
 
 
 class Stage(NamedTuple):
@@ -142,6 +143,11 @@ class MobileNet(nn.Module):
     axis_name: str | None = None
     remat: bool = False
 
+    @property
+    def epsilon(self) -> float:
+        """Added to the variance of the batch normalisations."""
+        return self.variant.eps
+
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps normalised pixels [b, h, w, 3] → fp32 [b, 1280].
@@ -150,8 +156,8 @@ class MobileNet(nn.Module):
             x: pixels with the mean subtracted and divided by the standard deviation.
             train: whether to normalise by the statistics of the batch, which then also update the running averages.
         """
-        stages, eps, tensorflow_padding = self.variant
-        norm = batch_norm(self.dtype, self.axis_name, train, eps)
+        stages, _, tensorflow_padding = self.variant
+        norm = batch_norm(self.dtype, self.axis_name, train, self.epsilon)
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=KAIMING)
         padding = paddings(x, 3, 2, tensorflow_padding)
         x = nn.relu6(norm(name="stem_bn")(conv(32, (3, 3), 2, padding, name="stem_conv")(x.astype(self.dtype))))

@@ -1,6 +1,5 @@
 """ResNet v1.5 (He et al. 2015, stride in the 3×3 convolution), the image tower of the paper; ResNet-D; and CLIP's."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from zslflax.errors import UserError
+from zslflax.models.batch_norm import batch_norm
+from zslflax.models.pooling import max_pool
 from zslflax.models.transformer import Attention
 from zslflax.models.vit import interpolate_positions
 
@@ -23,23 +24,19 @@ RESNET_DS = {f"{name}d": sizes for name, sizes in RESNETS.items()}  # ResNet-D (
 KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015b, as in torchvision
 
 
-def batch_norm(dtype: Any, axis_name: str | None, train: bool, epsilon: float = 1e-5) -> Callable[..., nn.Module]:
-    """Creates the batch normalisations of a tower, from the name of each.
+@jax.custom_vjp
+def add_relu(x: jax.Array, y: jax.Array) -> jax.Array:
+    """ReLU of x + y, of one shape. Its gradient is read off the result instead of x and y, which need not be kept."""
+    return nn.relu(x + y)
 
-    Args:
-        dtype: of the computation.
-        axis_name: the mapped axis over which training synchronises batch statistics; None for no synchronisation.
-        train: whether to normalise by the statistics of the batch, which then also update the running averages.
-        epsilon: added to the variance.
-    """
-    return partial(
-        nn.BatchNorm,
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=epsilon,
-        dtype=dtype,
-        axis_name=axis_name if train else None,
-    )
+
+def add_relu_backward(result: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients by x and y. XLA would replace "result > 0" by the sum that it has to compute again."""
+    both = jnp.where(result != 0, gradient, 0)
+    return both, both
+
+
+add_relu.defvjp(lambda x, y: (nn.relu(x + y),) * 2, add_relu_backward)
 
 
 class StemConv(nn.Module):
@@ -132,7 +129,7 @@ class Block(nn.Module):
                     x = nn.avg_pool(x, window_shape=stride, strides=stride, padding="SAME", count_include_pad=False)
                 stride = (1, 1)
             x = self.norm(name="downsample_bn")(conv(out, (1, 1), stride, name="downsample_conv")(x))
-        return nn.relu(x + y)
+        return add_relu(x, y)
 
 
 class MeanQueryPool(nn.Module):
@@ -236,4 +233,4 @@ class ResNet(nn.Module):
 
     def max_pool(self, x: jax.Array) -> jax.Array:
         """Maps [b, h, w, c] → the maxima of 3×3 pixels around every second one, [b, h / 2, w / 2, c]."""
-        return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        return max_pool(x)

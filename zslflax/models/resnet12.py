@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zslflax.models.resnet import KAIMING, batch_norm
+from zslflax.models.batch_norm import batch_norm
+from zslflax.models.resnet import KAIMING
 
 RESNET12S = {"resnet12": (64, 160, 320, 640)}  # channels of the stages (RFS, arXiv 2003.11539; SKD, arXiv 2006.09785)
 SLOPE = 0.1  # of LeakyReLU below 0
