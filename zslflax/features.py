@@ -19,9 +19,9 @@ from zslflax.cli import Progress, exit_on_error, start_logging
 from zslflax.config import is_classifier
 from zslflax.config_checks import check_devices, validate
 from zslflax.data import pipeline
-from zslflax.data.features import TextFeatures
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
+from zslflax.data.text_features import TextFeatures
 from zslflax.errors import UserError
 from zslflax.evaluation.test_sets import open_test_sets
 from zslflax.inference.prompts import resolve_templates

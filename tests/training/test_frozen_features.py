@@ -75,7 +75,7 @@ def test_an_evaluation_and_the_noise_tool_read_no_image_whose_features_were_kept
     folders = sorted((tmp_path / "features").iterdir())
     with monkeypatch.context() as context:
         context.setattr(images, "decode", None)
-        context.setattr("zslflax.data.features.TextFeatures.compute", None)
+        context.setattr("zslflax.data.text_features.TextFeatures.compute", None)
         context.setattr("zslflax.evaluation.zero_shot.draw_predictions", lambda *_: Drawing)
         context.setattr("zslflax.evaluation.caption_noise.draw_pairs", lambda *_: Drawing)
         kept = evaluate_run(tmp_path / "run", {"eval.bootstrap_resamples": 0})

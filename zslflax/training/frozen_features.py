@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 import zslflax
 from zslflax import distributed
 from zslflax.data.feature_files import FLOAT_TYPES, TextFile, folder_path, open_folder
-from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.image_features import FrozenImageTower, ImageFeatures, evaluation_view, log_size
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
+from zslflax.data.text_features import DEFAULT_CAPACITY, TextFeatures
 from zslflax.data.views import Views
 from zslflax.errors import StorageError, UserError
 from zslflax.files import hash_arrays

@@ -14,10 +14,10 @@ from zslflax import distributed
 from zslflax.background import BackgroundIterator
 from zslflax.checkpoint import CheckpointManager
 from zslflax.config import is_classifier, profiled_steps
-from zslflax.data.features import TextFeatures
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
+from zslflax.data.text_features import TextFeatures
 from zslflax.errors import UserError
 from zslflax.evaluation.test_sets import check_test_sets, open_test_sets
 from zslflax.inference.classifier import Classifier
