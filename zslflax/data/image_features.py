@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from zslflax import distributed
 from zslflax.cli import Progress
+from zslflax.data.cores import choose_threads
 from zslflax.data.feature_files import (
     COMPUTED,
     FLOAT_TYPES,
@@ -30,7 +31,6 @@ from zslflax.data.preprocess import Batch, content_id, record_image
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.subset import Subset, whole_source
 from zslflax.data.views import Views
-from zslflax.data.workers import choose_threads
 from zslflax.device_batches import map_method
 from zslflax.errors import StorageError
 

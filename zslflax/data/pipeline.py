@@ -11,6 +11,7 @@ from typing import Any, NoReturn, cast
 import grain
 import numpy as np
 
+from zslflax.data.cores import NO_WORKERS, available_cores, choose_threads, choose_workers
 from zslflax.data.preprocess import (
     ORDER_STREAM,
     AnnotationTransform,
@@ -23,7 +24,7 @@ from zslflax.data.preprocess import (
 )
 from zslflax.data.sources.base import Source
 from zslflax.data.views import Views
-from zslflax.data.workers import NO_WORKERS, WorkerPool, available_cores, choose_threads, choose_workers
+from zslflax.data.workers import WorkerPool
 from zslflax.errors import UserError
 
 log = logging.getLogger("zslflax")
@@ -72,7 +73,7 @@ def train_batches(
         crop_scale: bounds of a crop's share of the image's area.
         flip: whether to mirror half of the images left to right.
         threads: that read and decode, in each worker; 0: automatic.
-        workers: processes; 0: automatic (`workers.choose_workers`), -1: threads of this process.
+        workers: processes; 0: automatic (`cores.choose_workers`), -1: threads of this process.
         local_processes: processes of the run among which the cores of this process are shared.
         classes: number of classes, of which each image must have one; 0 where labels are not needed.
         weak_view: without a tokenizer, of a second input of each image; None for one input.

@@ -23,9 +23,10 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
+from zslflax.data.cores import available_cores
 from zslflax.data.sources.shapes_captions import write_caption
 from zslflax.data.sources.shapes_drawing import CLASS_NAMES, COLOURS, SHAPES, PlacedShape, draw_image
-from zslflax.data.workers import WorkerPool, available_cores
+from zslflax.data.workers import WorkerPool
 from zslflax.errors import StorageError, UserError
 from zslflax.files import storage_errors, write_json
 
