@@ -12,13 +12,14 @@ from zslflax import features as command
 from zslflax.data import images
 from zslflax.data.sources import shapes
 from zslflax.data.sources.webdataset import WebDataset
+from zslflax.data.views import training_views
 from zslflax.errors import StorageError, UserError
 from zslflax.evaluation.caption_noise import analyse_source
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
 from zslflax.training import loop
 from zslflax.training.evaluate import evaluate_run
-from zslflax.training.frozen_features import open_image_tower, open_kept_features, training_views
+from zslflax.training.frozen_features import open_image_tower, open_kept_features
 from zslflax.training.initial_state import create_state
 
 

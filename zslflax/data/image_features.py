@@ -4,17 +4,17 @@ import dataclasses
 import functools
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen
-from ml_collections import ConfigDict
 
 from zslflax import distributed
+from zslflax.background import load_ahead
 from zslflax.cli import Progress
 from zslflax.data.cores import choose_threads
 from zslflax.data.feature_files import (
@@ -40,13 +40,6 @@ Tree = Any
 
 CPU_BATCH_SIZE, BATCH_SIZE = 32, 256  # images per device in a call; one shape, so that features never vary
 UNREADABLE_MESSAGE = "its image could not be read when its features were computed"
-
-
-def evaluation_view(config: ConfigDict) -> Views:
-    """The centre crop of evaluation, by the whole config."""
-    size = config.model.image.size
-    resize, interpolation = round(size * config.eval.resize_factor), config.eval.interpolation
-    return Views(1, size, resize, interpolation=interpolation)
 
 
 @functools.lru_cache(maxsize=1)
@@ -208,8 +201,9 @@ class ImageFeatures:
             for chunk, pixels in load_ahead(pool, self.load, chunks):
                 readable = np.array([image is not None for image in pixels], bool)
                 inputs = np.zeros((size, self.views.size, self.views.size, 3), np.uint8)
-                for i in np.flatnonzero(readable):
-                    inputs[i] = pixels[i]
+                for i, image in enumerate(pixels):
+                    if image is not None:
+                        inputs[i] = image
                 output = self.tower.apply_fn(self.tower.variables, distributed.shard((inputs,)))
                 if pending is not None:
                     self.write(*pending)
@@ -232,18 +226,6 @@ class ImageFeatures:
         self.rows.mark_unreadable(numbers[~readable])
         assert self.progress is not None
         self.progress.update(len(numbers))
-
-
-def load_ahead(pool: ThreadPoolExecutor, load: Any, chunks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Any]]:
-    """Yields (chunk, load(element) of each element); the next chunk is loaded meanwhile."""
-    ahead: list[tuple[np.ndarray, list[Future[Any]]]] = []
-    for chunk in chunks:
-        ahead.append((chunk, [pool.submit(load, number) for number in chunk]))
-        if len(ahead) > 1:
-            first, futures = ahead.pop(0)
-            yield first, [future.result() for future in futures]
-    for first, futures in ahead:
-        yield first, [future.result() for future in futures]
 
 
 def with_image_features(

@@ -1,10 +1,14 @@
-"""Views: the square crops of an image that a model takes."""
+"""Views: the square crops of an image that a model takes, and those that a config asks for."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from zslflax.data import images
+
+if TYPE_CHECKING:  # worker processes import this module, and see no config
+    from ml_collections import ConfigDict
 
 VIEW_STREAM = 2  # first entry of the random seeds, beside those in `preprocess`
 
@@ -35,3 +39,19 @@ class Views:
             return images.resize_center_crop(image, self.size, self.resize, self.interpolation)
         rng = np.random.default_rng([VIEW_STREAM, self.seed, index, view])
         return images.random_resized_crop(image, self.size, rng, self.scale, flip=0.5 * self.flip)
+
+
+def evaluation_view(config: "ConfigDict") -> Views:
+    """The centre crop of evaluation, by the whole config."""
+    size = config.model.image.size
+    resize, interpolation = round(size * config.eval.resize_factor), config.eval.interpolation
+    return Views(1, size, resize, interpolation=interpolation)
+
+
+def training_views(config: "ConfigDict") -> Views:
+    """The views of a training image whose features are kept: the crop of evaluation, or several random crops."""
+    if config.features.views == 1:
+        return evaluation_view(config)
+    low, high = config.data.crop_scale
+    flip, seed = config.data.flip, config.features.seed
+    return Views(config.features.views, config.model.image.size, scale=(float(low), float(high)), flip=flip, seed=seed)

@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from zslflax.background import load_ahead
 from zslflax.cli import Progress
 from zslflax.config import default_config
 from zslflax.data.cores import choose_threads
-from zslflax.data.image_features import evaluation_view, load_ahead
 from zslflax.data.images import BadSample
 from zslflax.data.preprocess import record_image
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import keep_classes
-from zslflax.data.views import Views
+from zslflax.data.views import Views, evaluation_view
 from zslflax.errors import UserError
 from zslflax.evaluation.few_shot import few_shot, linear_probe, nearest_neighbours
 from zslflax.inference.predictor import Predictor

@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 import zslflax
 from zslflax import distributed
 from zslflax.data.feature_files import FLOAT_TYPES, TextFile, folder_path, open_folder
-from zslflax.data.image_features import FrozenImageTower, ImageFeatures, evaluation_view, log_size
+from zslflax.data.image_features import FrozenImageTower, ImageFeatures, log_size
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
 from zslflax.data.text_features import DEFAULT_CAPACITY, TextFeatures
-from zslflax.data.views import Views
+from zslflax.data.views import evaluation_view, training_views
 from zslflax.errors import StorageError, UserError
 from zslflax.files import hash_arrays
 from zslflax.inference.predictor import Predictor
@@ -174,15 +174,6 @@ def open_kept_features(predictor: Predictor, config: ConfigDict) -> Callable[[So
 def copied(variables: Tree) -> Tree:
     """A copy of variables on all local devices: the train step donates the state's own."""
     return distributed.replicate(jax.tree.map(jnp.copy, variables))
-
-
-def training_views(config: ConfigDict) -> Views:
-    """The views of a training image: the crop of evaluation, or several random crops."""
-    if config.features.views == 1:
-        return evaluation_view(config)
-    low, high = config.data.crop_scale
-    flip, seed = config.data.flip, config.features.seed
-    return Views(config.features.views, config.model.image.size, scale=(float(low), float(high)), flip=flip, seed=seed)
 
 
 def open_text_features(
