@@ -14,7 +14,7 @@ from zslflax.files import check_local
 from zslflax.losses import classification, contrastive
 from zslflax.models.build import image_tower
 
-INTERPOLATIONS = ("area", "bilinear", "bicubic")  # see `zslflax.data.images.resample`
+INTERPOLATIONS = ("area", "bilinear", "bicubic")  # see `zslflax.data.crops.resample`
 POSITIVE = (
     *("steps", "batch_size", "log_every", "eval.every", "eval.batch_size", "checkpoint.every"),
     *("model.embed_dim", "model.image.size", "model.text.max_tokens", "objective.sinkhorn_iterations"),

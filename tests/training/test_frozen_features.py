@@ -9,7 +9,7 @@ import pytest
 from tests.testing.runs import act_at_batch, assert_same_run, read_metrics, read_state
 from tests.testing.training import assert_close
 from zslflax import features as command
-from zslflax.data import images
+from zslflax.data import crops, images
 from zslflax.data.sources import shapes
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.data.views import training_views
@@ -36,9 +36,9 @@ def center_crops(monkeypatch):
     """Training images in the crop of evaluation, where steps read images."""
 
     def crop(image, size, rng, scale, flip, out):
-        out[...] = images.resize_center_crop(image, size, round(1.15 * size))
+        out[...] = crops.resize_center_crop(image, size, round(1.15 * size))
 
-    monkeypatch.setattr(images, "random_resized_crop", crop)
+    monkeypatch.setattr(crops, "random_resized_crop", crop)
 
 
 def assert_close_runs(expected, workdir, atol, without=()):

@@ -133,7 +133,7 @@ def eval_batches(
         source: of records.
         batch_size: b, per host.
         image_size: s, pixels.
-        resize, interpolation: of `images.resize_center_crop`.
+        resize, interpolation: of `crops.resize_center_crop`.
         process_index, process_count: h and H.
         threads: that read and decode; 0: automatic.
         read_images: whether the batches have images.

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
-from zslflax.data import images
+from zslflax.data import crops, images
 from zslflax.data.images import BadSample
 from zslflax.data.sources.base import Annotations, Record, Source
 from zslflax.data.views import Views
@@ -118,7 +118,7 @@ class TrainTransform:
         image_id, labels = np.zeros((len(samples), 2), np.uint32), np.full(len(samples), -1, np.int32)
         captions, errors = [""] * len(samples), []
         # The weak view is that of evaluation, of which no pixel may change.
-        min_side = 0 if self.weak_view else images.min_side_for_crops(self.image_size, self.crop_scale)
+        min_side = 0 if self.weak_view else crops.min_side_for_crops(self.image_size, self.crop_scale)
         for i, (position, source, index) in enumerate(samples):
             rng = np.random.default_rng([AUGMENTATION_STREAM, self.seed, position])
             name = f"{type(self.sources[source]).__name__}:{index}"
@@ -130,7 +130,7 @@ class TrainTransform:
                 elif self.classes:
                     labels[i] = only_label(record, self.classes)
                 pixels, flip = record_image(record, min_side), 0.5 * self.flip
-                images.random_resized_crop(pixels, self.image_size, rng, self.crop_scale, flip=flip, out=image[i])
+                crops.random_resized_crop(pixels, self.image_size, rng, self.crop_scale, flip=flip, out=image[i])
                 if self.weak_view is not None:
                     weak_image[i] = self.weak_view(pixels, index, 0)
                 valid[i] = True
@@ -235,7 +235,7 @@ class EvalTransform:
     Attributes:
         source: what samples are read from.
         image_size: side of the square images, pixels.
-        resize, interpolation: of `images.resize_center_crop`.
+        resize, interpolation: of `crops.resize_center_crop`.
     """
 
     source: Source
@@ -261,7 +261,7 @@ class EvalTransform:
                 record = self.source[index]
                 name = record["name"]
                 pixels = record_image(record)
-                image[i] = images.resize_center_crop(pixels, self.image_size, self.resize, self.interpolation)
+                image[i] = crops.resize_center_crop(pixels, self.image_size, self.resize, self.interpolation)
                 valid[i], labels[i], captions[i] = True, tuple(record["label"]), tuple(record["text"])
             except BadSample as error:
                 errors.append((error.name or name, str(error)))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zslflax.data import images
+from zslflax.data import crops
 
 if TYPE_CHECKING:  # worker processes import this module, and see no config
     from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ class Views:
     Attributes:
         count: V. View v of an image is a function of (seed, index of the image, v).
         size: side of the square inputs, pixels.
-        resize, interpolation: of one view, those of `images.resize_center_crop`.
+        resize, interpolation: of one view, those of `crops.resize_center_crop`.
         scale, flip, seed: of several views: bounds of a crop's share of the area, whether half of the crops are
             mirrored, and the seed.
     """
@@ -36,9 +36,9 @@ class Views:
     def __call__(self, image: np.ndarray, index: int, view: int) -> np.ndarray:
         """A view of an image, uint8 [s, s, 3]."""
         if self.count == 1:
-            return images.resize_center_crop(image, self.size, self.resize, self.interpolation)
+            return crops.resize_center_crop(image, self.size, self.resize, self.interpolation)
         rng = np.random.default_rng([VIEW_STREAM, self.seed, index, view])
-        return images.random_resized_crop(image, self.size, rng, self.scale, flip=0.5 * self.flip)
+        return crops.random_resized_crop(image, self.size, rng, self.scale, flip=0.5 * self.flip)
 
 
 def evaluation_view(config: "ConfigDict") -> Views:
