@@ -223,4 +223,4 @@ def test_reading_annotations_reads_no_image(shards, monkeypatch):
     monkeypatch.setattr(storage, "read_spans", recording)
     (text,) = source.read_annotations(3)["text"]
     assert [size for _, size in read] == [BLOCK + len(text)]  # with the header of the text's file
-    assert preprocess.AnnotationTransform(source)([3, -1])["valid"].tolist() == [True, False]
+    assert preprocess.EvalTransform(source, 1, 1, read_images=False)([3, -1])["valid"].tolist() == [True, False]

@@ -16,6 +16,7 @@ from flax import linen
 from zslflax import distributed
 from zslflax.background import load_ahead
 from zslflax.cli import Progress
+from zslflax.data.batch import Batch
 from zslflax.data.cores import choose_threads
 from zslflax.data.feature_files import (
     COMPUTED,
@@ -27,7 +28,7 @@ from zslflax.data.feature_files import (
     open_folder,
 )
 from zslflax.data.images import BadSample
-from zslflax.data.preprocess import Batch, content_id, record_image
+from zslflax.data.preprocess import content_id, record_image
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.subset import Subset, whole_source
 from zslflax.data.views import Views

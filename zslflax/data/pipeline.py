@@ -11,11 +11,10 @@ from typing import Any, NoReturn, cast
 import grain
 import numpy as np
 
+from zslflax.data.batch import Batch
 from zslflax.data.cores import NO_WORKERS, available_cores, choose_threads, choose_workers
 from zslflax.data.preprocess import (
     ORDER_STREAM,
-    AnnotationTransform,
-    Batch,
     CaptionTokenizer,
     CaptionTransform,
     EvalTransform,
@@ -151,8 +150,7 @@ def eval_batches(
         raise UserError("the evaluation data has no samples")
     if 0 < resize < image_size:
         raise UserError(f"resize is {resize} pixels, expected at least the image's size, {image_size}")
-    crops = EvalTransform(source, image_size, resize, interpolation)
-    transform: Transform = crops if read_images else AnnotationTransform(source)
+    transform = EvalTransform(source, image_size, resize, interpolation, read_images)
     order = EvalOrder(len(source), batch_size, process_index, process_count)
     steps = -(-len(source) // (batch_size * process_count))
     threads, give_up_after = choose_threads(threads), min(GIVE_UP_AFTER, len(source))

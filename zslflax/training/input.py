@@ -15,9 +15,9 @@ from zslflax import distributed
 from zslflax.background import BackgroundIterator
 from zslflax.config import is_classifier
 from zslflax.data import packing, pipeline
+from zslflax.data.batch import Batch
 from zslflax.data.caption_lengths import count_lengths
 from zslflax.data.image_features import ImageFeatures, with_image_features
-from zslflax.data.preprocess import Batch
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
 from zslflax.data.text_features import TextFeatures
