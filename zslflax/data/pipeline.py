@@ -14,7 +14,6 @@ import numpy as np
 from zslflax.data.batch import Batch
 from zslflax.data.cores import NO_WORKERS, available_cores, choose_threads, choose_workers
 from zslflax.data.preprocess import (
-    ORDER_STREAM,
     CaptionTokenizer,
     CaptionTransform,
     EvalTransform,
@@ -22,6 +21,7 @@ from zslflax.data.preprocess import (
     Transform,
 )
 from zslflax.data.sources.base import Source
+from zslflax.data.streams import ORDER_STREAM
 from zslflax.data.views import Views
 from zslflax.data.workers import WorkerPool
 from zslflax.errors import UserError

@@ -11,9 +11,9 @@ from zslflax.data import crops, images
 from zslflax.data.batch import Batch
 from zslflax.data.images import BadSample
 from zslflax.data.sources.base import Annotations, Record, Source
+from zslflax.data.streams import AUGMENTATION_STREAM
 from zslflax.data.views import Views
 
-ORDER_STREAM, AUGMENTATION_STREAM = 0, 1  # first entry of the random seeds, so that the two streams are independent
 MAX_TOKENIZED = 1 << 18  # samples whose tokens are kept in memory; about 120 MB at 32 tokens
 
 Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 [b, t] and mask bool [b, t]

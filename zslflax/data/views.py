@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zslflax.data import crops
+from zslflax.data.streams import VIEW_STREAM
 
 if TYPE_CHECKING:  # worker processes import this module, and see no config
     from ml_collections import ConfigDict
-
-VIEW_STREAM = 2  # first entry of the random seeds, beside those in `preprocess`
 
 
 @dataclasses.dataclass(frozen=True)
