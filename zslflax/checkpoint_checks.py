@@ -35,11 +35,15 @@ class MisplacedError(UserError):
 
 
 def cause_of(error: Exception) -> str:
-    """What a message says of an exception that Orbax or TensorStore raised, without the settings that they append.
+    """What a message says of an exception; of one by Orbax or TensorStore without the settings that they append.
 
     >>> cause_of(ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28'] [...]"))
     'No space left on device'
+    >>> cause_of(UserError("run/metadata is not valid JSON")), cause_of(KeyError("params"))
+    ('run/metadata is not valid JSON', "KeyError: 'params'")
     """
+    if isinstance(error, UserError):
+        return str(error)
     if found := re.search(r"([^:]+) \[os_error_code='\d+'\]", str(error)):
         return found[1].strip()
     return f"{type(error).__name__}: {str(error).partition(' [tensorstore_spec=')[0][:300]}"
