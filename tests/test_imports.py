@@ -48,7 +48,7 @@ LAYERS = (
     ("errors", "interrupts", "files", "figures", "background", "peers", "compilation"),
     ("cli", "distributed", "device_batches", "checkpoint_checks", "checkpoint", "checkpoint_recovery"),
     ("models", "losses"),
-    ("config", "config_json", "config_checks", "config_file"),
+    ("config", "config_names", "config_json", "config_checks", "config_file"),
     ("data",),
     ("inference",),
     ("evaluation",),

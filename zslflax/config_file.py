@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zslflax.config import default_config, field_names
-from zslflax.config_checks import check_field
+from zslflax.config import default_config
+from zslflax.config_names import check_field, field_names
 from zslflax.errors import UserError
 
 # How its own messages start, for errors of a config file. They hold the traceback.

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict, config_flags
 
 from zslflax import config, distributed
 from zslflax.cli import exit_on_error, share_gpu, start_logging
-from zslflax.config_checks import check_devices, check_overrides, validate
+from zslflax.config_checks import check_devices, validate
 from zslflax.config_file import ConfigFileError, load_config
+from zslflax.config_names import check_overrides
 from zslflax.data.cores import available_cores
 from zslflax.errors import UserError, nearest_names
 from zslflax.files import local_path

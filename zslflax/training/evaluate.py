@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from zslflax import distributed
 from zslflax.config import default_config, eval_set, keeps_average
-from zslflax.config_checks import check_devices, check_eval, check_field, check_paths, get_field
+from zslflax.config_checks import check_devices, check_eval, check_paths
+from zslflax.config_names import check_field, get_field
 from zslflax.data.addresses import hide_credentials
 from zslflax.data.image_features import ImageFeatures
 from zslflax.data.sources.base import Source
