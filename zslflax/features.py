@@ -15,7 +15,7 @@ from absl import app
 from ml_collections import ConfigDict
 
 from zslflax import distributed
-from zslflax.cli import Progress, exit_on_error, start_logging
+from zslflax.cli import exit_on_error, start_logging
 from zslflax.config import is_classifier
 from zslflax.config_checks import check_devices, validate
 from zslflax.data import pipeline
@@ -27,6 +27,7 @@ from zslflax.evaluation.test_sets import open_test_sets
 from zslflax.inference.prompts import resolve_templates
 from zslflax.inference.restore import build_model
 from zslflax.main import CONFIG, parse
+from zslflax.progress import Progress
 from zslflax.training.frozen_features import open_features
 from zslflax.training.initial_state import create_state
 from zslflax.training.setup import open_train_sources

@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image
 
 from zslflax import figures
-from zslflax.cli import Progress
 from zslflax.data.images import IMAGE_EXTENSIONS, BadSample, available_formats, decode
 from zslflax.errors import MissingLibraryError, UserError
 from zslflax.files import read_bytes
@@ -28,6 +27,7 @@ from zslflax.inference.embed_files import embed_files
 from zslflax.inference.image_input import find_images, read_image
 from zslflax.inference.predictor import Predictor
 from zslflax.page_guard import Guard
+from zslflax.progress import Progress
 
 try:
     import gradio as gr

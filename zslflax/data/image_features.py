@@ -15,7 +15,6 @@ from flax import linen
 
 from zslflax import distributed
 from zslflax.background import load_ahead
-from zslflax.cli import Progress
 from zslflax.data.batch import Batch
 from zslflax.data.cores import choose_threads
 from zslflax.data.feature_files import (
@@ -34,6 +33,7 @@ from zslflax.data.sources.subset import Subset, whole_source
 from zslflax.data.views import Views
 from zslflax.device_batches import map_method
 from zslflax.errors import StorageError
+from zslflax.progress import Progress
 
 log = logging.getLogger("zslflax")
 

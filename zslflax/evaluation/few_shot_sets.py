@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zslflax.background import load_ahead
-from zslflax.cli import Progress
 from zslflax.config import default_config
 from zslflax.data.cores import choose_threads
 from zslflax.data.images import BadSample
@@ -20,6 +19,7 @@ from zslflax.data.views import Views, evaluation_view
 from zslflax.errors import UserError
 from zslflax.evaluation.few_shot import few_shot, linear_probe, nearest_neighbours
 from zslflax.inference.predictor import Predictor
+from zslflax.progress import Progress
 
 log = logging.getLogger("zslflax")
 CHUNK = 512  # crops that are embedded at once

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from zslflax.cli import progress_bar
 from zslflax.errors import UserError
 from zslflax.files import storage_errors, write_text
+from zslflax.progress import progress_bar
 from zslflax.training.events import Events
 from zslflax.training.wandb_run import WandbRun
 
