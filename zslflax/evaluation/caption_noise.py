@@ -25,9 +25,9 @@ from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.errors import UserError
 from zslflax.evaluation.embedding import embed_images
-from zslflax.files import storage_errors, write_text
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.top_k import top_k_or_all
+from zslflax.saving import storage_errors, write_text
 
 log = logging.getLogger("zslflax")
 BATCH_SIZES = (512, 1024, 2048)  # n

@@ -19,10 +19,10 @@ from zslflax.evaluation.metrics import zero_shot_metrics
 from zslflax.evaluation.results import Metric, Results
 from zslflax.evaluation.retrieval import retrieval_recall
 from zslflax.evaluation.test_sets import TestSet, TrueLabels, true_labels
-from zslflax.files import write_atomically
 from zslflax.inference.class_embeddings import share_among_processes
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.top_k import top_k_or_all
+from zslflax.saving import write_atomically
 
 log = logging.getLogger("zslflax")
 DRAWN_IMAGES, DRAWN_ANSWERS = 12, 5  # in the figure of predictions, and beside each image

@@ -21,10 +21,10 @@ from zslflax.errors import StorageError, UserError, nearest_names
 from zslflax.evaluation.results import flat_names, format_table
 from zslflax.evaluation.test_sets import TestSet, check_test_sets, open_test_sets
 from zslflax.evaluation.zero_shot import evaluate
-from zslflax.files import storage_errors, write_json
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.prompts import resolve_templates
 from zslflax.inference.restore import read_run_config
+from zslflax.saving import storage_errors, write_json
 from zslflax.training.frozen_features import open_kept_features
 from zslflax.training.train_state import TrainState, student_variables, teacher_variables
 

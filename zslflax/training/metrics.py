@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from zslflax.errors import UserError
-from zslflax.files import storage_errors, write_text
 from zslflax.progress import progress_bar
+from zslflax.saving import storage_errors, write_text
 from zslflax.training.events import Events
 from zslflax.training.wandb_run import WandbRun
 

@@ -28,7 +28,7 @@ from zslflax.data.sources.shapes_captions import write_caption
 from zslflax.data.sources.shapes_drawing import CLASS_NAMES, COLOURS, SHAPES, PlacedShape, draw_image
 from zslflax.data.workers import WorkerPool
 from zslflax.errors import StorageError, UserError
-from zslflax.files import storage_errors, write_json
+from zslflax.saving import storage_errors, write_json
 
 log = logging.getLogger("zslflax")
 
