@@ -10,7 +10,8 @@ from zslflax.data.sources.base import Source
 from zslflax.data.sources.cifar import CifarImages
 from zslflax.data.sources.image_files import existing_keys, find_images
 from zslflax.data.sources.imagenet import read_imagenet, read_imagenet21k
-from zslflax.data.sources.labelled import LabelledImages, labelled_images, read_ml_images
+from zslflax.data.sources.labelled import LabelledImages, labelled_images
+from zslflax.data.sources.ml_images import read_ml_images
 from zslflax.data.sources.open_images import read_open_images
 from zslflax.errors import MissingFileError
 from zslflax.files import local_path, read_json, read_rows, read_text
