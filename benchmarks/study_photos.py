@@ -140,8 +140,8 @@ def read_features(config, photos: Photos) -> dict[str, np.ndarray]:
     model, tokenizer = build_model(config)
     state, _ = create_state(config, model, pretrained=True)
     features = open_features(config, model, tokenizer, state, [photos.source], [photos.test])
-    of_test = features.of_images(photos.test)
-    return {"train": all_rows(features.train_images[0]), "test": all_rows(of_test)}
+    test_features = features.open_test_images(photos.test)
+    return {"train": all_rows(features.train_images[0]), "test": all_rows(test_features)}
 
 
 def all_rows(features) -> np.ndarray:

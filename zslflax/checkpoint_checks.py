@@ -139,9 +139,9 @@ def fingerprints(trees: Mapping[str, Any]) -> dict[str, int]:
     damage goes unnoticed once in 2³² cases. The sum depends neither on the order of the arrays nor on the devices.
     """
     # NumPy computes at once what jax would first compile, for every shape.
-    of_array = lambda x: fingerprint_on_device(x) if isinstance(x, jax.Array) else array_fingerprint(np.asarray(x))
-    sums = jax.device_get({name: [of_array(x) for x in jax.tree.leaves(tree)] for name, tree in trees.items()})
-    return {name: sum(map(int, of_tree)) % 2**32 for name, of_tree in sums.items()}
+    fingerprint = lambda x: fingerprint_on_device(x) if isinstance(x, jax.Array) else array_fingerprint(np.asarray(x))
+    sums = jax.device_get({name: [fingerprint(x) for x in jax.tree.leaves(tree)] for name, tree in trees.items()})
+    return {name: sum(map(int, parts)) % 2**32 for name, parts in sums.items()}
 
 
 def check_fingerprints(trees: Mapping[str, Any], folder: Path) -> None:

@@ -246,13 +246,13 @@ def with_image_features(
         source, view = batch.get("source", np.zeros_like(index)), batch.get("view", np.zeros_like(index))
         image_features = np.zeros((len(index), features[0].width), np.float32)
         image_id = np.zeros((len(index), 2), np.uint32)
-        for number, of_source in enumerate(features):
+        for number, source_features in enumerate(features):
             rows = np.flatnonzero(batch["valid"] & (source == number))
-            image_features[rows], valid[rows] = of_source(index[rows], view[rows])
+            image_features[rows], valid[rows] = source_features(index[rows], view[rows])
             if "text_id" in batch:
-                image_id[rows] = of_source.image_ids(index[rows])
+                image_id[rows] = source_features.image_ids(index[rows])
             for i in index[rows[~valid[rows]]].tolist():
-                errors.append((of_source.source.read_annotations(i)["name"], UNREADABLE_MESSAGE))
+                errors.append((source_features.source.read_annotations(i)["name"], UNREADABLE_MESSAGE))
         rest = {key: value for key, value in batch.items() if key not in ("source", "view")}
         added = {key: image_features, "valid": valid, "errors": tuple(errors)}
         if "text_id" in batch:
@@ -266,8 +266,8 @@ def log_size(features: Sequence[ImageFeatures]) -> None:
     Raises:
         StorageError: the disk has less space than they take.
     """
-    megabytes = lambda of_source, views: views * (of_source.width * of_source.rows.dtype.itemsize + 5) / 1e6
-    missing = [len(of_source.missing()) for of_source in features]
+    megabytes = lambda source, views: views * (source.width * source.rows.dtype.itemsize + 5) / 1e6
+    missing = [len(source_features.missing()) for source_features in features]
     needed = sum(map(megabytes, features, missing))
     root = features[0].tower.root.expanduser()
     log.info(

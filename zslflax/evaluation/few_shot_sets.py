@@ -69,7 +69,7 @@ def single_labels(source: Source) -> tuple[np.ndarray, np.ndarray]:
         except BadSample as error:
             log.warning("left out the unreadable sample %s: %s", error.name, error)
             labels.append(())
-    indices = np.array([index for index, of_image in enumerate(labels) if len(of_image) == 1], np.int64)
+    indices = np.array([index for index, image_labels in enumerate(labels) if len(image_labels) == 1], np.int64)
     if not len(indices):
         raise UserError(f"none of the {len(source)} images has exactly one label, which few-shot evaluation needs")
     if len(indices) < len(source):

@@ -137,7 +137,9 @@ def set_up(
             teacher.features,
         ),
         first_pass=sum(map(len, sources)) if features.text_frozen or features.train_images else 0,
-        evaluate=functools.partial(evaluate_state, predictor, test_sets, workdir, extra_metrics, features.of_images),
+        evaluate=functools.partial(
+            evaluate_state, predictor, test_sets, workdir, extra_metrics, features.open_test_images
+        ),
         checkpoints=checkpoints,
         reporter=Reporter(
             workdir,

@@ -120,13 +120,13 @@ def read_class_folders(folder: Path) -> LabelledImages:
     """
     entries = {entry.name: entry for entry in folder.iterdir() if entry.is_dir() and not is_clutter(entry.name)}
     subfolders = sorted_by_id(entries)
-    of_class = [find_images(subfolder) for subfolder in subfolders]
-    if empty := [subfolder.name for subfolder, paths in zip(subfolders, of_class) if not paths]:
+    class_paths = [find_images(subfolder) for subfolder in subfolders]
+    if empty := [subfolder.name for subfolder, paths in zip(subfolders, class_paths) if not paths]:
         log.warning("%d classes of %s have no image%s", len(empty), folder, format_examples(empty))
-    images = [path for paths in of_class for path in paths]
+    images = [path for paths in class_paths for path in paths]
     if not images:
         raise UserError(f"none of the {len(subfolders)} subfolders of {folder} has an image")
-    labels = [(label,) for label, paths in enumerate(of_class) for _ in paths]
+    labels = [(label,) for label, paths in enumerate(class_paths) for _ in paths]
     return LabelledImages(images, labels, [subfolder.name for subfolder in subfolders])
 
 

@@ -32,9 +32,9 @@ def read_cifar100(spec: str) -> CifarImages:
 def read_food101(spec: str) -> LabelledImages:
     """Reads Food-101's test images: images/CLASS/ID.jpg, as meta/test.json lists them."""
     root = find_root(spec, "meta/test.json")
-    of_class = read_json(root / "meta" / "test.json")
-    classes = sorted(of_class)
-    pairs = [(f"images/{image}.jpg", label) for label, name in enumerate(classes) for image in of_class[name]]
+    by_class = read_json(root / "meta" / "test.json")
+    classes = sorted(by_class)
+    pairs = [(f"images/{image}.jpg", label) for label, name in enumerate(classes) for image in by_class[name]]
     return labelled_images(root, pairs, list(map(plain_name, classes)))
 
 

@@ -290,6 +290,6 @@ def count_extensions(indexes: Sequence[TarIndex]) -> str:
     """How many members have each extension, for an error message: "3 × jpg, 3 × txt"."""
     counts: Counter[str] = Counter()
     for index in indexes:
-        of_extension = np.bincount(index.extension, minlength=len(index.extensions)).tolist()
-        counts.update(dict(zip(index.extensions.tolist(), of_extension, strict=True)))
+        found = np.bincount(index.extension, minlength=len(index.extensions)).tolist()
+        counts.update(dict(zip(index.extensions.tolist(), found, strict=True)))
     return ", ".join(f"{count} × {extension}" for extension, count in counts.most_common(20)) or "nothing"
