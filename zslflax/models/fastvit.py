@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from zslflax.models.depthwise import DepthwiseConv
 from zslflax.models.resnet import KAIMING, batch_norm
-from zslflax.models.transformer import ACTIVATIONS, Attention
-from zslflax.models.vit import LayerScale
+from zslflax.models.transformer import ACTIVATIONS, Attention, LayerScale
 
 HEAD_WIDTH = 32  # channels of an attention head
 
