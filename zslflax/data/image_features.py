@@ -33,11 +33,10 @@ from zslflax.data.sources.subset import Subset, whole_source
 from zslflax.data.views import Views
 from zslflax.device_batches import map_method
 from zslflax.errors import StorageError
+from zslflax.models.partition import Tree
 from zslflax.progress import Progress
 
 log = logging.getLogger("zslflax")
-
-Tree = Any
 
 CPU_BATCH_SIZE, BATCH_SIZE = 32, 256  # images per device in a call; one shape, so that features never vary
 UNREADABLE_MESSAGE = "its image could not be read when its features were computed"

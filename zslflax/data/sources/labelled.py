@@ -130,7 +130,7 @@ def read_class_folders(folder: Path) -> LabelledImages:
     return LabelledImages(images, labels, [subfolder.name for subfolder in subfolders])
 
 
-def labelled_images(
+def existing_labelled_images(
     root: Path, pairs: Sequence[tuple[str, int]], classes: list[str], class_names: list[str] | None = None
 ) -> LabelledImages:
     """The images of a folder that exist, with a label each."""
