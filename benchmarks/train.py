@@ -79,7 +79,7 @@ def run_command(args, workdir: Path) -> dict:
     sys.argv = ["zslflax", f"--config={CONFIG}", f"--workdir={workdir}", *fields]
     start = time.perf_counter()
     try:
-        zslflax.main.run()
+        zslflax.main.main()
     except SystemExit as end:
         if end.code:
             raise

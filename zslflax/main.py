@@ -104,7 +104,7 @@ def explain(error: flags.Error) -> str:
     return message
 
 
-def main(_: Any) -> int:
+def run(_: Any) -> int:
     """Runs what the flags ask for, and returns the exit status."""
     start_logging()
     run_config, evaluating = CONFIG.value, MODE.value == "evaluate"
@@ -144,11 +144,11 @@ def evaluate(workdir: Path) -> None:
     evaluate_run(workdir, overrides, STEP.value)
 
 
-def run() -> None:
+def main() -> None:
     """The command."""
     with exit_on_error():
-        app.run(main, flags_parser=parse)
+        app.run(run, flags_parser=parse)
 
 
 if __name__ == "__main__":
-    run()
+    main()
