@@ -23,7 +23,6 @@ runs have the same images.
 
 import argparse
 import fcntl
-import json
 import logging
 import runpy
 import shutil
@@ -34,6 +33,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from json_lines import append_line, read_lines
 
 from zslflax import distributed
 from zslflax.cli import start_logging
@@ -270,7 +270,7 @@ def perform_run(run: Run, folder: Path, steps: int, image_size: int, text_featur
     probe = Probe(config) if run.probed else None
     if not loop.train(config, workdir, text_features=text_features, extra_metrics=probe):
         raise SystemExit(0)
-    history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    history = read_lines(workdir / "metrics.jsonl")
     evaluated = [
         {key: value for key, value in line.items() if key.startswith(("eval/", "probe/")) or key == "step"}
         for line in history
@@ -285,10 +285,6 @@ def perform_run(run: Run, folder: Path, steps: int, image_size: int, text_featur
     return line, text_features
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def claim_run(path: Path):
     """Returns an open file that holds the claim of a run, or None if another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -299,11 +295,6 @@ def claim_run(path: Path):
         file.close()
         return None
     return file
-
-
-def append_line(path: Path, line: dict) -> None:
-    with open(path, "a") as file:  # short enough to be written in one piece while other processes append
-        file.write(json.dumps(line) + "\n")
 
 
 def plan_runs(parts: list[str], lines: list[dict]) -> list[Run]:

@@ -23,7 +23,6 @@ The image features are computed by the first run (minutes) and kept in `features
 """
 
 import argparse
-import json
 import logging
 import runpy
 import shutil
@@ -32,9 +31,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from json_lines import append_line, read_lines
 from photos_data import Pairs, Photos, auc, kept_pairs
 from photos_plan import ALL, FEW, FILTERED, METHODS, REPEATED, TEACHERS, Run, plan_runs
-from study import append_line, read_lines
 
 from zslflax import distributed
 from zslflax.cli import start_logging
@@ -160,7 +159,7 @@ def perform_run(run: Run, arguments: argparse.Namespace, photos: Photos, feature
     shutil.rmtree(workdir, ignore_errors=True)
     if not loop.train(config, workdir, sources=[pairs.source], extra_metrics=measure):
         raise SystemExit(0)
-    history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    history = read_lines(workdir / "metrics.jsonl")
     keep = ("eval/", "alone/", "student/", "hit@", "auc/", "noise/")
     evaluated = [
         {key: round(value, 5) for key, value in line.items() if key.startswith(keep) or key in ("step", "train/loss")}
