@@ -1,7 +1,7 @@
 """Do soft labels help on photographs with noisy sentences? Trains every objective on frozen towers' features.
 
     python benchmarks/study_photos.py --data=FOLDER --image-weights=FOLDER      # everything; again: continues it
-    python benchmarks/study_report.py benchmarks/results/photos.jsonl           # tables and figures
+    python benchmarks/photos_report.py                                          # tables and the figure
 
 The data are photographs with one sentence each, in shards: `train-*.tar` (KEY.jpg, KEY.txt, KEY.json with the class
 name as `true`), `test-*.tar` (KEY.jpg, KEY.cls), `names.txt`, `unseen.txt` (the names that no training photograph has,
