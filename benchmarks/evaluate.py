@@ -39,8 +39,8 @@ import numpy as np
 
 from zslflax import distributed
 from zslflax.config import default_config
-from zslflax.data.features import TextFeatures
 from zslflax.data.text import Tokenizer
+from zslflax.data.text_features import TextFeatures
 from zslflax.device_batches import map_method
 from zslflax.evaluation.metrics import zero_shot_metrics
 from zslflax.inference.class_embeddings import embed_class_names

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from study import Method
+from study_plan import Method
 
 SEARCH_SEED = 1_000  # of the search's parameters, order and wrong sentences
 ALL, FEW = 24_000, 4_000  # pairs

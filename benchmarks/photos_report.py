@@ -51,21 +51,21 @@ PARAMETERS = {
 }
 
 
+def searched(results: Results, method: str, noise: float, size: int) -> list[dict]:
+    """The runs of a method's search at a noise and a number of pairs."""
+    fields = {"method": method, "noise": noise, "size": size}
+    return [line for line in results.of_part("search") if fields.items() <= line.items()]
+
+
 def search_table(results: Results, noise: float, size: int) -> str:
     """hit@1 on the held-out photographs; what was found is bold."""
     rows = []
     for name, method in METHODS.items():
-        lines = [
-            line
-            for line in results.of_part("search")
-            if (line["method"], line["noise"], line["size"]) == (name, noise, size)
-        ]
-        if lines:
+        if lines := searched(results, name, noise, size):
             best = max(lines, key=lambda line: line["hit@1"])
             cells = []
-            for line in sorted(
-                lines, key=lambda line: (line["value"] != method.values[0], line["value"], line["passes"])
-            ):
+            order = lambda line, first=method.values[0]: (line["value"] != first, line["value"], line["passes"])
+            for line in sorted(lines, key=order):
                 cell = f"{line['value']:g}, {line['passes']:g} passes: {100 * line['hit@1']:.1f}"
                 cells.append(f"**{cell}**" if line is best else cell)
             rows.append([LABELS[name], PARAMETERS[method.parameter], "; ".join(cells)])
@@ -134,13 +134,9 @@ def rates_table(results: Results) -> str:
     rows = []
     for name in (BASELINE, *TEACHERS):
         tried = [line for line in results.of_part("rates") if line["method"] == name]
-        found = [
-            line
-            for line in results.of_part("search")
-            if (line["method"], line["noise"], line["size"]) == (name, *VALUES_AT)
-        ]
         if tried:
-            for line in [max(found, key=lambda line: line["hit@1"]), *tried]:
+            found = max(searched(results, name, *VALUES_AT), key=lambda line: line["hit@1"])
+            for line in [found, *tried]:
                 rows.append(
                     [LABELS[name], f"{line.get('rate', RATE):g}", f"{line['passes']:g}", f"{100 * line['hit@1']:.1f}"]
                 )

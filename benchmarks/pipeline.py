@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from zslflax.data import images, pipeline
+from zslflax.data import crops, images, pipeline
 from zslflax.data.sources.shard_patterns import expand_patterns
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.data.text import Tokenizer
@@ -115,7 +115,7 @@ def run_codec(pattern: str, number: int) -> float:
     def work(thread: int, number: int) -> None:
         rng = np.random.default_rng(thread)
         for data in itertools.islice(itertools.cycle(encoded[thread::CORES]), number // CORES):
-            images.random_resized_crop(images.decode(data), CROP, rng, SCALE, RATIO)
+            crops.random_resized_crop(images.decode(data), CROP, rng, SCALE, RATIO)
 
     with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
         list(pool.map(work, range(CORES), [WARM_UP] * CORES))
@@ -149,7 +149,7 @@ class CodecTransform:
         self.rng = np.random.default_rng(0)
 
     def __call__(self, data: bytes) -> np.ndarray:
-        return images.random_resized_crop(images.decode(data), CROP, self.rng, SCALE, RATIO, flip=0.5)
+        return crops.random_resized_crop(images.decode(data), CROP, self.rng, SCALE, RATIO, flip=0.5)
 
 
 class PillowTransform:

@@ -21,7 +21,6 @@ No value is chosen by these results: fields that are not set here are those of t
 """
 
 import argparse
-import json
 import runpy
 import shutil
 import statistics
@@ -32,8 +31,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from json_lines import append_line, read_lines
 from photos_labelled import LabelledPhotos
-from study import append_line, read_lines
 
 from zslflax import distributed
 from zslflax.cli import start_logging
@@ -196,7 +195,7 @@ def train_and_measure(run: Run, arguments: argparse.Namespace, photos: LabelledP
     if not loop.train(config, workdir):
         raise SystemExit(0)
     trained = {"train_seconds": round(time.time() - started, 1), "train_cpu": round(time.process_time() - cpu, 1)}
-    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    last = read_lines(workdir / "metrics.jsonl")[-1]
     line = {"steps": config.steps, "batch_size": config.batch_size} | trained
     line |= {key: round(last[key], 5) for key in ("train/loss", "eval/test/hit@1") if key in last}
     predictor = Predictor.restore(workdir)

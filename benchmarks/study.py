@@ -10,7 +10,7 @@ results.jsonl. Several processes may share a folder; on a CPU one process per co
 
     search        each method's own parameter, with three values (and one more beyond the last if that was the best),
                   judged on a validation split: images of another seed, which no other part sees
-    grid          each method with the values found × size and noise (`LEVELS`) × seeds, judged on the test split
+    grid          each method with the values found × size and noise (`study_plan.LEVELS`) × seeds, on the test split
     generations   a fixed teacher from a finished run teaches a new student, which teaches the next one
     long          2.4 times as many pairs (`LONG`) and a larger test split: hard labels have time to overfit
     early         generations at 2,000 pairs whose first teacher stops after a quarter of the steps, before it has
@@ -23,17 +23,16 @@ runs have the same images.
 
 import argparse
 import fcntl
-import json
 import logging
 import runpy
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
+from json_lines import append_line, read_lines
+from study_plan import METHODS, Run, plan_runs, teacher_of
 
 from zslflax import distributed
 from zslflax.cli import start_logging
@@ -50,59 +49,9 @@ from zslflax.training.initial_state import create_state
 log = logging.getLogger("zslflax")
 DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
 VALIDATION_SEED = 1_000  # of the images on which hyper-parameters are chosen
-SEARCH_SEED = 100
-RATES = (4e-3,)  # peak learning rates that the search tries
-# Training pairs and noise of the grid. The most informative come first, for a study that is stopped early.
-LEVELS = ((20_000, 0.4), (2_000, 0.4), (2_000, 0.0), (2_000, 0.6), (20_000, 0.0), (2_000, 0.2))
-SIZES = (20_000, 2_000)  # training pairs of generations and long runs
-SEEDS = (0, 1, 2)
-GENERATIONS = 3
 LONG = {"steps": 1_200, "batch_size": 256, "test": 8_000}  # test images
-COMPARED = ("info_nce", "self_distillation_within")  # in long runs
 PROBED = 512  # training pairs whose soft labels are measured
 EVALUATIONS = 6  # of a run that is measured while it trains
-
-
-class Method(NamedTuple):
-    """An objective, its fixed parameters, and its own parameter with the values that the search tries."""
-
-    objective: str
-    fixed: dict
-    parameter: str
-    values: tuple[float, ...]
-
-
-BOTH = {"image_image_weight": 0.3, "text_text_weight": 0.3}
-METHODS = {
-    "info_nce": Method("info_nce", {}, "log_logit_scale", (2.6, 3.9, 1.6)),
-    "label_smoothing": Method("label_smoothing", {}, "smoothing", (0.1, 0.3, 0.5)),
-    "self_distillation": Method("self_distillation", {}, "teacher_temperature", (0.05, 0.1, 0.2)),
-    "self_distillation_within": Method("self_distillation", BOTH, "teacher_temperature", (0.05, 0.1, 0.2)),
-    "otter": Method("otter", {}, "sinkhorn_regulariser", (0.08, 0.15, 0.3, 0.6)),
-    "sigmoid": Method(
-        "sigmoid", {"log_logit_scale": 2.6}, "logit_bias", (-10.0, -5.0, -2.5)
-    ),  # the scale is that of the others
-}
-
-
-class Run(NamedTuple):
-    """The settings in which runs differ."""
-
-    part: str
-    method: str
-    noise: float = 0.4
-    size: int = 20_000  # training pairs
-    seed: int = 0
-    rate: float = RATES[0]
-    value: float | None = None  # of the method's own parameter
-    generation: int = 1
-    ramp: int | None = None  # steps; None: the quick start's
-    probed: bool = False
-
-    @property
-    def name(self) -> str:
-        """Different for different runs; fit for a folder name."""
-        return "-".join(f"{value:g}" if isinstance(value, float) else f"{value}" for value in self)
 
 
 def make_config(run: Run, folder: Path, steps: int, image_size: int):
@@ -133,13 +82,6 @@ def make_config(run: Run, folder: Path, steps: int, image_size: int):
     return c
 
 
-def teacher_of(run: Run) -> Run:
-    """The run whose model teaches a later generation."""
-    if run.part == "generations" and run.generation == 2:
-        return run._replace(part="grid", generation=1, probed=True)
-    return run._replace(generation=run.generation - 1)
-
-
 def validation_set(folder: Path, options):
     """Images of another seed."""
     written = shapes.ensure_shards(
@@ -147,71 +89,6 @@ def validation_set(folder: Path, options):
     )
     unseen = ",".join(shapes.CLASS_NAMES[i] for i in shapes.UNSEEN)
     return eval_set(data=written.test, class_names=",".join(shapes.CLASS_NAMES), unseen=unseen)
-
-
-def search() -> Iterator[Run]:
-    for name, method in METHODS.items():
-        for rate in RATES:
-            for value in method.values:
-                yield Run("search", name, seed=SEARCH_SEED, rate=rate, value=value)
-
-
-def grid(found: dict[str, dict]) -> Iterator[Run]:
-    for size, noise in LEVELS:
-        for seed in SEEDS:
-            for name in METHODS:
-                yield Run("grid", name, noise, size, seed, **found[name], probed=is_probed(name, noise, size))
-
-
-def is_probed(name: str, noise: float, size: int) -> bool:
-    """Whether a run of the grid is measured while it trains; these runs also teach a next generation."""
-    probed = {20_000: ("info_nce", "self_distillation", "self_distillation_within"), 2_000: ("self_distillation",)}
-    return noise == 0.4 and name in probed[size]
-
-
-def generations(found: dict[str, dict]) -> Iterator[Run]:
-    best = found["self_distillation"]
-    for size in SIZES:
-        for generation in range(2, GENERATIONS + 1):
-            for seed in SEEDS:
-                yield Run("generations", "self_distillation", size=size, seed=seed, **best, generation=generation)
-
-
-def long(found: dict[str, dict]) -> Iterator[Run]:
-    for size in SIZES:
-        for seed in SEEDS:
-            for name in COMPARED:
-                yield Run("long", name, size=size, seed=seed, **found[name])
-
-
-def early(found: dict[str, dict]) -> Iterator[Run]:
-    best = found["self_distillation"]
-    for generation in (1, 2):
-        for seed in SEEDS:
-            yield Run("early", "self_distillation", 0.4, 2_000, seed, **best, generation=generation, probed=True)
-
-
-def cold(found: dict[str, dict]) -> Iterator[Run]:
-    rate = found["self_distillation"]["rate"]
-    for temperature in (0.01, 0.1):
-        for ramp in (0, None):
-            yield Run("cold", "self_distillation", rate=rate, value=temperature, ramp=ramp, probed=True)
-
-
-def short() -> Iterator[Run]:
-    for generation in (1, 2):
-        yield Run("short", "self_distillation", value=0.1, generation=generation, probed=True)
-
-
-def best_of_search(lines: list[dict]) -> dict[str, dict]:
-    """For each method the learning rate and parameter with the most hits on the validation split."""
-    found = {}
-    for name in METHODS:
-        tried = [line for line in lines if line["part"] == "search" and line["method"] == name]
-        if len(tried) == len(RATES) * len(METHODS[name].values):
-            best = max(tried, key=lambda line: line["eval/validation/hit@1"])
-            found[name] = {"rate": best["rate"], "value": best["value"]}
-    return found
 
 
 class Probe:
@@ -270,7 +147,7 @@ def perform_run(run: Run, folder: Path, steps: int, image_size: int, text_featur
     probe = Probe(config) if run.probed else None
     if not loop.train(config, workdir, text_features=text_features, extra_metrics=probe):
         raise SystemExit(0)
-    history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    history = read_lines(workdir / "metrics.jsonl")
     evaluated = [
         {key: value for key, value in line.items() if key.startswith(("eval/", "probe/")) or key == "step"}
         for line in history
@@ -285,10 +162,6 @@ def perform_run(run: Run, folder: Path, steps: int, image_size: int, text_featur
     return line, text_features
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def claim_run(path: Path):
     """Returns an open file that holds the claim of a run, or None if another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -299,24 +172,6 @@ def claim_run(path: Path):
         file.close()
         return None
     return file
-
-
-def append_line(path: Path, line: dict) -> None:
-    with open(path, "a") as file:  # short enough to be written in one piece while other processes append
-        file.write(json.dumps(line) + "\n")
-
-
-def plan_runs(parts: list[str], lines: list[dict]) -> list[Run]:
-    """All runs of these parts; those that need the results of the search only once it is complete."""
-    without_search = {"search": search, "short": short}
-    searched = {"grid": grid, "generations": generations, "long": long, "early": early, "cold": cold}
-    runs, found = [], best_of_search(lines)
-    for part in parts:
-        if part in without_search:
-            runs += without_search[part]()
-        elif len(found) == len(METHODS):
-            runs += searched[part](found)
-    return runs
 
 
 def take_run(runs: list[Run], done: set[str], folder: Path):

@@ -1,7 +1,7 @@
 """Do soft labels help on photographs with noisy sentences? Trains every objective on frozen towers' features.
 
     python benchmarks/study_photos.py --data=FOLDER --image-weights=FOLDER      # everything; again: continues it
-    python benchmarks/study_report.py benchmarks/results/photos.jsonl           # tables and figures
+    python benchmarks/photos_report.py                                          # tables and the figure
 
 The data are photographs with one sentence each, in shards: `train-*.tar` (KEY.jpg, KEY.txt, KEY.json with the class
 name as `true`), `test-*.tar` (KEY.jpg, KEY.cls), `names.txt`, `unseen.txt` (the names that no training photograph has,
@@ -23,7 +23,6 @@ The image features are computed by the first run (minutes) and kept in `features
 """
 
 import argparse
-import json
 import logging
 import runpy
 import shutil
@@ -32,9 +31,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from json_lines import append_line, read_lines
 from photos_data import Pairs, Photos, auc, kept_pairs
 from photos_plan import ALL, FEW, FILTERED, METHODS, REPEATED, TEACHERS, Run, plan_runs
-from study import append_line, read_lines
 
 from zslflax import distributed
 from zslflax.cli import start_logging
@@ -140,8 +139,8 @@ def read_features(config, photos: Photos) -> dict[str, np.ndarray]:
     model, tokenizer = build_model(config)
     state, _ = create_state(config, model, pretrained=True)
     features = open_features(config, model, tokenizer, state, [photos.source], [photos.test])
-    of_test = features.of_images(photos.test)
-    return {"train": all_rows(features.train_images[0]), "test": all_rows(of_test)}
+    test_features = features.open_test_images(photos.test)
+    return {"train": all_rows(features.train_images[0]), "test": all_rows(test_features)}
 
 
 def all_rows(features) -> np.ndarray:
@@ -160,7 +159,7 @@ def perform_run(run: Run, arguments: argparse.Namespace, photos: Photos, feature
     shutil.rmtree(workdir, ignore_errors=True)
     if not loop.train(config, workdir, sources=[pairs.source], extra_metrics=measure):
         raise SystemExit(0)
-    history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    history = read_lines(workdir / "metrics.jsonl")
     keep = ("eval/", "alone/", "student/", "hit@", "auc/", "noise/")
     evaluated = [
         {key: round(value, 5) for key, value in line.items() if key.startswith(keep) or key in ("step", "train/loss")}

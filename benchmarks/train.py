@@ -35,6 +35,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from json_lines import read_lines
 from pipeline import machine, write_shards, write_tokenizer
 
 import zslflax.main
@@ -79,11 +80,11 @@ def run_command(args, workdir: Path) -> dict:
     sys.argv = ["zslflax", f"--config={CONFIG}", f"--workdir={workdir}", *fields]
     start = time.perf_counter()
     try:
-        zslflax.main.run()
+        zslflax.main.main()
     except SystemExit as end:
         if end.code:
             raise
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][3:6]
+    lines = read_lines(workdir / "metrics.jsonl")[3:6]
     rate = statistics.harmonic_mean([line["train/pairs_per_second"] for line in lines])  # each has as many steps
     waiting = statistics.mean(line["train/waiting_for_data"] for line in lines)
     return {"pairs_per_second": rate, "waiting_for_data": waiting, "whole_s": time.perf_counter() - start}

@@ -1,13 +1,12 @@
 """How the commands end: with an exit status in time, whatever their threads wait for, and with closed streams."""
 
-import os
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.testing.configs import ROOT
+from tests.testing.configs import process_environment
 
 WAITING = """
 import sys, threading, time
@@ -71,7 +70,7 @@ with cli.exit_on_error():
 
 
 def start(code: str, *arguments: str, shell: str = "") -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "JAX_PLATFORMS": "cpu"}
+    environment = process_environment()
     environment.pop("PYTHONUNBUFFERED", None)
     command = ["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-c", code, *arguments]
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

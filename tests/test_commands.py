@@ -15,8 +15,8 @@ from PIL import Image
 import zslflax
 from tests.testing.configs import CONFIG_FILES, ROOT
 from zslflax import commands, search
+from zslflax.config_file import find_config_file
 from zslflax.errors import MissingFileError
-from zslflax.main import find_config_file
 
 
 def run(*arguments, cwd, path=ROOT, **environment) -> subprocess.CompletedProcess:

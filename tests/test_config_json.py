@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.testing.configs import CONFIG_FILES, load_config
-from zslflax.config import default_config, eval_set, field_names, profiled_steps
-from zslflax.config_json import RENAMED, compare, current_name, from_json, read_config, to_json
+from zslflax.config import default_config, eval_set, profiled_steps
+from zslflax.config_json import compare, from_json, read_config, to_json
 from zslflax.errors import MissingFileError, UserError
 
 
@@ -63,13 +63,6 @@ def test_a_file_of_an_older_version_is_named_with_the_current_names_of_its_field
         assert field in message
     assert "Start a new run in another workdir, or use the version that wrote this one" in message
     assert "\n" not in message and "alpha" not in message and "kind" not in message
-
-
-def test_the_current_names_exist_and_the_older_ones_do_not():
-    known = set(field_names(default_config()))
-    older = {name.replace("eval.sets.", "eval.sets.test.") for name in RENAMED}
-    assert {current_name(name) for name in older} <= known and not older & known
-    assert current_name("steps") is None
 
 
 def test_files_that_are_no_configs(tmp_path):

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from zslflax.commands import COMMANDS
-from zslflax.config import default_config, field_names
+from zslflax.config import default_config
+from zslflax.config_names import field_names
 from zslflax.evaluation import metrics
 from zslflax.losses import contrastive
 from zslflax.losses.pairs import Embeddings

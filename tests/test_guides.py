@@ -59,7 +59,7 @@ def run_command(monkeypatch, capsys):
         if command.module == "zslflax.main":  # its flags can be defined once in a process
             try:
                 parse_flags(monkeypatch, [*command.arguments, *arguments, *more])
-                assert main.main([]) == 0
+                assert main.run([]) == 0
             finally:
                 reset_flags()
         else:

@@ -45,10 +45,10 @@ def test_no_module_imports_tensorflow_or_torch(tmp_path):
 
 # Lower layers first. Modules of one layer may import each other. All other modules are commands, the highest layer.
 LAYERS = (
-    ("errors", "interrupts", "files", "figures", "background", "peers", "compilation"),
+    ("errors", "interrupts", "files", "saving", "figures", "background", "peers", "compilation", "progress"),
     ("cli", "distributed", "device_batches", "checkpoint_checks", "checkpoint", "checkpoint_recovery"),
     ("models", "losses"),
-    ("config", "config_json", "config_checks", "config_file"),
+    ("config", "config_names", "config_json", "config_checks", "config_file"),
     ("data",),
     ("inference",),
     ("evaluation",),

@@ -58,7 +58,7 @@ def test_an_evaluation_takes_its_config_from_the_workdir_and_overrides_from_the_
     for config in (None, DEMO):
         override = "--config.eval.sets.pets.unseen=cat"  # a set that only the run may have
         parse("--mode=evaluate", f"--workdir={tmp_path}", override, "--step=3", config=config)
-        assert main_without_set_up.main([]) == 0
+        assert main_without_set_up.run([]) == 0
     assert calls == 2 * [(tmp_path, {"eval.sets.pets.unseen": "cat"}, 3)]
 
 
@@ -71,10 +71,10 @@ def test_another_model_is_evaluated_on_the_test_sets_of_the_command_or_of_a_conf
     arguments = "--mode=evaluate", "--model=some-org/clip", "--config.eval.sets.pets.data=pets:/data"
     overrides = {"eval.sets.pets.data": "pets:/data"}
     parse(*arguments, config=None)
-    assert main_without_set_up.main([]) == 0
+    assert main_without_set_up.run([]) == 0
     assert calls == [("some-org/clip", tmp_path / "runs" / "clip", overrides, None)]
     config = parse(*arguments, f"--workdir={tmp_path / 'other'}")
-    assert main_without_set_up.main([]) == 0
+    assert main_without_set_up.run([]) == 0
     assert calls[1:] == [("some-org/clip", tmp_path / "other", overrides, config)]
     assert config.eval.sets.test.data == "shapes"
 
@@ -90,7 +90,7 @@ def test_another_model_is_evaluated_on_the_test_sets_of_the_command_or_of_a_conf
 def test_flags_that_would_have_no_effect_or_lack_another_are_refused(parse, main_without_set_up, arguments, message):
     parse(*arguments, config=None if "--mode=evaluate" in arguments else DEMO)
     with pytest.raises(UserError, match=message):
-        main_without_set_up.main([])
+        main_without_set_up.run([])
 
 
 @pytest.mark.parametrize("objective", ["", "info_nce", "label_smoothing", "self_distillation", "otter", "sigmoid"])
@@ -206,7 +206,7 @@ def test_launchers_choose_the_exit_status_of_a_stopped_run(parse, main_without_s
     for argument, complete, status in (("0", False, 0), ("143", False, 143), ("143", True, 0)):
         monkeypatch.setattr(main, "train", lambda *_, complete=complete: complete)
         parse(f"--workdir={tmp_path}", f"--stopped_status={argument}")
-        assert main_without_set_up.main([]) == status
+        assert main_without_set_up.run([]) == status
 
 
 def test_a_user_error_in_a_run_ends_in_its_message_and_any_other_with_a_traceback(
@@ -221,12 +221,12 @@ def test_a_user_error_in_a_run_ends_in_its_message_and_any_other_with_a_tracebac
     monkeypatch.setattr(sys, "argv", ["main", f"--config={DEMO}", f"--workdir={tmp_path}"])
     monkeypatch.setattr(main, "train", shape_bug)
     with pytest.raises(ValueError, match="operands could not be broadcast") as raised:
-        main_without_set_up.run()
+        main_without_set_up.main()
     assert any(entry.name == "shape_bug" for entry in raised.traceback)
     reset_flags()
     monkeypatch.setattr(main, "train", user_error)
     with pytest.raises(SystemExit) as ended:
-        main_without_set_up.run()
+        main_without_set_up.main()
     assert ended.value.code == "zslflax: steps is 5"
 
 

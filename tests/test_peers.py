@@ -1,6 +1,5 @@
 """Processes of which one is killed or fails: the others end, and say which and that the same command goes on."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -8,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.testing.configs import ROOT
+from tests.testing.configs import process_environment
 
 RUN = """
 import sys, time
@@ -33,10 +32,9 @@ def start():
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         for i in range(count):
-            names = {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": count}
-            names |= {"JAX_PROCESS_ID": i, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+            names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": i}
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            environment = os.environ | {name: str(value) for name, value in names.items()}
+            environment = process_environment(**names)
             processes.append(
                 subprocess.Popen([sys.executable, "-c", RUN, str(poll_seconds)], env=environment, text=True, **pipes)
             )

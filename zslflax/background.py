@@ -1,11 +1,13 @@
-"""An iterator that runs in a thread, ahead of its use."""
+"""Work that threads do ahead of its use: the items of an iterator, and chunks of things to load."""
 
 import collections
 import threading
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+Chunk = TypeVar("Chunk", bound=Iterable[Any])
 
 JOIN_SECONDS = 30.0  # that `close` waits for an item that is being made, as one that is read over a network
 
@@ -95,3 +97,21 @@ class BackgroundIterator(Iterator[T], Generic[T]):
         with self._changed:
             self._changed.wait_for(lambda: len(self._waiting) < self._size or self._closed)
             return not self._closed
+
+
+def load_ahead(pool: Executor, load: Callable[[Any], T], chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[T]]]:
+    """Yields (chunk, load(element) of each element); the next chunk is loaded meanwhile.
+
+    >>> from concurrent.futures import ThreadPoolExecutor
+    >>> with ThreadPoolExecutor() as pool:
+    ...     list(load_ahead(pool, str.upper, ["ab", "c"]))
+    [('ab', ['A', 'B']), ('c', ['C'])]
+    """
+    ahead: list[tuple[Chunk, list[Future[T]]]] = []
+    for chunk in chunks:
+        ahead.append((chunk, [pool.submit(load, element) for element in chunk]))
+        if len(ahead) > 1:
+            first, futures = ahead.pop(0)
+            yield first, [future.result() for future in futures]
+    for first, futures in ahead:
+        yield first, [future.result() for future in futures]

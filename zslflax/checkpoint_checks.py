@@ -35,11 +35,15 @@ class MisplacedError(UserError):
 
 
 def cause_of(error: Exception) -> str:
-    """What a message says of an exception that Orbax or TensorStore raised, without the settings that they append.
+    """What a message says of an exception; of one by Orbax or TensorStore without the settings that they append.
 
     >>> cause_of(ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28'] [...]"))
     'No space left on device'
+    >>> cause_of(UserError("run/metadata is not valid JSON")), cause_of(KeyError("params"))
+    ('run/metadata is not valid JSON', "KeyError: 'params'")
     """
+    if isinstance(error, UserError):
+        return str(error)
     if found := re.search(r"([^:]+) \[os_error_code='\d+'\]", str(error)):
         return found[1].strip()
     return f"{type(error).__name__}: {str(error).partition(' [tensorstore_spec=')[0][:300]}"
@@ -135,9 +139,9 @@ def fingerprints(trees: Mapping[str, Any]) -> dict[str, int]:
     damage goes unnoticed once in 2³² cases. The sum depends neither on the order of the arrays nor on the devices.
     """
     # NumPy computes at once what jax would first compile, for every shape.
-    of_array = lambda x: fingerprint_on_device(x) if isinstance(x, jax.Array) else array_fingerprint(np.asarray(x))
-    sums = jax.device_get({name: [of_array(x) for x in jax.tree.leaves(tree)] for name, tree in trees.items()})
-    return {name: sum(map(int, of_tree)) % 2**32 for name, of_tree in sums.items()}
+    fingerprint = lambda x: fingerprint_on_device(x) if isinstance(x, jax.Array) else array_fingerprint(np.asarray(x))
+    sums = jax.device_get({name: [fingerprint(x) for x in jax.tree.leaves(tree)] for name, tree in trees.items()})
+    return {name: sum(map(int, parts)) % 2**32 for name, parts in sums.items()}
 
 
 def check_fingerprints(trees: Mapping[str, Any], folder: Path) -> None:

@@ -12,7 +12,7 @@ from zslflax import checkpoint, distributed
 from zslflax.checkpoint import CheckpointManager
 from zslflax.checkpoint_checks import MismatchError, MisplacedError, cause_of, read_run_item
 from zslflax.errors import UserError
-from zslflax.files import storage_errors
+from zslflax.saving import storage_errors
 
 log = logging.getLogger("zslflax")
 

@@ -8,7 +8,8 @@ import warnings
 import jax
 
 from zslflax.errors import UserError
-from zslflax.files import expand_user, storage_errors
+from zslflax.files import expand_user
+from zslflax.saving import storage_errors
 
 log = logging.getLogger("zslflax")
 

@@ -1,7 +1,6 @@
 """Every field of a config: its default, meaning, unit and source."""
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -340,16 +339,3 @@ def profiled_steps(c: ConfigDict) -> tuple[int, int] | None:
             'order, such as 100:105, or "" for no trace'
         )
     return int(found[1]), int(found[2])
-
-
-def field_names(values: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the fields of a `ConfigDict` or nested dict, without those of sections.
-
-    >>> list(field_names({"steps": 10, "data": {"flip": True}}))
-    ['steps', 'data.flip']
-    """
-    for key, value in values.items():
-        if isinstance(value, (ConfigDict, dict)):
-            yield from field_names(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key

@@ -7,14 +7,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from zslflax.config import field_names, is_classifier, profiled_steps
-from zslflax.config_json import current_name
+from zslflax.config import is_classifier, profiled_steps
+from zslflax.config_names import field_names, get_field
 from zslflax.errors import UserError, nearest_names
 from zslflax.files import check_local
 from zslflax.losses import classification, contrastive
 from zslflax.models.build import image_tower
 
-INTERPOLATIONS = ("area", "bilinear", "bicubic")  # see `zslflax.data.images.resample`
+INTERPOLATIONS = ("area", "bilinear", "bicubic")  # see `zslflax.data.crops.resample`
 POSITIVE = (
     *("steps", "batch_size", "log_every", "eval.every", "eval.batch_size", "checkpoint.every"),
     *("model.embed_dim", "model.image.size", "model.text.max_tokens", "objective.sinkhorn_iterations"),
@@ -304,30 +304,6 @@ def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise UserError(f"config: {field}: {pattern!r} is not a regular expression: {error}") from None
-
-
-def get_field(config: ConfigDict, field: str) -> Any:
-    """The value of a field by its dotted name."""
-    value = config
-    for part in field.split("."):
-        value = value[part]
-    return value
-
-
-def check_overrides(config: ConfigDict, arguments: list[str]) -> None:
-    """Raises a UserError for `--config.FIELD=VALUE` with a field that does not exist, and names the nearest."""
-    for argument in arguments:
-        if argument.startswith(("--config.", "-config.")):
-            check_field(config, argument.partition("config.")[2].partition("=")[0].partition("[")[0])
-
-
-def check_field(config: ConfigDict, name: str) -> None:
-    """Raises a UserError if there is no field of this name, and names the nearest."""
-    known = list(field_names(config))
-    if name not in known:
-        now = current_name(name)
-        hint = f"it is called {now} now" if now else f"nearest: {nearest_names(name, known, 3)}"
-        raise UserError(f"--config.{name}: there is no such field; {hint}")
 
 
 def check_devices(config: ConfigDict, devices: int) -> None:

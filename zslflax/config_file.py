@@ -1,17 +1,20 @@
-"""Messages for config files that cannot be loaded: where the error is, what it is, and the nearest field."""
+"""Finds and loads config files. The message for one that cannot be loaded says where the error is, and what it is."""
 
 import linecache
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from absl import flags
 from ml_collections import ConfigDict
 
-from zslflax.config import default_config, field_names
-from zslflax.config_checks import check_field
-from zslflax.errors import UserError
+from zslflax.config import default_config, eval_set
+from zslflax.config_names import check_field, field_names
+from zslflax.errors import UserError, nearest_names
 
+CONFIGS = Path(__file__).parent / "configs"  # what is shipped
 # How its own messages start, for errors of a config file. They hold the traceback.
 OF_ML_COLLECTIONS = ("Error whilst parsing config file", "Configuration is not available")
 
@@ -21,6 +24,62 @@ class ConfigFileError(Exception):
 
     It is no ValueError, which absl would take for a wrong value of the flag.
     """
+
+
+def shipped_configs() -> list[str]:
+    """The names of the configs that are installed with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.py"))
+
+
+def find_config_file(arguments: list[str]) -> list[str]:
+    """The same arguments, in which the name of a shipped config after --config is replaced by its path.
+
+    Ends the program where there is neither such a file nor such a config, for which absl has no clear message.
+    """
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag not in ("-config", "--config"):
+            continue
+        at = i if equals else i + 1
+        given, colon, config_argument = (value if equals else "".join(arguments[at : at + 1])).partition(":")
+        path = CONFIGS / f"{given}.py" if re.fullmatch(r"\w+", given) and not Path(given).is_file() else Path(given)
+        if not path.is_file():
+            names = shipped_configs()
+            near = f"; nearest of the shipped configs {', '.join(names)}: {nearest_names(Path(given).stem, names)}"
+            sys.exit(f"zslflax: {flag}={given}: there is no such file{near}")
+        if path != Path(given):
+            found[at] = f"{flag}={path}{colon}{config_argument}" if equals else f"{path}{colon}{config_argument}"
+    return found
+
+
+class ConfigParser(flags.ArgumentParser):
+    """Loads a config file, and adds the test sets whose data the command line gives by `--config.eval.sets.NAME.data`.
+
+    In an evaluation, the command line may give any of their fields: which test sets there are is known from its run.
+
+    Args:
+        parser: that of ml_collections.
+
+    Attributes:
+        arguments: of the command.
+        evaluating: whether they ask for an evaluation.
+    """
+
+    def __init__(self, parser: flags.ArgumentParser):
+        self.parser, self.arguments, self.evaluating = parser, list[str](), False
+
+    def parse(self, argument: str) -> ConfigDict:
+        loaded = load_config(self.parser.parse, argument)
+        field = r"\w+" if self.evaluating else "data"
+        pattern = re.compile(rf"--?config\.eval\.sets\.([^.=]+)\.{field}(=|$)")
+        names = [found[1] for argument in self.arguments if (found := pattern.match(argument))]
+        with loaded.unlocked():
+            loaded.eval.sets.update({name: eval_set() for name in names if name not in loaded.eval.sets})
+        return loaded
+
+    def flag_type(self) -> str:
+        return self.parser.flag_type()
 
 
 def load_config(parse: Callable[[str], object], argument: str) -> ConfigDict:

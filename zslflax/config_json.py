@@ -1,8 +1,7 @@
-"""Configs as JSON: writes, reads and compares them, and explains files that an older version wrote."""
+"""Configs as JSON: writes, reads and compares them."""
 
 import functools
 import json
-import re
 from collections.abc import Iterator
 from operator import getitem
 from pathlib import Path
@@ -10,41 +9,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from zslflax.config import default_config, eval_set, field_names
+from zslflax.config import default_config, eval_set
+from zslflax.config_names import check_field_names
 from zslflax.errors import UserError
 from zslflax.files import read_json
-
-# Fields of earlier versions, and what they are called now. Fields of test sets stand here without the set's name.
-RENAMED = {
-    "report_every": "log_every",
-    "model.text.pack": "model.text.pack_length",
-    "model.text.keep_features": "model.text.cached_captions",
-    "objective.log_scale": "objective.log_logit_scale",
-    "objective.ramp_steps": "objective.soft_ramp_steps",
-    "objective.image_image": "objective.image_image_weight",
-    "objective.text_text": "objective.text_text_weight",
-    "objective.bias": "objective.logit_bias",
-    "objective.block": "objective.max_similarities",
-    "teacher.decay": "teacher.ema_decay",
-    "optimizer.rate_factors": "optimizer.lr_multipliers",
-    "optimizer.max_bad_steps": "optimizer.max_nonfinite_steps",
-    "data.max_bad": "data.max_bad_fraction",
-    **{f"data.scenes.{name}": f"data.shapes.{name}" for name in ("root", "train", "test", "size", "noise", "seed")},
-    "eval.resize": "eval.resize_factor",
-    "eval.resamples": "eval.bootstrap_resamples",
-    "eval.best": "eval.best_metric",
-    "eval.cache": "eval.class_cache",
-    "eval.sets.names": "eval.sets.class_names",
-}
-
-
-def current_name(field: str) -> str | None:
-    """What a field of an earlier version is called now; None where that is not known."""
-    test_set = re.fullmatch(r"eval\.sets\.(.+)\.(\w+)", field)
-    if not test_set:
-        return RENAMED.get(field)
-    now = RENAMED.get(f"eval.sets.{test_set[2]}")
-    return now and now.replace("sets.", f"sets.{test_set[1]}.")
 
 
 def to_json(config: ConfigDict) -> str:
@@ -91,21 +59,6 @@ def from_dict(values: dict[str, Any], source: str) -> ConfigDict:
                 f"{source} has {'.'.join(name)} {str(value)[:80]!r}, whose type is wrong: {error}"
             ) from error
     return config
-
-
-def check_field_names(config: ConfigDict, values: dict[str, Any], source: str) -> None:
-    """Raises a UserError where `values` have fields that do not exist, with the names that they have now."""
-    known, found = set(field_names(config)), sorted(field_names(values))
-    unknown = [name for name in found if name not in known]
-    if not unknown:
-        return
-    if len(unknown) == len(found):
-        raise UserError(f"{source} is not a config of zslflax; found the fields {', '.join(found[:10])}")
-    described = [f"{name} (now {now})" if (now := current_name(name)) else name for name in unknown]
-    raise UserError(
-        f"{source} was written by an older version of zslflax, with fields that this version does not have: "
-        f"{', '.join(described)}. Start a new run in another workdir, or use the version that wrote this one"
-    )
 
 
 def leaves(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

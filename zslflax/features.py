@@ -15,18 +15,19 @@ from absl import app
 from ml_collections import ConfigDict
 
 from zslflax import distributed
-from zslflax.cli import Progress, exit_on_error, start_logging
+from zslflax.cli import exit_on_error, start_logging
 from zslflax.config import is_classifier
 from zslflax.config_checks import check_devices, validate
 from zslflax.data import pipeline
-from zslflax.data.features import TextFeatures
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
+from zslflax.data.text_features import TextFeatures
 from zslflax.errors import UserError
 from zslflax.evaluation.test_sets import open_test_sets
 from zslflax.inference.prompts import resolve_templates
 from zslflax.inference.restore import build_model
 from zslflax.main import CONFIG, parse
+from zslflax.progress import Progress
 from zslflax.training.frozen_features import open_features
 from zslflax.training.initial_state import create_state
 from zslflax.training.setup import open_train_sources
@@ -57,14 +58,14 @@ def compute_features(config: ConfigDict) -> None:
     state, _ = create_state(config, model, pretrained=True, teacher_width=teacher_width)
     features = open_features(config, model, tokenizer, state, sources, test_sources)
     images = list(features.train_images)
-    if features.of_images is not None:
-        images += map(features.of_images, test_sources)
+    if features.open_test_images is not None:
+        images += map(features.open_test_images, test_sources)
     if features.text is not None and features.text_frozen:
         compute_text_features(features.text, tokenizer, [*sources, *test_sources], config)
-    for of_source in images:
-        of_source.fill()
+    for source_features in images:
+        source_features.fill()
     distributed.wait_for_hosts()
-    unreadable = sum(len(of_source.missing(unreadable=True)) for of_source in images)
+    unreadable = sum(len(source_features.missing(unreadable=True)) for source_features in images)
     log.info("features of %s images are in %s", f"{sum(map(len, images)) - unreadable:,}", config.features.folder)
     if unreadable:
         log.warning("%s images cannot be read, or are computed by other hosts on their own disks", f"{unreadable:,}")

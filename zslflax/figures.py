@@ -47,7 +47,7 @@ def prediction_grid(
             f"{len(predictions)} lists of predictions, {len(true_names)} lists of true names"
         )
     font = ImageFont.load_default(FONT_SIZE)
-    lengths = iter(bar_lengths([score for of_image in predictions for _, score, _ in of_image]))
+    lengths = iter(bar_lengths([score for image_predictions in predictions for _, score, _ in image_predictions]))
     most = max(1, max(map(len, predictions)))
     bar_height = min(max(SIDE // most, BAR_HEIGHTS[0]), BAR_HEIGHTS[1])
     columns, rows = min(columns, len(images)), -(-len(images) // min(columns, len(images)))
@@ -56,7 +56,7 @@ def prediction_grid(
     size = 2 * MARGIN + columns * cell_width - 2 * GAP, 2 * MARGIN + rows * cell_height - GAP
     grid = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(grid)
-    for i, (image, of_image, names) in enumerate(zip(images, predictions, true_names)):
+    for i, (image, image_predictions, names) in enumerate(zip(images, predictions, true_names)):
         x, y = MARGIN + i % columns * cell_width, MARGIN + i // columns * cell_height
         draw.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline=FRAME)
         fitted = fit_image(image, SIDE)
@@ -65,7 +65,7 @@ def prediction_grid(
         for line, text in enumerate(caption):
             below = y + SIDE + 6 + line * LINE_HEIGHT
             draw.text((x, below), text, fill=TEXT if names else FAINT_TEXT, font=font)
-        for place, (name, score, is_true) in enumerate(of_image):
+        for place, (name, score, is_true) in enumerate(image_predictions):
             left, top = x + SIDE + GAP, y + place * bar_height
             box = left, top, left + BAR_WIDTH, top + bar_height - 3
             draw_bar(draw, box, name, score, next(lengths), is_true, font)

@@ -8,14 +8,15 @@ from typing import Any
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from zslflax import config, distributed
 from zslflax.cli import exit_on_error, share_gpu, start_logging
-from zslflax.config_checks import check_devices, check_overrides, validate
-from zslflax.config_file import ConfigFileError, load_config
-from zslflax.data.workers import available_cores
-from zslflax.errors import UserError, nearest_names
+from zslflax.config_checks import check_devices, validate
+from zslflax.config_file import ConfigFileError, ConfigParser, find_config_file, shipped_configs
+from zslflax.config_names import check_overrides
+from zslflax.data.cores import available_cores
+from zslflax.errors import UserError
 from zslflax.files import local_path
 from zslflax.inference.prompts import resolve_templates
 from zslflax.training.evaluate import evaluate_model, evaluate_run
@@ -46,7 +47,6 @@ MODEL = flags.DEFINE_string(
     "--workdir; default: runs/<its name>.",
 )
 CHANGED = flags.DEFINE_bool("changed", False, "Resume although the workdir's run had another config.")
-CONFIGS = Path(__file__).parent / "configs"  # what is shipped
 STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
     0,
@@ -104,63 +104,7 @@ def explain(error: flags.Error) -> str:
     return message
 
 
-def shipped_configs() -> list[str]:
-    """The names of the configs that are installed with the package."""
-    return sorted(path.stem for path in CONFIGS.glob("*.py"))
-
-
-class ConfigParser(flags.ArgumentParser):
-    """Loads a config file, and adds the test sets whose data the command line gives by `--config.eval.sets.NAME.data`.
-
-    In an evaluation, the command line may give any of their fields: which test sets there are is known from its run.
-
-    Args:
-        parser: that of ml_collections.
-
-    Attributes:
-        arguments: of the command.
-        evaluating: whether they ask for an evaluation.
-    """
-
-    def __init__(self, parser: flags.ArgumentParser):
-        self.parser, self.arguments, self.evaluating = parser, list[str](), False
-
-    def parse(self, argument: str) -> ConfigDict:
-        loaded = load_config(self.parser.parse, argument)
-        field = r"\w+" if self.evaluating else "data"
-        pattern = re.compile(rf"--?config\.eval\.sets\.([^.=]+)\.{field}(=|$)")
-        names = [found[1] for argument in self.arguments if (found := pattern.match(argument))]
-        with loaded.unlocked():
-            loaded.eval.sets.update({name: config.eval_set() for name in names if name not in loaded.eval.sets})
-        return loaded
-
-    def flag_type(self) -> str:
-        return self.parser.flag_type()
-
-
-def find_config_file(arguments: list[str]) -> list[str]:
-    """The same arguments, in which the name of a shipped config after --config is replaced by its path.
-
-    Ends the program where there is neither such a file nor such a config, for which absl has no clear message.
-    """
-    found = list(arguments)
-    for i, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag not in ("-config", "--config"):
-            continue
-        at = i if equals else i + 1
-        given, colon, config_argument = (value if equals else "".join(arguments[at : at + 1])).partition(":")
-        path = CONFIGS / f"{given}.py" if re.fullmatch(r"\w+", given) and not Path(given).is_file() else Path(given)
-        if not path.is_file():
-            names = shipped_configs()
-            near = f"; nearest of the shipped configs {', '.join(names)}: {nearest_names(Path(given).stem, names)}"
-            sys.exit(f"zslflax: {flag}={given}: there is no such file{near}")
-        if path != Path(given):
-            found[at] = f"{flag}={path}{colon}{config_argument}" if equals else f"{path}{colon}{config_argument}"
-    return found
-
-
-def main(_: Any) -> int:
+def run(_: Any) -> int:
     """Runs what the flags ask for, and returns the exit status."""
     start_logging()
     run_config, evaluating = CONFIG.value, MODE.value == "evaluate"
@@ -200,11 +144,11 @@ def evaluate(workdir: Path) -> None:
     evaluate_run(workdir, overrides, STEP.value)
 
 
-def run() -> None:
+def main() -> None:
     """The command."""
     with exit_on_error():
-        app.run(main, flags_parser=parse)
+        app.run(run, flags_parser=parse)
 
 
 if __name__ == "__main__":
-    run()
+    main()

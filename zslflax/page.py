@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image
 
 from zslflax import figures
-from zslflax.cli import Progress
 from zslflax.data.images import IMAGE_EXTENSIONS, BadSample, available_formats, decode
 from zslflax.errors import MissingLibraryError, UserError
 from zslflax.files import read_bytes
@@ -28,6 +27,7 @@ from zslflax.inference.embed_files import embed_files
 from zslflax.inference.image_input import find_images, read_image
 from zslflax.inference.predictor import Predictor
 from zslflax.page_guard import Guard
+from zslflax.progress import Progress
 
 try:
     import gradio as gr
@@ -124,6 +124,24 @@ def exempt_from_proxy(*hosts: str) -> None:
 
 def build_page(predictor: Predictor, folder: Path | None, class_names: Sequence[str] = ()) -> gr.Blocks:
     """Builds the page, with a search if there is a folder."""
+    # Each thread keeps the memory of the largest image that it has decoded: one thread for all images.
+    executor = ThreadPoolExecutor(1)
+
+    def call_model(events: Sequence[Any], function: Callable[..., Any], inputs: Any, outputs: Any) -> None:
+        """Calls a function at each event, but one call of the model at a time."""
+        in_one_thread = functools.wraps(function)(lambda *args: executor.submit(function, *args).result())
+        gr.on(events, in_one_thread, inputs, outputs, concurrency_limit=1, concurrency_id="model")
+
+    with gr.Blocks(title="zslflax", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as blocks:
+        add_classification(predictor, class_names, call_model)
+        if folder is not None:
+            add_search(predictor, folder, call_model)
+    return blocks
+
+
+def add_classification(predictor: Predictor, class_names: Sequence[str], call_model: Callable[..., None]) -> None:
+    """Adds the part of the page that classifies an image; `call_model` is that of `build_page`."""
+    explanation = SIGMOID if predictor.config.objective.name == "sigmoid" else SOFTMAX
 
     def classify(upload: str | None, text: str) -> tuple[Image.Image, str]:
         if not upload:
@@ -136,6 +154,30 @@ def build_page(predictor: Predictor, folder: Path | None, class_names: Sequence[
             return figures.fit_image(image, SIDE), HINT
         (answer,) = predictor.classify(image, names, top_k=SHOWN_CLASSES, probabilities=True)
         return figures.fit_image(image, SIDE), format_bars(answer) + f'<div class="explained">{explanation}</div>'
+
+    gr.Markdown(f"## Classify an image\nwith {predictor.config.name} at step {predictor.step:,}")
+    with gr.Row():
+        with gr.Column():
+            upload = gr.File(label="Image", file_types=["image"], height=150, elem_id="upload")
+            names = gr.Textbox(
+                ", ".join(name for name in class_names if not re.search(r"[,\n]", name)),
+                label="Class names, with commas between them",
+                placeholder="red circle, blue fish, …",
+                lines=3,
+                max_lines=8,
+                elem_id="names",
+            )
+            button = gr.Button("Classify", variant="primary", elem_id="classify")
+        with gr.Column():
+            shown = gr.Image(show_label=False, interactive=False, height=250, buttons=[], elem_id="shown")
+            scores = gr.HTML(elem_id="scores")
+    call_model([upload.upload, names.submit, button.click], classify, [upload, names], [shown, scores])
+    upload.clear(lambda: (None, ""), None, [shown, scores])
+
+
+def add_search(predictor: Predictor, folder: Path, call_model: Callable[..., None]) -> None:
+    """Adds the part of the page that finds images; `call_model` is that of `build_page`."""
+    root, (paths, image_emb) = folder.resolve(), embed_folder(predictor, folder)
 
     def search(query: str) -> list[tuple[Image.Image, str]]:
         if not query.strip() or len(query) > MAX_CHARACTERS:
@@ -152,55 +194,14 @@ def build_page(predictor: Predictor, folder: Path | None, class_names: Sequence[
             except UserError as error:  # it was removed or replaced since the start
                 log.warning("left out of the answer: %s", error)
 
-    # Each thread keeps the memory of the largest image that it has decoded: one thread for all images.
-    executor = ThreadPoolExecutor(1)
-
-    def in_one_thread(function: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.wraps(function)(lambda *args: executor.submit(function, *args).result())
-
-    root = (folder or Path()).resolve()
-    explanation = SIGMOID if predictor.config.objective.name == "sigmoid" else SOFTMAX
-    with gr.Blocks(title="zslflax", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as blocks:
-        gr.Markdown(f"## Classify an image\nwith {predictor.config.name} at step {predictor.step:,}")
-        with gr.Row():
-            with gr.Column():
-                upload = gr.File(label="Image", file_types=["image"], height=150, elem_id="upload")
-                example = "red circle, blue fish, …"
-                names = gr.Textbox(
-                    ", ".join(name for name in class_names if not re.search(r"[,\n]", name)),
-                    label="Class names, with commas between them",
-                    placeholder=example,
-                    lines=3,
-                    max_lines=8,
-                    elem_id="names",
-                )
-                button = gr.Button("Classify", variant="primary", elem_id="classify")
-            with gr.Column():
-                shown = gr.Image(show_label=False, interactive=False, height=250, buttons=[], elem_id="shown")
-                scores = gr.HTML(elem_id="scores")
-        events = [upload.upload, names.submit, button.click]
-        # One call of the model at a time.
-        gr.on(
-            events,
-            in_one_thread(classify),
-            [upload, names],
-            [shown, scores],
-            concurrency_limit=1,
-            concurrency_id="model",
-        )
-        upload.clear(lambda: (None, ""), None, [shown, scores])
-        if folder is not None:
-            paths, image_emb = embed_folder(predictor, folder)
-            gr.Markdown(f"## Find images\namong the {len(paths):,} in {folder.name}")
-            example = "a red circle next to a blue fish"
-            with gr.Row():
-                query = gr.Textbox(label="Sentence", placeholder=example, max_lines=1, scale=5, elem_id="query")
-                start = gr.Button("Search", variant="primary", scale=1, elem_id="search")
-            found = gr.Gallery(show_label=False, columns=6, height="auto", buttons=[], elem_id="found")
-            gr.Markdown("On each image: the similarity of sentence and image, from −1 to 1, and the file's name.")
-            events = [query.submit, start.click]
-            gr.on(events, in_one_thread(search), query, found, concurrency_limit=1, concurrency_id="model")
-    return blocks
+    gr.Markdown(f"## Find images\namong the {len(paths):,} in {folder.name}")
+    with gr.Row():
+        example = "a red circle next to a blue fish"
+        query = gr.Textbox(label="Sentence", placeholder=example, max_lines=1, scale=5, elem_id="query")
+        start = gr.Button("Search", variant="primary", scale=1, elem_id="search")
+    found = gr.Gallery(show_label=False, columns=6, height="auto", buttons=[], elem_id="found")
+    gr.Markdown("On each image: the similarity of sentence and image, from −1 to 1, and the file's name.")
+    call_model([query.submit, start.click], search, query, found)
 
 
 def decode_upload(data: bytes) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from zslflax.cli import add_model_argument, exit_on_error, prepare_inference
 from zslflax.errors import UserError
 from zslflax.figures import prediction_grid, text_bars
-from zslflax.files import local_path, storage_errors
+from zslflax.files import local_path
 from zslflax.inference.classifier import Classifier
 from zslflax.inference.image_input import expand_folders, read_image
 from zslflax.inference.predictor import Predictor
@@ -23,6 +23,7 @@ from zslflax.inference.prompts import read_class_names, read_templates
 from zslflax.inference.test_names import read_test_names
 from zslflax.inference.top_k import top_k_or_all
 from zslflax.models.import_weights.locate import locate
+from zslflax.saving import storage_errors
 
 CHUNK = 64  # images that are in memory at once, unless they are drawn
 SHOWN_NAMES = 5  # of the model's own class names, on standard error

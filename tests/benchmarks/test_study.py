@@ -16,41 +16,47 @@ def study():
 
 
 @pytest.fixture(scope="module")
+def plan():
+    with imported("study_plan") as (study_plan,):
+        yield study_plan
+
+
+@pytest.fixture(scope="module")
 def report():
     with imported("study_report") as (study_report,):
         yield study_report
 
 
-def searched(study, better: dict[str, float]) -> list[dict]:
+def searched(plan, better: dict[str, float]) -> list[dict]:
     """Lines of a search in which the given values of the methods' own parameters are best."""
-    lines = [run._asdict() | {"name": run.name} for run in study.search()]
+    lines = [run._asdict() | {"name": run.name} for run in plan.search()]
     for line in lines:
         line["eval/validation/hit@1"] = 0.4 if line["value"] == better[line["method"]] else 0.3
     return lines
 
 
-def test_the_grid_waits_for_the_search_and_uses_its_best_values(study):
-    best = {name: method.values[-1] for name, method in study.METHODS.items()}
-    lines = searched(study, best)
-    assert {run.part for run in study.plan_runs(["search", "grid"], lines[:-1])} == {"search"}
-    runs = [run for run in study.plan_runs(["search", "grid"], lines) if run.part == "grid"]
+def test_the_grid_waits_for_the_search_and_uses_its_best_values(plan):
+    best = {name: method.values[-1] for name, method in plan.METHODS.items()}
+    lines = searched(plan, best)
+    assert {run.part for run in plan.plan_runs(["search", "grid"], lines[:-1])} == {"search"}
+    runs = [run for run in plan.plan_runs(["search", "grid"], lines) if run.part == "grid"]
     assert {run.method: run.value for run in runs} == best
     cells = {(run.method, run.noise, run.size, run.seed) for run in runs}
-    assert len(cells) == len(runs) == len(study.METHODS) * len(study.LEVELS) * len(study.SEEDS)
+    assert len(cells) == len(runs) == len(plan.METHODS) * len(plan.LEVELS) * len(plan.SEEDS)
     assert len({run.name for run in runs}) == len(runs)
-    longer = study.plan_runs(["long"], lines)
-    assert {run.method: run.value for run in longer} == {name: best[name] for name in study.COMPARED}
+    longer = plan.plan_runs(["long"], lines)
+    assert {run.method: run.value for run in longer} == {name: best[name] for name in plan.COMPARED}
 
 
-def test_a_generation_waits_for_the_one_before_and_two_processes_take_different_runs(study, tmp_path):
-    lines = searched(study, {name: method.values[0] for name, method in study.METHODS.items()})
-    runs = study.plan_runs(["generations"], lines)
+def test_a_generation_waits_for_the_one_before_and_two_processes_take_different_runs(study, plan, tmp_path):
+    lines = searched(plan, {name: method.values[0] for name, method in plan.METHODS.items()})
+    runs = plan.plan_runs(["generations"], lines)
     assert study.take_run(runs, set(), tmp_path) is None
-    grid = {run.name for run in study.plan_runs(["grid"], lines)}
-    assert all(study.teacher_of(run).name in grid for run in runs if run.generation == 2)
+    grid = {run.name for run in plan.plan_runs(["grid"], lines)}
+    assert all(plan.teacher_of(run).name in grid for run in runs if run.generation == 2)
     for part in ("early", "short"):  # parts that make their own first teacher
-        first, second = ({r.name: r for r in study.plan_runs([part], lines) if r.generation == g} for g in (1, 2))
-        assert second and {study.teacher_of(run).name for run in second.values()} == {*first}
+        first, second = ({r.name: r for r in plan.plan_runs([part], lines) if r.generation == g} for g in (1, 2))
+        assert second and {plan.teacher_of(run).name for run in second.values()} == {*first}
     first, claim = study.take_run(runs, grid, tmp_path)
     with claim:
         other, claim = study.take_run(runs, grid, tmp_path)

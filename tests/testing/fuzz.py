@@ -27,7 +27,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tests.testing import broken
-from zslflax.data import images, storage
+from zslflax.data import crops, images, storage
 from zslflax.data.sources import tar_format, webdataset
 from zslflax.errors import UserError
 
@@ -174,8 +174,8 @@ def check_image(data: bytes) -> None:
         return
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
     assert 0 < image.shape[0] * image.shape[1] <= images.MAX_PIXELS
-    assert images.random_resized_crop(image, 16, np.random.default_rng(0)).shape == (16, 16, 3)
-    assert images.resize_center_crop(image, 16, 18).shape == (16, 16, 3)
+    assert crops.random_resized_crop(image, 16, np.random.default_rng(0)).shape == (16, 16, 3)
+    assert crops.resize_center_crop(image, 16, 18).shape == (16, 16, 3)
 
 
 def check_captions_and_labels(text: bytes | None, fields: bytes | None, label: bytes | None) -> None:

@@ -1,4 +1,4 @@
-"""Image files of one grey value, and labelled images that are easy to tell apart."""
+"""Images for tests: files of one grey value, colours that are easy to tell apart, smooth pixels and their averages."""
 
 import io
 from pathlib import Path
@@ -35,3 +35,22 @@ def write_colours(folder: Path) -> Path:
             image[5:15, 6:18] = np.array(colour) + rng.normal(0, 60, (10, 12, 3))
             Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
     return folder
+
+
+def smooth_image(height=37, width=50, seed=0) -> np.ndarray:
+    """Smooth colours, which JPEG hardly changes: uint8 [height, width, 3]."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
+    return np.array(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def area_average(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Each pixel is the average of the area that it covers, fractions of pixels included."""
+
+    def overlaps(inputs, outputs):
+        edges = np.arange(outputs + 1)[:, None] * inputs / outputs
+        pixel = np.arange(inputs)
+        return (np.minimum(edges[1:], pixel + 1) - np.maximum(edges[:-1], pixel)).clip(0) * outputs / inputs
+
+    rows, columns = overlaps(image.shape[0], height), overlaps(image.shape[1], width)
+    return np.einsum("yh,hwc,xw->yxc", rows, image, columns, optimize=True)

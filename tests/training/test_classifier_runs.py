@@ -15,9 +15,9 @@ from tests.testing.runs import act_at_batch, assert_same_bits, assert_same_run, 
 from zslflax import checkpoint, predict
 from zslflax.config import default_config
 from zslflax.config_checks import validate
-from zslflax.data.image_features import evaluation_view
 from zslflax.data.preprocess import record_image
 from zslflax.data.sources.opening import open_source
+from zslflax.data.views import evaluation_view
 from zslflax.files import read_json
 from zslflax.inference.classifier import Classifier
 from zslflax.inference.predictor import Predictor

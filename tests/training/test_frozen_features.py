@@ -9,16 +9,17 @@ import pytest
 from tests.testing.runs import act_at_batch, assert_same_run, read_metrics, read_state
 from tests.testing.training import assert_close
 from zslflax import features as command
-from zslflax.data import images
+from zslflax.data import crops, images
 from zslflax.data.sources import shapes
 from zslflax.data.sources.webdataset import WebDataset
+from zslflax.data.views import training_views
 from zslflax.errors import StorageError, UserError
 from zslflax.evaluation.caption_noise import analyse_source
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.restore import build_model
 from zslflax.training import loop
 from zslflax.training.evaluate import evaluate_run
-from zslflax.training.frozen_features import open_image_tower, open_kept_features, training_views
+from zslflax.training.frozen_features import open_image_tower, open_kept_features
 from zslflax.training.initial_state import create_state
 
 
@@ -35,9 +36,9 @@ def center_crops(monkeypatch):
     """Training images in the crop of evaluation, where steps read images."""
 
     def crop(image, size, rng, scale, flip, out):
-        out[...] = images.resize_center_crop(image, size, round(1.15 * size))
+        out[...] = crops.resize_center_crop(image, size, round(1.15 * size))
 
-    monkeypatch.setattr(images, "random_resized_crop", crop)
+    monkeypatch.setattr(crops, "random_resized_crop", crop)
 
 
 def assert_close_runs(expected, workdir, atol, without=()):
@@ -75,7 +76,7 @@ def test_an_evaluation_and_the_noise_tool_read_no_image_whose_features_were_kept
     folders = sorted((tmp_path / "features").iterdir())
     with monkeypatch.context() as context:
         context.setattr(images, "decode", None)
-        context.setattr("zslflax.data.features.TextFeatures.compute", None)
+        context.setattr("zslflax.data.text_features.TextFeatures.compute", None)
         context.setattr("zslflax.evaluation.zero_shot.draw_predictions", lambda *_: Drawing)
         context.setattr("zslflax.evaluation.caption_noise.draw_pairs", lambda *_: Drawing)
         kept = evaluate_run(tmp_path / "run", {"eval.bootstrap_resamples": 0})

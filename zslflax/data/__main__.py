@@ -14,7 +14,8 @@ from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.data.summary import draw_examples, format_summary, summarise_source
 from zslflax.errors import UserError
-from zslflax.files import local_path, storage_errors
+from zslflax.files import local_path
+from zslflax.saving import storage_errors
 
 log = logging.getLogger("zslflax")
 

@@ -5,12 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from zslflax.data.cores import choose_threads
 from zslflax.data.images import BadSample
 from zslflax.data.packing import COUNTED_CAPTIONS
 from zslflax.data.pipeline import global_order
-from zslflax.data.preprocess import AUGMENTATION_STREAM, choose_caption
+from zslflax.data.preprocess import choose_caption
 from zslflax.data.sources.base import Source
-from zslflax.data.workers import choose_threads
+from zslflax.data.streams import AUGMENTATION_STREAM
 
 
 def count_lengths(

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from zslflax.errors import UserError
-from zslflax.files import storage_errors, write_json
+from zslflax.saving import storage_errors, write_json
 
 log = logging.getLogger("zslflax")
 

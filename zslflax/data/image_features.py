@@ -4,18 +4,19 @@ import dataclasses
 import functools
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen
-from ml_collections import ConfigDict
 
 from zslflax import distributed
-from zslflax.cli import Progress
+from zslflax.background import load_ahead
+from zslflax.data.batch import Batch
+from zslflax.data.cores import choose_threads
 from zslflax.data.feature_files import (
     COMPUTED,
     FLOAT_TYPES,
@@ -26,27 +27,19 @@ from zslflax.data.feature_files import (
     open_folder,
 )
 from zslflax.data.images import BadSample
-from zslflax.data.preprocess import Batch, content_id, record_image
+from zslflax.data.preprocess import content_id, record_image
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.subset import Subset, whole_source
 from zslflax.data.views import Views
-from zslflax.data.workers import choose_threads
 from zslflax.device_batches import map_method
 from zslflax.errors import StorageError
+from zslflax.models.partition import Tree
+from zslflax.progress import Progress
 
 log = logging.getLogger("zslflax")
 
-Tree = Any
-
 CPU_BATCH_SIZE, BATCH_SIZE = 32, 256  # images per device in a call; one shape, so that features never vary
 UNREADABLE_MESSAGE = "its image could not be read when its features were computed"
-
-
-def evaluation_view(config: ConfigDict) -> Views:
-    """The centre crop of evaluation, by the whole config."""
-    size = config.model.image.size
-    resize, interpolation = round(size * config.eval.resize_factor), config.eval.interpolation
-    return Views(1, size, resize, interpolation=interpolation)
 
 
 @functools.lru_cache(maxsize=1)
@@ -208,8 +201,9 @@ class ImageFeatures:
             for chunk, pixels in load_ahead(pool, self.load, chunks):
                 readable = np.array([image is not None for image in pixels], bool)
                 inputs = np.zeros((size, self.views.size, self.views.size, 3), np.uint8)
-                for i in np.flatnonzero(readable):
-                    inputs[i] = pixels[i]
+                for i, image in enumerate(pixels):
+                    if image is not None:
+                        inputs[i] = image
                 output = self.tower.apply_fn(self.tower.variables, distributed.shard((inputs,)))
                 if pending is not None:
                     self.write(*pending)
@@ -234,18 +228,6 @@ class ImageFeatures:
         self.progress.update(len(numbers))
 
 
-def load_ahead(pool: ThreadPoolExecutor, load: Any, chunks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Any]]:
-    """Yields (chunk, load(element) of each element); the next chunk is loaded meanwhile."""
-    ahead: list[tuple[np.ndarray, list[Future[Any]]]] = []
-    for chunk in chunks:
-        ahead.append((chunk, [pool.submit(load, number) for number in chunk]))
-        if len(ahead) > 1:
-            first, futures = ahead.pop(0)
-            yield first, [future.result() for future in futures]
-    for first, futures in ahead:
-        yield first, [future.result() for future in futures]
-
-
 def with_image_features(
     batches: Iterator[Batch], features: Sequence[ImageFeatures], key: str = "image_features"
 ) -> Iterator[Batch]:
@@ -263,13 +245,13 @@ def with_image_features(
         source, view = batch.get("source", np.zeros_like(index)), batch.get("view", np.zeros_like(index))
         image_features = np.zeros((len(index), features[0].width), np.float32)
         image_id = np.zeros((len(index), 2), np.uint32)
-        for number, of_source in enumerate(features):
+        for number, source_features in enumerate(features):
             rows = np.flatnonzero(batch["valid"] & (source == number))
-            image_features[rows], valid[rows] = of_source(index[rows], view[rows])
+            image_features[rows], valid[rows] = source_features(index[rows], view[rows])
             if "text_id" in batch:
-                image_id[rows] = of_source.image_ids(index[rows])
+                image_id[rows] = source_features.image_ids(index[rows])
             for i in index[rows[~valid[rows]]].tolist():
-                errors.append((of_source.source.read_annotations(i)["name"], UNREADABLE_MESSAGE))
+                errors.append((source_features.source.read_annotations(i)["name"], UNREADABLE_MESSAGE))
         rest = {key: value for key, value in batch.items() if key not in ("source", "view")}
         added = {key: image_features, "valid": valid, "errors": tuple(errors)}
         if "text_id" in batch:
@@ -283,8 +265,8 @@ def log_size(features: Sequence[ImageFeatures]) -> None:
     Raises:
         StorageError: the disk has less space than they take.
     """
-    megabytes = lambda of_source, views: views * (of_source.width * of_source.rows.dtype.itemsize + 5) / 1e6
-    missing = [len(of_source.missing()) for of_source in features]
+    megabytes = lambda source, views: views * (source.width * source.rows.dtype.itemsize + 5) / 1e6
+    missing = [len(source_features.missing()) for source_features in features]
     needed = sum(map(megabytes, features, missing))
     root = features[0].tower.root.expanduser()
     log.info(

@@ -5,14 +5,12 @@ The number of rows follows from the lengths of the training captions alone; the 
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 
+from zslflax.data.batch import Batch
 from zslflax.errors import UserError
-
-if TYPE_CHECKING:  # benchmarks pack captions where no image codec is installed
-    from zslflax.data.preprocess import Batch
 
 COUNTED_CAPTIONS = 4_096  # whose lengths determine the number of rows
 SIGMAS = 6.0  # above the mean: a normal variable exceeds it once in a billion draws
@@ -115,11 +113,11 @@ def pack(text: np.ndarray, mask: np.ndarray, rows: int, width: int) -> dict[str,
     return packed | {"text_truncated": lengths > limit}
 
 
-def pack_batches(batches: "Iterator[Batch]", rows: int, width: int, parts: int) -> "Iterator[Batch]":
+def pack_batches(batches: Iterator[Batch], rows: int, width: int, parts: int) -> Iterator[Batch]:
     """The same batches with `pack`ed text: `parts` equal parts, one after another, each packed into `rows` rows."""
     for batch in batches:
         texts, masks = np.split(batch["text"], parts), np.split(batch["text_mask"], parts)
         packed = [pack(text, mask, rows, width) for text, mask in zip(texts, masks)]
         joined = {name: np.concatenate([part[name] for part in packed]) for name in packed[0]}
         rest = {key: value for key, value in batch.items() if key != "text_mask"}
-        yield cast("Batch", rest | joined)
+        yield cast(Batch, rest | joined)

@@ -11,10 +11,9 @@ from typing import Any, NoReturn, cast
 import grain
 import numpy as np
 
+from zslflax.data.batch import Batch
+from zslflax.data.cores import NO_WORKERS, available_cores, choose_threads, choose_workers
 from zslflax.data.preprocess import (
-    ORDER_STREAM,
-    AnnotationTransform,
-    Batch,
     CaptionTokenizer,
     CaptionTransform,
     EvalTransform,
@@ -22,8 +21,9 @@ from zslflax.data.preprocess import (
     Transform,
 )
 from zslflax.data.sources.base import Source
+from zslflax.data.streams import ORDER_STREAM
 from zslflax.data.views import Views
-from zslflax.data.workers import NO_WORKERS, WorkerPool, available_cores, choose_threads, choose_workers
+from zslflax.data.workers import WorkerPool
 from zslflax.errors import UserError
 
 log = logging.getLogger("zslflax")
@@ -72,7 +72,7 @@ def train_batches(
         crop_scale: bounds of a crop's share of the image's area.
         flip: whether to mirror half of the images left to right.
         threads: that read and decode, in each worker; 0: automatic.
-        workers: processes; 0: automatic (`workers.choose_workers`), -1: threads of this process.
+        workers: processes; 0: automatic (`cores.choose_workers`), -1: threads of this process.
         local_processes: processes of the run among which the cores of this process are shared.
         classes: number of classes, of which each image must have one; 0 where labels are not needed.
         weak_view: without a tokenizer, of a second input of each image; None for one input.
@@ -132,7 +132,7 @@ def eval_batches(
         source: of records.
         batch_size: b, per host.
         image_size: s, pixels.
-        resize, interpolation: of `images.resize_center_crop`.
+        resize, interpolation: of `crops.resize_center_crop`.
         process_index, process_count: h and H.
         threads: that read and decode; 0: automatic.
         read_images: whether the batches have images.
@@ -150,8 +150,7 @@ def eval_batches(
         raise UserError("the evaluation data has no samples")
     if 0 < resize < image_size:
         raise UserError(f"resize is {resize} pixels, expected at least the image's size, {image_size}")
-    crops = EvalTransform(source, image_size, resize, interpolation)
-    transform: Transform = crops if read_images else AnnotationTransform(source)
+    transform = EvalTransform(source, image_size, resize, interpolation, read_images)
     order = EvalOrder(len(source), batch_size, process_index, process_count)
     steps = -(-len(source) // (batch_size * process_count))
     threads, give_up_after = choose_threads(threads), min(GIVE_UP_AFTER, len(source))

@@ -3,65 +3,20 @@
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
 import numpy as np
 
-from zslflax.data import images
+from zslflax.data import crops, images
+from zslflax.data.batch import Batch
 from zslflax.data.images import BadSample
 from zslflax.data.sources.base import Annotations, Record, Source
+from zslflax.data.streams import AUGMENTATION_STREAM
 from zslflax.data.views import Views
 
-ORDER_STREAM, AUGMENTATION_STREAM = 0, 1  # first entry of the random seeds, so that the two streams are independent
 MAX_TOKENIZED = 1 << 18  # samples whose tokens are kept in memory; about 120 MB at 32 tokens
 
 Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 [b, t] and mask bool [b, t]
-
-
-class Batch(TypedDict, total=False):
-    """A batch of b samples on the host. Which keys it has depends on the function that yields it.
-
-    Attributes:
-        image: uint8 [b, s, s, 3].
-        weak_image: uint8 [b, s, s, 3], the same images in another view.
-        text: int32 [b, t], token ids; or, packed, int32 [rows, width].
-        text_mask: bool [b, t], False at padding.
-        text_segment, text_position: int32 [rows, width], of packed text (`packing.pack`).
-        text_truncated: bool [b], of packed text.
-        image_features, text_features: fp32 [b, f], outputs of a frozen tower.
-        image_id, text_id: uint32 [b, 2], `content_id` of the image file and of the caption's tokens.
-        valid: bool [b], False where the sample is padding or unreadable.
-        source: int64 [b], which of the training sources a sample is from.
-        index: int64 [b], positions in the source, -1 at padding.
-        view: int64 [b], which of the views of an image.
-        label: int32 [b], true classes, -1 where there is none.
-        labels, captions: in evaluation, b tuples of true classes and of captions.
-        teacher_features: fp32 [b, f], outputs of a teacher's image tower.
-        has_reasons: bool [b], whether an image has reasons (`losses.classification`).
-        errors: (name, message) of each unreadable sample.
-    """
-
-    image: np.ndarray
-    weak_image: np.ndarray
-    text: np.ndarray
-    text_mask: np.ndarray
-    text_segment: np.ndarray
-    text_position: np.ndarray
-    text_truncated: np.ndarray
-    image_features: np.ndarray
-    text_features: np.ndarray
-    image_id: np.ndarray
-    text_id: np.ndarray
-    valid: np.ndarray
-    source: np.ndarray
-    index: np.ndarray
-    view: np.ndarray
-    label: np.ndarray
-    labels: list[tuple[int, ...]]
-    captions: list[tuple[str, ...]]
-    teacher_features: np.ndarray
-    has_reasons: np.ndarray
-    errors: tuple[tuple[str, str], ...]
 
 
 class CaptionTokenizer(Protocol):
@@ -118,10 +73,10 @@ class TrainTransform:
         image_id, labels = np.zeros((len(samples), 2), np.uint32), np.full(len(samples), -1, np.int32)
         captions, errors = [""] * len(samples), []
         # The weak view is that of evaluation, of which no pixel may change.
-        min_side = 0 if self.weak_view else images.min_side_for_crops(self.image_size, self.crop_scale)
+        min_side = 0 if self.weak_view else crops.min_side_for_crops(self.image_size, self.crop_scale)
         for i, (position, source, index) in enumerate(samples):
             rng = np.random.default_rng([AUGMENTATION_STREAM, self.seed, position])
-            name = f"{type(self.sources[source]).__name__}:{index}"
+            name = default_name(self.sources[source], index)
             try:
                 record = self.sources[source][index]
                 name = record["name"]
@@ -130,7 +85,7 @@ class TrainTransform:
                 elif self.classes:
                     labels[i] = only_label(record, self.classes)
                 pixels, flip = record_image(record, min_side), 0.5 * self.flip
-                images.random_resized_crop(pixels, self.image_size, rng, self.crop_scale, flip=flip, out=image[i])
+                crops.random_resized_crop(pixels, self.image_size, rng, self.crop_scale, flip=flip, out=image[i])
                 if self.weak_view is not None:
                     weak_image[i] = self.weak_view(pixels, index, 0)
                 valid[i] = True
@@ -210,7 +165,7 @@ class CaptionTransform:
             if (source, index) in self.tokenized:
                 tokens[source, index] = self.tokenized[source, index]
                 continue
-            name = f"{type(self.sources[source]).__name__}:{index}"
+            name = default_name(self.sources[source], index)
             try:
                 annotations = self.sources[source].read_annotations(index)
                 name = annotations["name"]
@@ -230,81 +185,61 @@ class CaptionTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """Reads and crops evaluation samples.
+    """Reads evaluation samples, and crops their images.
 
     Attributes:
         source: what samples are read from.
         image_size: side of the square images, pixels.
-        resize, interpolation: of `images.resize_center_crop`.
+        resize, interpolation: of `crops.resize_center_crop`.
+        read_images: whether images are read, besides captions and labels.
     """
 
     source: Source
     image_size: int
     resize: int
     interpolation: str = "area"
+    read_images: bool = True
 
     def __call__(self, samples: Sequence[int]) -> Batch:
         """Loads samples, each given by its index in the source, or -1 for padding.
 
         Returns:
-            `image`, `valid`, `index`, `labels`, `captions` and `errors`.
+            `valid`, `index`, `labels`, `captions` and `errors`; `image` if images are read.
         """
-        image, valid = allocate_images(len(samples), self.image_size)
+        image, valid = allocate_images(len(samples), self.image_size if self.read_images else 0)
         labels: list[tuple[int, ...]] = [()] * len(samples)
         captions: list[tuple[str, ...]] = [()] * len(samples)
         errors = []
         for i, index in enumerate(samples):
             if index < 0:
                 continue
-            name = f"{type(self.source).__name__}:{index}"
+            name = default_name(self.source, index)
+            annotations: Annotations
             try:
-                record = self.source[index]
-                name = record["name"]
-                pixels = record_image(record)
-                image[i] = images.resize_center_crop(pixels, self.image_size, self.resize, self.interpolation)
-                valid[i], labels[i], captions[i] = True, tuple(record["label"]), tuple(record["text"])
+                if self.read_images:
+                    annotations = record = self.source[index]
+                    name = record["name"]
+                    pixels = record_image(record)
+                    image[i] = crops.resize_center_crop(pixels, self.image_size, self.resize, self.interpolation)
+                else:
+                    annotations = self.source.read_annotations(index)
+                valid[i], labels[i], captions[i] = True, tuple(annotations["label"]), tuple(annotations["text"])
             except BadSample as error:
                 errors.append((error.name or name, str(error)))
         image[~valid] = 0
         indices = np.asarray(samples, np.int64)
-        return Batch(image=image, valid=valid, index=indices, labels=labels, captions=captions, errors=tuple(errors))
-
-
-@dataclasses.dataclass(frozen=True)
-class AnnotationTransform:
-    """Reads the captions and labels of evaluation samples, whose images are not read.
-
-    Attributes:
-        source: what samples are read from.
-    """
-
-    source: Source
-
-    def __call__(self, samples: Sequence[int]) -> Batch:
-        """Loads samples, each given by its index in the source, or -1 for padding.
-
-        Returns:
-            As `EvalTransform`, without `image`.
-        """
-        valid = np.zeros(len(samples), bool)
-        labels: list[tuple[int, ...]] = [()] * len(samples)
-        captions: list[tuple[str, ...]] = [()] * len(samples)
-        errors = []
-        for i, index in enumerate(samples):
-            if index < 0:
-                continue
-            try:
-                annotations = self.source.read_annotations(index)
-                valid[i], labels[i], captions[i] = True, tuple(annotations["label"]), tuple(annotations["text"])
-            except BadSample as error:
-                errors.append((error.name or f"{type(self.source).__name__}:{index}", str(error)))
-        indices = np.asarray(samples, np.int64)
-        return Batch(valid=valid, index=indices, labels=labels, captions=captions, errors=tuple(errors))
+        batch = Batch(valid=valid, index=indices, labels=labels, captions=captions, errors=tuple(errors))
+        return batch | {"image": image} if self.read_images else batch
 
 
 def allocate_images(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Uninitialised images, uint8 [count, size, size, 3], and which of them are valid: none yet, bool [count]."""
     return np.empty((count, size, size, 3), np.uint8), np.zeros(count, bool)
+
+
+def default_name(source: Source, index: int) -> str:
+    """The name of a sample in messages, where it cannot be read and its own name is not known."""
+    return f"{type(source).__name__}:{index}"
 
 
 def record_image(record: Record, min_side: int = 0) -> np.ndarray:

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from zslflax.data.addresses import is_http, without_credentials
@@ -74,11 +74,8 @@ class RemoteFile:
             try:
                 return sync(self.system.loop, function, *args, timeout=self.limits.request, **options)
             except TimeoutError as error:
-                raise ConnectionError(str(error) or self.late_message()) from error
+                raise ConnectionError(str(error) or late_message(self.limits)) from error
         return getattr(self.system, operation)(*args, **options)
-
-    def late_message(self) -> str:
-        return f"the answer was not complete after {self.limits.request:g} s (data.request_timeout)"
 
     def read_spans(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of each span (offset, size); fewer where the file ends before. Near spans share a request."""
@@ -118,24 +115,11 @@ class HttpFile(RemoteFile):
 
     def read_fingerprint(self) -> Fingerprint:
         """Asks the server for the headers of the file."""
-        return self.sync(self.describe)
+        return run_in_time(self.system, self.limits, self.describe)
 
     def fetch(self, start: int, stop: int) -> bytes:
         """The bytes [start, stop), by one request."""
-        return self.sync(self.get, start, stop)
-
-    def sync(self, function: Any, *args: Any) -> Any:
-        """Runs a coroutine in fsspec's thread, for at most `limits.request` seconds."""
-        from fsspec.asyn import sync
-
-        async def limited() -> Any:
-            try:
-                async with asyncio.timeout(self.limits.request):
-                    return await function(*args)
-            except TimeoutError as error:  # fsspec would replace it by one without a message
-                raise ConnectionError(str(error) or self.late_message()) from error
-
-        return sync(self.system.loop, limited)
+        return run_in_time(self.system, self.limits, self.get, start, stop)
 
     async def request(self, method: str, span: tuple[int, int] | None = None) -> Any:
         """Sends a request, for a span (start, stop) of the file or for all of it: a context with the response.
@@ -215,7 +199,7 @@ def read_whole(path: str, max_size: int, limits: ReadLimits) -> bytes:
     """
     system, name = open_file_system(path)
     if is_http(path):
-        data = read_response(system, name, max_size, limits)
+        data = run_in_time(system, limits, read_response, system, name, max_size)
     else:
         file = RemoteFile(path, limits)
         data = file.fetch(0, min(file.fingerprint[1], max_size + 1))
@@ -224,29 +208,37 @@ def read_whole(path: str, max_size: int, limits: ReadLimits) -> bytes:
     return data
 
 
-def read_response(system: Any, url: str, max_size: int, limits: ReadLimits) -> bytes:
+async def read_response(system: Any, url: str, max_size: int) -> bytes:
     """The body of the answer to a GET request; of a longer one, a little more than `max_size` bytes."""
+    session = await system.set_session()
+    options = dict(system.kwargs)
+    options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity"}
+    async with await session.get(system.encode_url(url), **options) as response:
+        response.raise_for_status()
+        data = bytearray()
+        async for part in response.content.iter_chunked(1 << 16):
+            data += part
+            if len(data) > max_size:
+                break
+        return bytes(data)
+
+
+def run_in_time(system: Any, limits: ReadLimits, function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a coroutine, which runs in the thread of an fsspec file system.
+
+    Raises:
+        ConnectionError: it takes more than `limits.request` seconds.
+    """
     from fsspec.asyn import sync
 
-    async def read() -> bytes:
+    async def limited() -> Any:
         try:
             async with asyncio.timeout(limits.request):
-                session = await system.set_session()
-                options = dict(system.kwargs)
-                options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity"}
-                async with await session.get(system.encode_url(url), **options) as response:
-                    response.raise_for_status()
-                    data = bytearray()
-                    async for part in response.content.iter_chunked(1 << 16):
-                        data += part
-                        if len(data) > max_size:
-                            break
-                    return bytes(data)
+                return await function(*args)
         except TimeoutError as error:  # fsspec would replace it by one without a message
-            message = str(error) or f"the answer was not complete after {limits.request:g} s (data.request_timeout)"
-            raise ConnectionError(message) from error
+            raise ConnectionError(str(error) or late_message(limits)) from error
 
-    return sync(system.loop, read)
+    return sync(system.loop, limited)
 
 
 def http_version(response: Any) -> dict[str, str]:
@@ -295,6 +287,10 @@ def protocols(system: Any) -> tuple[str, ...]:
 def changed_message(name: str, difference: str = "") -> str:
     found = f" ({difference})" if difference else ""
     return f"the shard {name} has been changed while it was in use{found}; start again"
+
+
+def late_message(limits: ReadLimits) -> str:
+    return f"the answer was not complete after {limits.request:g} s (data.request_timeout)"
 
 
 def no_size_message(name: str) -> str:

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from zslflax import figures
+from zslflax.data.cores import choose_threads
 from zslflax.data.images import BadSample
 from zslflax.data.preprocess import record_image
 from zslflax.data.sources.base import Annotations, Source
-from zslflax.data.workers import choose_threads
 
 MAX_CLASSES_SHOWN = 8
 MAX_REASONS_SHOWN = 5

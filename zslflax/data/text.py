@@ -14,8 +14,9 @@ import numpy as np
 import tokenizers
 
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import read_json, storage_errors, write_json, write_text
+from zslflax.files import read_json
 from zslflax.models.import_weights.open_clip import tokenizer_options
+from zslflax.saving import storage_errors, write_json, write_text
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"

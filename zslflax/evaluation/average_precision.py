@@ -52,14 +52,14 @@ class AveragePrecision:
 
     def add(self, first_class: int, scores: np.ndarray) -> None:
         """Adds the scores [b, n] of the classes first_class, first_class + 1, … with all images."""
-        for c, of_class in enumerate(scores, start=first_class):
+        for c, class_scores in enumerate(scores, start=first_class):
             if (images := self.positives.get(c)) is None:
                 continue
-            positives = of_class[images]
+            positives = class_scores[images]
             if self.negatives is not None:
-                candidates = np.concatenate([positives, of_class[self.negatives[c]]])
+                candidates = np.concatenate([positives, class_scores[self.negatives[c]]])
             else:
-                candidates = of_class if self.judged is None else of_class[self.judged]
+                candidates = class_scores if self.judged is None else class_scores[self.judged]
             self.per_class[c] = average_precision(positives, candidates)
 
 

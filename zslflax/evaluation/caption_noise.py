@@ -25,9 +25,9 @@ from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.errors import UserError
 from zslflax.evaluation.embedding import embed_images
-from zslflax.files import storage_errors, write_text
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.top_k import top_k_or_all
+from zslflax.saving import storage_errors, write_text
 
 log = logging.getLogger("zslflax")
 BATCH_SIZES = (512, 1024, 2048)  # n
@@ -188,9 +188,9 @@ def draw_pairs(pairs: EmbeddedPairs, chosen: np.ndarray, source: Source) -> Imag
     text_emb = pairs.text_emb[[first[caption] for caption in captions]]
     best_scores, best = top_k_or_all(pairs.image_emb[chosen], text_emb, DRAWN_CAPTIONS)
     rows = []
-    for i, ids, of_ids in zip(chosen, best, best_scores):
+    for i, ids, id_scores in zip(chosen, best, best_scores):
         own = pairs.captions[i]
-        others = [(captions[c], float(score), False) for c, score in zip(ids, of_ids) if captions[c] != own]
+        others = [(captions[c], float(score), False) for c, score in zip(ids, id_scores) if captions[c] != own]
         rows.append([(own, float(scores[i]), True), *others])
     pixels = [preprocess.record_image(source[int(pairs.sample[i])]) for i in chosen]
     return figures.prediction_grid(pixels, rows, [(pairs.captions[i],) for i in chosen])

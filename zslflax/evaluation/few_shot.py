@@ -54,7 +54,7 @@ def draw_episodes(
     if min(ways, shots, queries, num_episodes) < 1:
         raise UserError(f"expected at least one of each, found {ways=}, {shots=}, {queries=}, {num_episodes=}")
     images = [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    enough = [of_class for of_class in images if len(of_class) >= size]
+    enough = [class_images for class_images in images if len(class_images) >= size]
     if len(enough) < ways:
         raise UserError(
             f"only {len(enough)} of {len(images)} classes have {shots} + {queries} images, but an episode has "

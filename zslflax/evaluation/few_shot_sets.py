@@ -7,19 +7,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zslflax.cli import Progress
+from zslflax.background import load_ahead
 from zslflax.config import default_config
-from zslflax.data.image_features import evaluation_view, load_ahead
+from zslflax.data.cores import choose_threads
 from zslflax.data.images import BadSample
 from zslflax.data.preprocess import record_image
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import keep_classes
-from zslflax.data.views import Views
-from zslflax.data.workers import choose_threads
+from zslflax.data.views import Views, evaluation_view
 from zslflax.errors import UserError
 from zslflax.evaluation.few_shot import few_shot, linear_probe, nearest_neighbours
 from zslflax.inference.predictor import Predictor
+from zslflax.progress import Progress
 
 log = logging.getLogger("zslflax")
 CHUNK = 512  # crops that are embedded at once
@@ -69,7 +69,7 @@ def single_labels(source: Source) -> tuple[np.ndarray, np.ndarray]:
         except BadSample as error:
             log.warning("left out the unreadable sample %s: %s", error.name, error)
             labels.append(())
-    indices = np.array([index for index, of_image in enumerate(labels) if len(of_image) == 1], np.int64)
+    indices = np.array([index for index, image_labels in enumerate(labels) if len(image_labels) == 1], np.int64)
     if not len(indices):
         raise UserError(f"none of the {len(source)} images has exactly one label, which few-shot evaluation needs")
     if len(indices) < len(source):

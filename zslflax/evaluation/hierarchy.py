@@ -90,10 +90,10 @@ def hierarchical_precision(
     largest = max(ks)
     nearer = {label: hierarchy.num_nearer(label, largest) for label in set[int]().union(*labels)}
     result = np.full((len(ids), len(ks)), np.nan)
-    for i, of_image in enumerate(labels):
-        if of_image:
+    for i, image_labels in enumerate(labels):
+        if image_labels:
             first = ids[i, :largest].tolist()
             # A class outside all the sets counts as if `largest` classes were nearer.
-            num_nearer = np.array([min(nearer[label].get(c, largest) for label in of_image) for c in first])
+            num_nearer = np.array([min(nearer[label].get(c, largest) for label in image_labels) for c in first])
             result[i] = [np.mean(num_nearer[:k] < k) for k in ks]
     return result

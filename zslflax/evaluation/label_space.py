@@ -66,11 +66,11 @@ class LabelSpace:
             UserError: none of the source's classes is in this space, or a label is out of range.
         """
         num_classes = len(self if source_classes is None else source_classes)
-        given = [label for of_image in labels for label in of_image]
+        given = [label for image_labels in labels for label in image_labels]
         if given and not 0 <= min(given) <= max(given) < num_classes:
             raise UserError(f"expected labels below {num_classes}, found {min(given)} … {max(given)}")
         if source_classes is None:
-            return [tuple(of_image) for of_image in labels], 0
+            return [tuple(image_labels) for image_labels in labels], 0
         own_labels = {i: label for label, i in enumerate(self.ids or ())}
         translated = [own_labels.get(i) for i in source_classes]
         if translated and set(translated) == {None}:
@@ -78,7 +78,9 @@ class LabelSpace:
                 f"none of the source's {len(source_classes)} classes, such as {source_classes[0]!r}, is in the label "
                 f"space; " + (f"its ids are such as {self.ids[0]!r}" if self.ids else "it has no ids, only names")
             )
-        found = [tuple(own for label in of_image if (own := translated[label]) is not None) for of_image in labels]
+        found = [
+            tuple(own for label in image_labels if (own := translated[label]) is not None) for image_labels in labels
+        ]
         return found, len(given) - sum(map(len, found))
 
 

@@ -14,7 +14,7 @@ def is_labelled(labels: Labels) -> np.ndarray:
     Raises:
         ValueError: no image has one.
     """
-    labelled = np.array([len(of_image) > 0 for of_image in labels], bool)
+    labelled = np.array([len(image_labels) > 0 for image_labels in labels], bool)
     if not labelled.any():
         raise ValueError(f"none of {len(labels)} images has a true label: there is nothing to measure")
     return labelled
@@ -30,9 +30,9 @@ def label_pairs(labels: Labels) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         The images and the labels, both int64 [p].
     """
-    distinct = [sorted({int(label) for label in of_image}) for of_image in labels]
-    image = np.repeat(np.arange(len(distinct)), [len(of_image) for of_image in distinct])
-    return image, np.array([label for of_image in distinct for label in of_image], np.int64)
+    distinct = [sorted({int(label) for label in image_labels}) for image_labels in labels]
+    image = np.repeat(np.arange(len(distinct)), [len(image_labels) for image_labels in distinct])
+    return image, np.array([label for image_labels in distinct for label in image_labels], np.int64)
 
 
 def check_ranking(ids: ArrayLike, labels: Labels, ks: Sequence[int]) -> np.ndarray:

@@ -133,11 +133,11 @@ def true_labels(test_set: TestSet, sample: Iterable[int], labels: list[tuple[int
         if negatives is not None:
             negatives, _ = label_space.relabel(negatives, source.classes)
     c = len(label_space)
-    for i, of_image in zip(sample, labels):
-        if of_image and not 0 <= min(of_image) <= max(of_image) < c:
+    for i, image_labels in zip(sample, labels):
+        if image_labels and not 0 <= min(image_labels) <= max(image_labels) < c:
             name = source.read_annotations(int(i))["name"]
             raise UserError(
-                f"eval.sets.{test_set.name}: sample {name} has the label {max(of_image)}, but there are "
+                f"eval.sets.{test_set.name}: sample {name} has the label {max(image_labels)}, but there are "
                 f"{c} names, 0 … {c - 1}; labels count from 0 in their order"
             )
     return TrueLabels(labels, negatives, excluded)

@@ -19,10 +19,10 @@ from zslflax.evaluation.metrics import zero_shot_metrics
 from zslflax.evaluation.results import Metric, Results
 from zslflax.evaluation.retrieval import retrieval_recall
 from zslflax.evaluation.test_sets import TestSet, TrueLabels, true_labels
-from zslflax.files import write_atomically
 from zslflax.inference.class_embeddings import share_among_processes
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.top_k import top_k_or_all
+from zslflax.saving import write_atomically
 
 log = logging.getLogger("zslflax")
 DRAWN_IMAGES, DRAWN_ANSWERS = 12, 5  # in the figure of predictions, and beside each image
@@ -120,7 +120,7 @@ def measure_model(
     candidates = None
     if any(captions):
         candidates = embed_captions(predictor, captions)
-        owner = np.repeat(np.arange(len(captions)), [len(of_image) for of_image in captions])
+        owner = np.repeat(np.arange(len(captions)), [len(image_captions) for image_captions in captions])
         recalls = retrieval_recall(image_emb, candidates.text_emb, owner, resamples=resamples)
         results |= {metric._replace(task="retrieval"): value for metric, value in recalls.items()}
     if (space := test_set.label_space) is None:
@@ -148,9 +148,9 @@ def measure_model(
 
 def embed_captions(predictor: Predictor, captions: Sequence[Sequence[str]]) -> Candidates:
     """Embeds the captions of n images, as the candidates of retrieval."""
-    texts = [caption for of_image in captions for caption in of_image]
-    ends = np.cumsum([len(of_image) for of_image in captions])
-    true = [range(end - len(of_image), end) for end, of_image in zip(ends, captions)]
+    texts = [caption for image_captions in captions for caption in image_captions]
+    ends = np.cumsum([len(image_captions) for image_captions in captions])
+    true = [range(end - len(image_captions), end) for end, image_captions in zip(ends, captions)]
     return Candidates(share_among_processes(predictor.encode_text)(texts), texts, true)
 
 
@@ -172,8 +172,8 @@ def draw_predictions(source: Source, sample: np.ndarray, image_emb: np.ndarray, 
     scores, ids = top_k_or_all(image_emb[rows], candidates.text_emb, DRAWN_ANSWERS)
     true = [candidates.true[i] for i in rows]
     answers = [
-        [(texts[c], float(score), c in of_image) for c, score in zip(best, best_scores)]
-        for best, best_scores, of_image in zip(ids.tolist(), scores, true)
+        [(texts[c], float(score), c in true_ids) for c, score in zip(best, best_scores)]
+        for best, best_scores, true_ids in zip(ids.tolist(), scores, true)
     ]
     pixels = [preprocess.record_image(source[int(sample[i])]) for i in rows]
-    return figures.prediction_grid(pixels, answers, [[texts[c] for c in of_image] for of_image in true])
+    return figures.prediction_grid(pixels, answers, [[texts[c] for c in true_ids] for true_ids in true])

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from zslflax.errors import UserError
-from zslflax.files import local_path, open_tensors, write_atomically
+from zslflax.files import local_path, open_tensors
+from zslflax.saving import write_atomically
 
 log = logging.getLogger("zslflax")
 MIN_PROMPTS = 1_000  # fewer prompts are embedded about as fast as the weights are hashed

@@ -46,7 +46,7 @@ def embed_class_names(
 
     Args:
         encode_text: maps at most `batch_size` texts to [b, d], of any length. A large batch lets it group prompts of
-            equal length (`zslflax.data.features`).
+            equal length (`zslflax.data.text_features`).
         class_names: c names; repeated ones are separate classes.
         templates: prompts with `{}` in place of the class name, such as "a photo of a {}."; all have equal weight.
         batch_size: prompts that are in memory at a time.

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from zslflax.cli import add_model_argument, exit_on_error
-from zslflax.data.image_features import evaluation_view
 from zslflax.data.images import to_rgb
+from zslflax.data.views import evaluation_view
 from zslflax.errors import MissingLibraryError
 from zslflax.inference.predictor import Predictor
 

@@ -19,22 +19,13 @@ from zslflax.config import default_config, is_classifier
 from zslflax.config_json import read_config
 from zslflax.data.text import Tokenizer
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import (
-    hash_arrays,
-    local_path,
-    new_folder,
-    open_tensors,
-    read_json,
-    storage_errors,
-    write_atomically,
-    write_json,
-    write_text,
-)
+from zslflax.files import hash_arrays, local_path, open_tensors, read_json
 from zslflax.inference.model_card import CardFacts, model_card
 from zslflax.inference.model_checks import check_finite, check_saved_config, check_shapes
 from zslflax.models.build import resolve_model
 from zslflax.models.import_weights.architecture import read_architecture
 from zslflax.models.import_weights.locate import locate
+from zslflax.saving import new_folder, storage_errors, write_atomically, write_json, write_text
 
 TEXT_FOLDER = "text_encoder"  # in workdirs and exports: the tokenizer, and the config.json of a pretrained text encoder
 IMAGE_FOLDER = "image_encoder"  # likewise: the config.json of an image tower whose files describe it

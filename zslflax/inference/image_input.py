@@ -41,9 +41,9 @@ def read_image(image: ImageInput, allow_urls: bool = False) -> np.ndarray:
         StorageError: an address cannot be read.
     """
     if isinstance(image, str) and is_http(image):
-        return read_image_url(image, allow_urls)
+        return decode_image_url(image, allow_urls)
     if isinstance(image, (str, Path)):
-        return read_image_file(local_path(image, "the image"))
+        return decode_image_file(local_path(image, "the image"))
     if isinstance(image, (bytes, bytearray, memoryview)):
         return images.decode(bytes(image), apply_orientation=True)
     if isinstance(image, Image.Image):
@@ -59,7 +59,7 @@ def read_image(image: ImageInput, allow_urls: bool = False) -> np.ndarray:
     return array if array.shape[2:] == (3,) else np.array(images.to_rgb(Image.fromarray(array)))
 
 
-def read_image_file(path: Path) -> np.ndarray:
+def decode_image_file(path: Path) -> np.ndarray:
     """Decodes an image file to uint8 [h, w, 3] (RGB); errors name the file."""
     try:
         return images.decode(read_bytes(path, images.MAX_FILE_BYTES), apply_orientation=True)
@@ -67,7 +67,7 @@ def read_image_file(path: Path) -> np.ndarray:
         raise images.BadSample(f"{path}: {error}") from error
 
 
-def read_image_url(url: str, allow_urls: bool) -> np.ndarray:
+def decode_image_url(url: str, allow_urls: bool) -> np.ndarray:
     """Fetches and decodes the image at an http(s) address; errors name the address."""
     if not allow_urls:
         raise UserError(

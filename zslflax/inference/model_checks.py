@@ -15,8 +15,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from zslflax.config import default_config, field_names, is_classifier
-from zslflax.config_checks import INTERPOLATIONS, get_field
+from zslflax.config import default_config, is_classifier
+from zslflax.config_checks import INTERPOLATIONS
+from zslflax.config_names import field_names, get_field
 from zslflax.data.sources.shapes import shards_exist
 from zslflax.errors import UserError
 from zslflax.models.build import described_tower, example_inputs, text_config

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 import zslflax
 from zslflax import distributed
-from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
-from zslflax.data.image_features import evaluation_view
 from zslflax.data.text import Tokenizer
+from zslflax.data.text_features import DEFAULT_CAPACITY, TextFeatures
+from zslflax.data.views import evaluation_view
 from zslflax.device_batches import map_method
 from zslflax.files import hash_arrays
 from zslflax.inference.class_cache import ClassCache

@@ -45,8 +45,8 @@ def class_probabilities(
     probabilities = np.empty_like(logits)
     for start in range(0, len(image_emb), IMAGE_CHUNK):
         rows = slice(start, start + IMAGE_CHUNK)
-        of_all = scale * (image_emb[rows] @ class_emb.T).astype(np.float64)
-        highest = of_all.max(axis=1, keepdims=True)
-        total = np.exp(of_all - highest).sum(axis=1, keepdims=True)
+        all_logits = scale * (image_emb[rows] @ class_emb.T).astype(np.float64)
+        highest = all_logits.max(axis=1, keepdims=True)
+        total = np.exp(all_logits - highest).sum(axis=1, keepdims=True)
         probabilities[rows] = np.exp(logits[rows] - highest) / total
     return probabilities

@@ -130,7 +130,7 @@ def load_published(folder: Path, config: ConfigDict, model: TwoTower) -> Values:
     size = config.model.image.size
     variables = abstract_variables(model, config, config_path(folder))
     shapes = variables["params"]
-    tower = {kind: of_kind["image"]["tower"] for kind, of_kind in variables.items()}
+    tower = {kind: collection["image"]["tower"] for kind, collection in variables.items()}
     image = load_image_tower(folder, "", tower, size)
     text = load_text_tower(folder, {"params": shapes["text"]["tower"]})["params"]
     expected = {

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zslflax.files import read_json, write_json
+from zslflax.files import read_json
+from zslflax.saving import write_json
 
 NAMES_FILE = "class_names.json"  # class names by test set
 MAX_NAMES = 1_000  # of a test set; the names of longer lists are not kept

@@ -238,8 +238,8 @@ class Bert(nn.Module):
             mask = mask & (distances(position) <= 0)[:, None]
         bias = None
         if c.buckets:
-            of_bucket = table(c.buckets, features=c.heads, name="distance")
-            bias = of_bucket(distance_bucket(distances(position), c.buckets)).transpose(0, 3, 1, 2).astype(self.dtype)
+            bucket_bias = table(c.buckets, features=c.heads, name="distance")
+            bias = bucket_bias(distance_bucket(distances(position), c.buckets)).transpose(0, 3, 1, 2).astype(self.dtype)
         layer = nn.remat(Layer, static_argnums=(5,)) if self.remat else Layer  # argument 5 is `train`
         for i in range(c.layers):
             x = layer(c, self.dtype, i, name=f"layer_{i}")(x, position, mask, bias, train)

@@ -196,51 +196,24 @@ def image_tower(name: str, dtype: Any, axis_name: str | None, remat: bool, pool:
     resnet_d = partial(resnet, deep=True)
     convnext = partial(ConvNeXt, dtype=dtype, remat=remat)
     mobilenet = partial(MobileNet, dtype=dtype, axis_name=axis_name, remat=remat)
+    fastvit = partial(FastViT, dtype=dtype, axis_name=axis_name, remat=remat)
     vit = partial(ViT, dtype=dtype, remat=remat)
     dinov2 = partial(vit, layer_scale=True)
     rotary = {"table": False, "rotary": DINOV3_ROTARY, "registers": REGISTERS, "key_bias": False, "eps": 1e-5}
     dinov3 = partial(dinov2, **rotary)
     dinov3_plus = partial(dinov3, activation="silu", gated=True)
     towers: dict[str, nn.Module] = {
-        "resnet18": resnet(*RESNETS["resnet18"]),
-        "resnet34": resnet(*RESNETS["resnet34"]),
-        "resnet50": resnet(*RESNETS["resnet50"]),
-        "resnet101": resnet(*RESNETS["resnet101"]),
-        "resnet12": ResNet12(RESNET12S["resnet12"], dtype, axis_name, remat),
+        **{tower: resnet(*sizes) for tower, sizes in RESNETS.items()},
+        **{tower: ResNet12(widths, dtype, axis_name, remat) for tower, widths in RESNET12S.items()},
         "resnet_nano": resnet((1, 1, 1), False, stem_width=32, small=True),  # 8 layers, 0.3 million parameters
-        "resnet18d": resnet_d(*RESNET_DS["resnet18d"]),
-        "resnet34d": resnet_d(*RESNET_DS["resnet34d"]),
-        "resnet50d": resnet_d(*RESNET_DS["resnet50d"]),
-        "resnet101d": resnet_d(*RESNET_DS["resnet101d"]),
-        "convnext_tiny": convnext(*CONVNEXTS["convnext_tiny"]),
-        "convnext_small": convnext(*CONVNEXTS["convnext_small"]),
-        "convnext_base": convnext(*CONVNEXTS["convnext_base"]),
-        "convnext_large": convnext(*CONVNEXTS["convnext_large"]),
-        "convnext_xlarge": convnext(*CONVNEXTS["convnext_xlarge"]),
-        "convnext_xxlarge": convnext(*CONVNEXTS["convnext_xxlarge"]),
-        "mobilenet_v2": mobilenet(MOBILENETS["mobilenet_v2"]),
-        "efficientnet_lite0": mobilenet(MOBILENETS["efficientnet_lite0"]),
-        "efficientnet_lite1": mobilenet(MOBILENETS["efficientnet_lite1"]),
-        "efficientnet_lite2": mobilenet(MOBILENETS["efficientnet_lite2"]),
-        "efficientnet_lite3": mobilenet(MOBILENETS["efficientnet_lite3"]),
-        "efficientnet_lite4": mobilenet(MOBILENETS["efficientnet_lite4"]),
-        **{fastvit: FastViT(variant, dtype, axis_name, remat) for fastvit, variant in FASTVITS.items()},
-        "vit_nano4": vit(*VITS["vit_nano4"]),
-        "vit_ti16": vit(*VITS["vit_ti16"]),
-        "vit_s16": vit(*VITS["vit_s16"]),
-        "vit_b16": vit(*VITS["vit_b16"]),
-        "vit_b32": vit(*VITS["vit_b32"]),
-        "dinov2_s14": dinov2(*DINOV2["dinov2_s14"]),
-        "dinov2_b14": dinov2(*DINOV2["dinov2_b14"]),
-        "dinov2_l14": dinov2(*DINOV2["dinov2_l14"]),
-        "dinov2_s14_reg": dinov2(*DINOV2["dinov2_s14"], registers=REGISTERS),
-        "dinov2_b14_reg": dinov2(*DINOV2["dinov2_b14"], registers=REGISTERS),
-        "dinov2_l14_reg": dinov2(*DINOV2["dinov2_l14"], registers=REGISTERS),
-        "dinov3_s16": dinov3(*DINOV3["dinov3_s16"]),
-        "dinov3_s16_plus": dinov3_plus(*DINOV3["dinov3_s16_plus"]),
-        "dinov3_b16": dinov3(*DINOV3["dinov3_b16"]),
-        "dinov3_l16": dinov3(*DINOV3["dinov3_l16"]),
-        "dinov3_h16_plus": dinov3_plus(*DINOV3["dinov3_h16_plus"]),
+        **{tower: resnet_d(*sizes) for tower, sizes in RESNET_DS.items()},
+        **{tower: convnext(*sizes) for tower, sizes in CONVNEXTS.items()},
+        **{tower: mobilenet(variant) for tower, variant in MOBILENETS.items()},
+        **{tower: fastvit(variant) for tower, variant in FASTVITS.items()},
+        **{tower: vit(*sizes) for tower, sizes in VITS.items()},
+        **{tower: dinov2(*sizes) for tower, sizes in DINOV2.items()},
+        **{f"{tower}_reg": dinov2(*sizes, registers=REGISTERS) for tower, sizes in DINOV2.items()},
+        **{tower: (dinov3_plus if tower.endswith("plus") else dinov3)(*sizes) for tower, sizes in DINOV3.items()},
     }
     if name not in towers:
         raise UserError(

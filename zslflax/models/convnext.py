@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from zslflax.models.depthwise import DepthwiseConv
-from zslflax.models.transformer import Mlp
-from zslflax.models.vit import LayerScale
+from zslflax.models.transformer import LayerScale, Mlp
 
 CONVNEXTS = {  # name: (blocks in each stage, channels in each stage, epsilon of the layer norms)
     "convnext_tiny": ((3, 3, 9, 3), (96, 192, 384, 768), 1e-6),

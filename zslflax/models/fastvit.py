@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from zslflax.models.batch_norm import batch_norm
 from zslflax.models.depthwise import DepthwiseConv
 from zslflax.models.resnet import KAIMING
-from zslflax.models.transformer import Attention, gelu
-from zslflax.models.vit import LayerScale
+from zslflax.models.transformer import Attention, LayerScale, gelu
 
 HEAD_WIDTH = 32  # channels of an attention head
 

@@ -1,4 +1,4 @@
-"""Self-attention and perceptrons, which the image and the text transformers share, and what pools by attention."""
+"""Layers that several towers share: self-attention, perceptrons, layer scale, and pools by attention."""
 
 import math
 from collections.abc import Callable
@@ -156,6 +156,21 @@ class Mlp(nn.Module):
         if self.norm_eps:
             y = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")(y)
         return nn.Dense(x.shape[-1], use_bias=self.use_bias, dtype=self.dtype, name="fc2")(y)
+
+
+class LayerScale(nn.Module):
+    """Multiplies each channel by a learnt factor, at first 1e-5 (Touvron et al. 2021, arXiv 2103.17239).
+
+    Attributes:
+        dtype: of the computation; parameters are fp32.
+    """
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., w] → [..., w]."""
+        return x * self.param("scale", nn.initializers.constant(1e-5), (x.shape[-1],)).astype(self.dtype)
 
 
 class AttentionPool(nn.Module):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from zslflax.errors import UserError
-from zslflax.models.transformer import Attention, AttentionPool, Mlp, QueryPool, rotary_frequencies
+from zslflax.models.transformer import Attention, AttentionPool, LayerScale, Mlp, QueryPool, rotary_frequencies
 
 VITS = {  # name: (patch in pixels, width, depth, heads)
     "vit_nano4": (4, 128, 4, 4),  # for 32-pixel images on a CPU
@@ -65,21 +65,6 @@ class Rotary(NamedTuple):
 
 
 DINOV3_ROTARY = Rotary(base=100.0, span=4 * math.pi, anchor=0.5, origin=0.5)
-
-
-class LayerScale(nn.Module):
-    """Multiplies each channel by a learnt factor, at first 1e-5 (Touvron et al. 2021, arXiv 2103.17239).
-
-    Attributes:
-        dtype: of the computation; parameters are fp32.
-    """
-
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., w] → [..., w]."""
-        return x * self.param("scale", nn.initializers.constant(1e-5), (x.shape[-1],)).astype(self.dtype)
 
 
 class Block(nn.Module):

@@ -67,13 +67,13 @@ def read_sentences(path: str, class_names: Sequence[str]) -> list[str]:
     Raises:
         UserError: the file has another form, or no sentences for a class.
     """
-    of_class = read_json(Path(path).expanduser(), dict)
-    if missing := [name for name in class_names if not of_class.get(name)]:
+    by_class = read_json(Path(path).expanduser(), dict)
+    if missing := [name for name in class_names if not by_class.get(name)]:
         raise UserError(
             f"objective.sentences: {path} has no sentences for {len(missing)} of the {len(class_names)} classes, such "
-            f"as {missing[0]!r}; nearest: {nearest_names(missing[0], of_class)}"
+            f"as {missing[0]!r}; nearest: {nearest_names(missing[0], by_class)}"
         )
-    sentences = [sentence for name in class_names for sentence in of_class[name]]
+    sentences = [sentence for name in class_names for sentence in by_class[name]]
     if wrong := [sentence for sentence in sentences if not isinstance(sentence, str) or not sentence.strip()]:
         raise UserError(f"objective.sentences: {path} has {wrong[0]!r} among the sentences, expected texts")
     return sentences

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from zslflax import distributed
 from zslflax.config import default_config, eval_set, keeps_average
-from zslflax.config_checks import check_devices, check_eval, check_field, check_paths, get_field
+from zslflax.config_checks import check_devices, check_eval, check_paths
+from zslflax.config_names import check_field, get_field
 from zslflax.data.addresses import hide_credentials
 from zslflax.data.image_features import ImageFeatures
 from zslflax.data.sources.base import Source
@@ -20,10 +21,10 @@ from zslflax.errors import StorageError, UserError, nearest_names
 from zslflax.evaluation.results import flat_names, format_table
 from zslflax.evaluation.test_sets import TestSet, check_test_sets, open_test_sets
 from zslflax.evaluation.zero_shot import evaluate
-from zslflax.files import storage_errors, write_json
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.prompts import resolve_templates
 from zslflax.inference.restore import read_run_config
+from zslflax.saving import storage_errors, write_json
 from zslflax.training.frozen_features import open_kept_features
 from zslflax.training.train_state import TrainState, student_variables, teacher_variables
 

@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 import zslflax
 from zslflax import distributed
 from zslflax.data.feature_files import FLOAT_TYPES, TextFile, folder_path, open_folder
-from zslflax.data.features import DEFAULT_CAPACITY, TextFeatures
-from zslflax.data.image_features import FrozenImageTower, ImageFeatures, evaluation_view, log_size
+from zslflax.data.image_features import FrozenImageTower, ImageFeatures, log_size
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
-from zslflax.data.views import Views
+from zslflax.data.text_features import DEFAULT_CAPACITY, TextFeatures
+from zslflax.data.views import evaluation_view, training_views
 from zslflax.errors import StorageError, UserError
 from zslflax.files import hash_arrays
 from zslflax.inference.predictor import Predictor
@@ -50,14 +50,14 @@ class FrozenFeatures:
         text_frozen: whether the text tower is frozen for the whole run.
         train_images: of each training source's images; [] where steps read images from the first one on.
         images_from: the step from which steps read images, or `FOREVER`.
-        of_images: opens the features of a test set's images; None where the image tower is trained at some time.
+        open_test_images: opens the features of a test set's images; None where the image tower is trained at some time.
     """
 
     text: TextFeatures | None
     text_frozen: bool
     train_images: list[ImageFeatures]
     images_from: int
-    of_images: Callable[[Source], ImageFeatures] | None
+    open_test_images: Callable[[Source], ImageFeatures] | None
 
 
 def open_features(
@@ -100,9 +100,9 @@ def open_features(
     if until["image"] != FOREVER:
         log_size(train_images)
         return FrozenFeatures(text, text_frozen, train_images, until["image"], None)
-    of_images = functools.partial(tower.features_of, views=evaluation_view(config))
-    log_size([*train_images, *map(of_images, test_sources)])
-    return FrozenFeatures(text, text_frozen, train_images, FOREVER, of_images)
+    open_test_images = functools.partial(tower.features_of, views=evaluation_view(config))
+    log_size([*train_images, *map(open_test_images, test_sources)])
+    return FrozenFeatures(text, text_frozen, train_images, FOREVER, open_test_images)
 
 
 def open_image_tower(config: ConfigDict, model: TwoTower, tower: Tree, batch_stats: Tree) -> FrozenImageTower:
@@ -159,7 +159,7 @@ def open_kept_features(predictor: Predictor, config: ConfigDict) -> Callable[[So
     tower = open_image_tower(config, predictor.model, params["image"]["tower"], predictor.variables["batch_stats"])
     view = evaluation_view(config)
 
-    def of_images(source: Source) -> ImageFeatures | None:
+    def open_test_images(source: Source) -> ImageFeatures | None:
         if not tower.has_features_of(source, view):
             return None
         try:
@@ -168,21 +168,12 @@ def open_kept_features(predictor: Predictor, config: ConfigDict) -> Callable[[So
             log.warning("images are read, because their features cannot be opened: %s", error)
             return None
 
-    return of_images
+    return open_test_images
 
 
 def copied(variables: Tree) -> Tree:
     """A copy of variables on all local devices: the train step donates the state's own."""
     return distributed.replicate(jax.tree.map(jnp.copy, variables))
-
-
-def training_views(config: ConfigDict) -> Views:
-    """The views of a training image: the crop of evaluation, or several random crops."""
-    if config.features.views == 1:
-        return evaluation_view(config)
-    low, high = config.data.crop_scale
-    flip, seed = config.data.flip, config.features.seed
-    return Views(config.features.views, config.model.image.size, scale=(float(low), float(high)), flip=flip, seed=seed)
 
 
 def open_text_features(

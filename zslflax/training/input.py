@@ -15,17 +15,18 @@ from zslflax import distributed
 from zslflax.background import BackgroundIterator
 from zslflax.config import is_classifier
 from zslflax.data import packing, pipeline
+from zslflax.data.batch import Batch
 from zslflax.data.caption_lengths import count_lengths
-from zslflax.data.features import TextFeatures
-from zslflax.data.image_features import ImageFeatures, evaluation_view, with_image_features
-from zslflax.data.preprocess import Batch
+from zslflax.data.image_features import ImageFeatures, with_image_features
 from zslflax.data.sources.base import Source
+from zslflax.data.streams import REASONS_STREAM
 from zslflax.data.text import Tokenizer
+from zslflax.data.text_features import TextFeatures
+from zslflax.data.views import evaluation_view
 from zslflax.losses.classification import needs_labels, refines_labels
 from zslflax.training.optimizer import FOREVER
 
 log = logging.getLogger("zslflax")
-REASONS_STREAM = 3  # first entry of the random seeds, beside those in `preprocess` and `views`
 
 
 def device_batches(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from zslflax import checkpoint, distributed
-from zslflax.data.features import TextFeatures
 from zslflax.data.sources.base import Source
+from zslflax.data.text_features import TextFeatures
 from zslflax.errors import NonFiniteError, device_memory_errors
 from zslflax.inference.predictor import Predictor
 from zslflax.models.build import resolve_model

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from zslflax.cli import progress_bar
 from zslflax.errors import UserError
-from zslflax.files import storage_errors, write_text
+from zslflax.progress import progress_bar
+from zslflax.saving import storage_errors, write_text
 from zslflax.training.events import Events
 from zslflax.training.wandb_run import WandbRun
 
@@ -126,7 +126,7 @@ def remove_lines_after(path: Path, step: int) -> None:
     with storage_errors(path):
         lines = path.read_bytes().splitlines(keepends=True)
     steps = [step_of_line(line) for line in lines]
-    kept = [line for line, of_line in zip(lines, steps) if of_line is not None and of_line <= step]
+    kept = [line for line, line_step in zip(lines, steps) if line_step is not None and line_step <= step]
     if unreadable := steps.count(None):
         log.warning("%s: %d lines could not be read and are dropped", path, unreadable)
     if len(kept) < len(lines):

@@ -135,12 +135,12 @@ def build_optimizer(config: ConfigDict, params: Tree, steps: int) -> optax.Gradi
     o = config.optimizer
     frozen = frozen_towers(params, config.freeze)
 
-    def of_trained(patterns: tuple[tuple[str, Any], ...], default: Any, field: str) -> Tree:
+    def match_trained(patterns: tuple[tuple[str, Any], ...], default: Any, field: str) -> Tree:
         return partition(match_patterns(params, tuple(patterns), default, field), frozen)[0]
 
-    until = of_trained(config.freeze, 0, "freeze")
-    multipliers = of_trained(o.lr_multipliers, 1.0, "optimizer.lr_multipliers")
-    decayed = of_trained(tuple((pattern, False) for pattern in o.no_decay), True, "optimizer.no_decay")
+    until = match_trained(config.freeze, 0, "freeze")
+    multipliers = match_trained(o.lr_multipliers, 1.0, "optimizer.lr_multipliers")
+    decayed = match_trained(tuple((pattern, False) for pattern in o.no_decay), True, "optimizer.no_decay")
 
     unfrozen = partial(apply_unfrozen, until)
     decay = optax.add_decayed_weights(o.weight_decay, mask=decayed)

@@ -14,10 +14,10 @@ from zslflax import distributed
 from zslflax.background import BackgroundIterator
 from zslflax.checkpoint import CheckpointManager
 from zslflax.config import is_classifier, profiled_steps
-from zslflax.data.features import TextFeatures
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
+from zslflax.data.text_features import TextFeatures
 from zslflax.errors import UserError
 from zslflax.evaluation.test_sets import check_test_sets, open_test_sets
 from zslflax.inference.classifier import Classifier
@@ -137,7 +137,9 @@ def set_up(
             teacher.features,
         ),
         first_pass=sum(map(len, sources)) if features.text_frozen or features.train_images else 0,
-        evaluate=functools.partial(evaluate_state, predictor, test_sets, workdir, extra_metrics, features.of_images),
+        evaluate=functools.partial(
+            evaluate_state, predictor, test_sets, workdir, extra_metrics, features.open_test_images
+        ),
         checkpoints=checkpoints,
         reporter=Reporter(
             workdir,

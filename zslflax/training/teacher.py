@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from zslflax.data.image_features import ImageFeatures, evaluation_view, log_size
+from zslflax.data.image_features import ImageFeatures, log_size
 from zslflax.data.sources.base import Source
 from zslflax.data.text import Tokenizer
+from zslflax.data.views import evaluation_view
 from zslflax.errors import UserError
 from zslflax.inference.predictor import Predictor
 from zslflax.losses import classification

@@ -72,10 +72,10 @@ def choose_templates(config: ConfigDict, teacher: Predictor, features: Sequence[
     class_emb = np.stack([teacher.class_embeddings(class_names, (template,)) for template in templates])
 
     def choose() -> list[int]:
-        image_emb, of_all = embed_some(teacher, features), average(class_emb)
-        confidence, agreement = score_templates(image_emb, class_emb, of_all, scale)
+        image_emb, reference = embed_some(teacher, features), average(class_emb)
+        confidence, agreement = score_templates(image_emb, class_emb, reference, scale)
         best = np.sort(np.argsort(-confidence * agreement, kind="stable")[:count]).tolist()
-        averages = score_templates(image_emb, np.stack([of_all, average(class_emb[best])]), of_all, scale)
+        averages = score_templates(image_emb, np.stack([reference, average(class_emb[best])]), reference, scale)
         names = [f"{'*' if i in best else ' '} {template}" for i, template in enumerate(templates)]
         rows = [*zip(confidence, agreement, names), *zip(*averages, ("= average of all", "= average of the chosen"))]
         log.info(
@@ -102,11 +102,11 @@ def embed_some(teacher: Predictor, features: Sequence[ImageFeatures]) -> np.ndar
     """
     total = sum(map(len, features))
     positions, first, found = np.arange(0, total, max(1, -(-total // MAX_IMAGES))), 0, []
-    for of_source in features:
-        index = positions[(positions >= first) & (positions < first + len(of_source))] - first
-        values, readable = of_source(index)
+    for source_features in features:
+        index = positions[(positions >= first) & (positions < first + len(source_features))] - first
+        values, readable = source_features(index)
         found.append(values[readable])
-        first += len(of_source)
+        first += len(source_features)
     image_features = np.concatenate(found)
     if not len(image_features):
         raise UserError(f"none of {len(positions)} training images can be read, on which templates would be compared")

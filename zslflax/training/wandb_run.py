@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from zslflax.config_json import to_json
 from zslflax.data.addresses import hide_credentials
 from zslflax.errors import MissingLibraryError
-from zslflax.files import read_json, write_json
+from zslflax.files import read_json
+from zslflax.saving import write_json
 
 ID_FILE = "wandb.json"  # in the workdir: the id under which a resumed run continues
 

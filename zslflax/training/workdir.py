@@ -19,7 +19,8 @@ from zslflax.data.sources.recaptioned import Recaptioned
 from zslflax.data.sources.subset import Subset, whole_source
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import read_json, storage_errors, write_json, write_text
+from zslflax.files import read_json
+from zslflax.saving import storage_errors, write_json, write_text
 
 log = logging.getLogger("zslflax")
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from zslflax.data.sources.base import content_digest, file_version, hash_values
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import cache_folder, storage_errors, write_atomically
+from zslflax.files import cache_folder
+from zslflax.saving import storage_errors, write_atomically
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -105,12 +105,12 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
     names = {path: re.split(r"[-_.]", path.name)[0] for path in paths}
     if not set(names.values()) & set(SPLITS):
         return paths
-    if not (of_split := [path for path in paths if names[path] == split]):
+    if not (split_paths := [path for path in paths if names[path] == split]):
         raise UserError(
             f"{folder} has parquet files of {', '.join(sorted(set(names.values())))}, and none of {split}; give a "
             f"pattern of files, such as {paths[0].parent}/{names[paths[0]]}-*.parquet"
         )
-    return of_split
+    return split_paths
 
 
 def has_annotations(index: FolderIndex, columns: Sequence[int] = (TEXT, JSON, LABEL, TEXTS)) -> bool:

@@ -91,11 +91,11 @@ def fingerprint_of_files(paths: Iterable[str], folder: str = "") -> str:
     return hash_values("files", [(path[len(folder) :], *file_version(path)) for path in paths])
 
 
-def sorted_by_id(of_id: dict[str, T]) -> list[T]:
+def sorted_by_id(by_id: dict[str, T]) -> list[T]:
     """The values in the order of their ids: as numbers if all ids are whole numbers, or else as strings."""
-    if all(i.isascii() and i.isdigit() for i in of_id):
-        return [of_id[i] for i in sorted(of_id, key=lambda i: (int(i), i))]
-    return [of_id[i] for i in sorted(of_id)]
+    if all(i.isascii() and i.isdigit() for i in by_id):
+        return [by_id[i] for i in sorted(by_id, key=lambda i: (int(i), i))]
+    return [by_id[i] for i in sorted(by_id)]
 
 
 def existing_keys(paths: dict[str, Path], where: str) -> list[str]:

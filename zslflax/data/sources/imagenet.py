@@ -6,7 +6,7 @@ from pathlib import Path
 
 from zslflax.data.sources.class_lists import read_classes
 from zslflax.data.sources.image_files import find_images
-from zslflax.data.sources.labelled import ClassTars, LabelledImages, labelled_images
+from zslflax.data.sources.labelled import ClassTars, LabelledImages, existing_labelled_images
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
 from zslflax.files import local_path, read_columns, read_text
@@ -49,7 +49,7 @@ def read_imagenet(spec: str) -> LabelledImages:
     else:
         classes, label_of = folders, {folder: label for label, folder in enumerate(folders)}
     pairs = [(path, label_of[folder]) for folder in folders for path in find_images(root / folder)]
-    return labelled_images(root, pairs, classes, names_of(classes, names))
+    return existing_labelled_images(root, pairs, classes, names_of(classes, names))
 
 
 def read_imagenet21k(spec: str) -> LabelledImages | ClassTars:
@@ -136,4 +136,4 @@ def read_kaggle_imagenet(folder: Path, names: dict[str, str]) -> LabelledImages:
     if unknown := set(ids.values()) - set(names):
         raise UserError(f"{solution} has the class {min(unknown)!r}, which {NAMES} lacks")
     pairs = [(f"{image}.JPEG", label_of[class_id]) for image, class_id in ids.items()]
-    return labelled_images(images, pairs, list(names), list(names.values()))
+    return existing_labelled_images(images, pairs, list(names), list(names.values()))

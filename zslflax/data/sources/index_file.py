@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from zslflax.data.sources.tar_format import BLOCK, SPARSE
-from zslflax.files import write_atomically
+from zslflax.saving import write_atomically
 
 log = logging.getLogger("zslflax")
 

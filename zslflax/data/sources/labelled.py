@@ -1,4 +1,4 @@
-"""Labelled images: the sources of the readers of datasets, folders and tars by class, and ML-Images."""
+"""Labelled images: the sources of the readers of datasets, and folders and tars by class."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from zslflax.data.sources.image_files import (
 )
 from zslflax.data.sources.webdataset import WebDataset
 from zslflax.errors import MissingFileError, UserError
-from zslflax.files import local_path, read_text
+from zslflax.files import local_path
 
 log = logging.getLogger("zslflax")
 
@@ -120,17 +120,17 @@ def read_class_folders(folder: Path) -> LabelledImages:
     """
     entries = {entry.name: entry for entry in folder.iterdir() if entry.is_dir() and not is_clutter(entry.name)}
     subfolders = sorted_by_id(entries)
-    of_class = [find_images(subfolder) for subfolder in subfolders]
-    if empty := [subfolder.name for subfolder, paths in zip(subfolders, of_class) if not paths]:
+    class_paths = [find_images(subfolder) for subfolder in subfolders]
+    if empty := [subfolder.name for subfolder, paths in zip(subfolders, class_paths) if not paths]:
         log.warning("%d classes of %s have no image%s", len(empty), folder, format_examples(empty))
-    images = [path for paths in of_class for path in paths]
+    images = [path for paths in class_paths for path in paths]
     if not images:
         raise UserError(f"none of the {len(subfolders)} subfolders of {folder} has an image")
-    labels = [(label,) for label, paths in enumerate(of_class) for _ in paths]
+    labels = [(label,) for label, paths in enumerate(class_paths) for _ in paths]
     return LabelledImages(images, labels, [subfolder.name for subfolder in subfolders])
 
 
-def labelled_images(
+def existing_labelled_images(
     root: Path, pairs: Sequence[tuple[str, int]], classes: list[str], class_names: list[str] | None = None
 ) -> LabelledImages:
     """The images of a folder that exist, with a label each."""
@@ -144,45 +144,6 @@ def labelled_images(
         excluded={"missing_images": len(paths) - len(present)} if len(present) < len(paths) else {},
         class_names=class_names,
     )
-
-
-def read_ml_images(spec: str) -> LabelledImages:
-    """Reads "FOLDER,LIST.txt": an annotation list of Tencent ML-Images, of images in FOLDER.
-
-    A line has an image's file or URL, and CLASS:CONFIDENCE after blanks or tabs. CLASS is the number of a line, from
-    0, of dictionary_and_semantic_hierarchy.txt, which the config gives as the classes. All classes of an image are
-    labels, whatever their confidence (0.8 to 1 in the published lists). The file of a URL …/A/B is B or A_B, the names
-    that the dataset's own downloaders give it.
-    """
-    folder, file = existing_folder_and_file(spec, "ml_images:FOLDER,LIST.txt")
-    paths: dict[str, Path] = {}
-    labels: dict[str, tuple[int, ...]] = {}
-    for line, content in enumerate(read_text(file).split("\n"), start=1):
-        if not (fields := content.split()):
-            continue
-        image, parts = fields[0], fields[0].split("/")
-        if image in labels:
-            raise UserError(f"{file}, line {line}: {image} comes a second time")
-        paths[image] = folder / (parts[-1] if "://" in image else image)
-        if "://" in image and not paths[image].is_file():
-            paths[image] = folder / "_".join(parts[-2:])
-        labels[image] = tuple(dict.fromkeys(parse_class(field, file, line) for field in fields[1:]))
-    present = existing_keys(paths, str(folder))
-    missing = {"missing_images": len(paths) - len(present)}
-    return LabelledImages([paths[i] for i in present], [labels[i] for i in present], excluded=missing)
-
-
-def parse_class(field: str, file: Path, line: int) -> int:
-    """The class in "CLASS:CONFIDENCE" or "CLASS", a field of a line of an annotation list."""
-    text, _, confidence = field.partition(":")
-    try:
-        if not 0 < float(confidence or 1) <= 1:
-            raise ValueError
-        if (label := int(text)) < 0:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"{file}, line {line}: found {field!r}, expected CLASS:CONFIDENCE, such as 5193:0.9") from None
-    return label
 
 
 def existing_folder_and_file(spec: str, form: str) -> tuple[Path, Path]:

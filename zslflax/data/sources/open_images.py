@@ -101,9 +101,9 @@ def read_verified_labels(folder: Path, file: Path, names: dict[str, str] | None 
         if image not in path_of_id:
             missing.add(image)
             continue
-        of_image = verdicts[image]
+        verdict = verdicts[image]
         if mid in label_of_mid:
-            of_image[confidence.startswith("1")].add(label_of_mid[mid])
+            verdict[confidence.startswith("1")].add(label_of_mid[mid])
         else:
             unnamed += 1
     report_missing(len(missing), len(missing) + len(verdicts), sorted(missing), str(folder))

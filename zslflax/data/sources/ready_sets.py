@@ -10,7 +10,8 @@ from zslflax.data.sources.base import Source
 from zslflax.data.sources.cifar import CifarImages
 from zslflax.data.sources.image_files import existing_keys, find_images
 from zslflax.data.sources.imagenet import read_imagenet, read_imagenet21k
-from zslflax.data.sources.labelled import LabelledImages, labelled_images, read_ml_images
+from zslflax.data.sources.labelled import LabelledImages, existing_labelled_images
+from zslflax.data.sources.ml_images import read_ml_images
 from zslflax.data.sources.open_images import read_open_images
 from zslflax.errors import MissingFileError
 from zslflax.files import local_path, read_json, read_rows, read_text
@@ -31,10 +32,10 @@ def read_cifar100(spec: str) -> CifarImages:
 def read_food101(spec: str) -> LabelledImages:
     """Reads Food-101's test images: images/CLASS/ID.jpg, as meta/test.json lists them."""
     root = find_root(spec, "meta/test.json")
-    of_class = read_json(root / "meta" / "test.json")
-    classes = sorted(of_class)
-    pairs = [(f"images/{image}.jpg", label) for label, name in enumerate(classes) for image in of_class[name]]
-    return labelled_images(root, pairs, list(map(plain_name, classes)))
+    by_class = read_json(root / "meta" / "test.json")
+    classes = sorted(by_class)
+    pairs = [(f"images/{image}.jpg", label) for label, name in enumerate(classes) for image in by_class[name]]
+    return existing_labelled_images(root, pairs, list(map(plain_name, classes)))
 
 
 def read_pets(spec: str) -> LabelledImages:
@@ -44,7 +45,7 @@ def read_pets(spec: str) -> LabelledImages:
     names = {int(row[1]): plain_name(row[0].rpartition("_")[0]).title() for _, row in rows}
     label_of = {number: label for label, number in enumerate(sorted(names))}
     pairs = [(f"images/{row[0]}.jpg", label_of[int(row[1])]) for _, row in rows]
-    return labelled_images(root, pairs, [names[number] for number in sorted(names)])
+    return existing_labelled_images(root, pairs, [names[number] for number in sorted(names)])
 
 
 def read_flowers102(spec: str) -> LabelledImages:
@@ -60,7 +61,7 @@ def read_flowers102(spec: str) -> LabelledImages:
     classes = [str(number) for number in range(1, max(labels) + 1)]
     names = read_json(root / "cat_to_name.json") if (root / "cat_to_name.json").is_file() else {}
     pairs = [(f"jpg/image_{number:05}.jpg", labels[number - 1] - 1) for number in test]
-    return labelled_images(root, pairs, classes, [names[i] for i in classes] if names else None)
+    return existing_labelled_images(root, pairs, classes, [names[i] for i in classes] if names else None)
 
 
 def read_caltech101(spec: str) -> LabelledImages:
@@ -71,7 +72,7 @@ def read_caltech101(spec: str) -> LabelledImages:
     classes = [name for name in folders if name != "BACKGROUND_Google"]
     images = [find_images(root / name) for name in classes]
     pairs = [(path, label) for label, paths in enumerate(images) for path in paths]
-    return labelled_images(root, pairs, list(map(plain_name, classes)))
+    return existing_labelled_images(root, pairs, list(map(plain_name, classes)))
 
 
 def read_sun397(spec: str) -> LabelledImages:
@@ -89,7 +90,7 @@ def read_sun397(spec: str) -> LabelledImages:
         paths = [str(Path(path).relative_to(root)) for path in find_images(root)]
     folders = {path: f"/{Path(path).parent.as_posix()}" for path in paths}
     pairs = [(path, label_of[folder]) for path, folder in folders.items() if folder in label_of]
-    return labelled_images(root, pairs, [plain_name(class_id[3:]) for class_id in ids])
+    return existing_labelled_images(root, pairs, [plain_name(class_id[3:]) for class_id in ids])
 
 
 def read_karpathy(file: Path, folders: Sequence[str]) -> LabelledImages:
@@ -106,7 +107,7 @@ def read_karpathy(file: Path, folders: Sequence[str]) -> LabelledImages:
     if root == roots[0] and not (root / next(iter(captions), "")).is_file():  # filename alone
         captions = {Path(name).name: texts for name, texts in captions.items()}
         root = next((root for root in roots if (root / next(iter(captions), "")).is_file()), roots[0])
-    return captioned(root, captions)
+    return existing_captioned_images(root, captions)
 
 
 def image_name(image: dict[str, Any]) -> str:
@@ -132,7 +133,7 @@ def read_coco(spec: str) -> LabelledImages:
         captions[name_of[annotation["image_id"]]].append(annotation["caption"])
     split = file.stem.removeprefix("captions_")
     folder = next((root / name for name in (split, f"images/{split}") if (root / name).is_dir()), root)
-    return captioned(folder, captions)
+    return existing_captioned_images(folder, captions)
 
 
 def read_flickr30k(spec: str) -> LabelledImages:
@@ -179,7 +180,7 @@ def find_root(spec: str, *markers: str) -> Path:
     raise MissingFileError(f"{folder} has no {' or '.join(markers)}; found: {found or 'nothing'}")
 
 
-def captioned(root: Path, captions: dict[str, list[str]]) -> LabelledImages:
+def existing_captioned_images(root: Path, captions: dict[str, list[str]]) -> LabelledImages:
     """The images of a folder that exist, with their first captions."""
     present = existing_keys({path: root / path for path in captions}, str(root))
     return LabelledImages(

@@ -23,11 +23,12 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
+from zslflax.data.cores import available_cores
 from zslflax.data.sources.shapes_captions import write_caption
 from zslflax.data.sources.shapes_drawing import CLASS_NAMES, COLOURS, SHAPES, PlacedShape, draw_image
-from zslflax.data.workers import WorkerPool, available_cores
+from zslflax.data.workers import WorkerPool
 from zslflax.errors import StorageError, UserError
-from zslflax.files import storage_errors, write_json
+from zslflax.saving import storage_errors, write_json
 
 log = logging.getLogger("zslflax")
 
@@ -205,8 +206,8 @@ def write_shards(folder: Path, options: dict[str, Any], workers: int) -> None:
         if workers:
             pool = WorkerPool(draw, iter(spans), workers, threads=1, setting="")
             drawn = stack.enter_context(contextlib.closing(pool))
-        of_shard = lambda part: (part[0][0], part[0][1] // SHARD_SIZE)
-        for (split, shard), parts in itertools.groupby(zip(spans, drawn, strict=True), of_shard):
+        shard_of = lambda part: (part[0][0], part[0][1] // SHARD_SIZE)
+        for (split, shard), parts in itertools.groupby(zip(spans, drawn, strict=True), shard_of):
             with tarfile.open(folder / f"{split}-{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
                 for (_, first, end), members in parts:
                     for name, data in members:

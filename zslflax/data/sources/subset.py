@@ -86,7 +86,7 @@ class ClassSubset(Subset):
         label_of_id = {class_id: label for label, class_id in enumerate(kept)}
         self.relabelled = {old: label_of_id[i] for old, i in enumerate(class_ids) if i in label_of_id}
         self.kept = list(kept)
-        indices = [index for index, of_record in enumerate(labels) if any(c in self.relabelled for c in of_record)]
+        indices = [i for i, record_labels in enumerate(labels) if not self.relabelled.keys().isdisjoint(record_labels)]
         super().__init__(source, np.array(indices, np.int64))
 
     @property
@@ -96,7 +96,7 @@ class ClassSubset(Subset):
     @property
     def negatives(self) -> Sequence[tuple[int, ...]] | None:
         negatives = super().negatives
-        return None if negatives is None else [self.relabel(of_record) for of_record in negatives]
+        return None if negatives is None else [self.relabel(record_labels) for record_labels in negatives]
 
     def __getitem__(self, index: int) -> Record:
         record = super().__getitem__(index)

@@ -80,7 +80,7 @@ def merge_rows(
     """Yields the rows of a CSV file by image: its path or address, its different captions, its different class ids."""
     import pyarrow as pa
 
-    of_image: dict[str, tuple[dict[str, None], dict[str, None]]] = {}  # dicts as ordered sets
+    by_image: dict[str, tuple[dict[str, None], dict[str, None]]] = {}  # dicts as ordered sets
     image, captions = header.index(columns.image), [header.index(path[0]) for path in columns.captions]
     label = header.index(columns.label) if columns.label else -1
     for line, row in itertools.islice(iter_rows(file, delimiter), 1, None):
@@ -88,18 +88,18 @@ def merge_rows(
             raise UserError(f"{file}, line {line} has {len(row)} fields, the header {len(header)}")
         if not row[image]:
             raise UserError(f"{file}, line {line}: the path is empty")
-        texts, labels = of_image.setdefault(row[image], ({}, {}))
+        texts, labels = by_image.setdefault(row[image], ({}, {}))
         texts |= dict.fromkeys(row[i] for i in captions if row[i])
         if label >= 0 and row[label]:
             labels[row[label]] = None
-    separator = labels_separator(file, [field for _, labels in of_image.values() for field in labels])
-    items = iter(of_image.items())
+    separator = labels_separator(file, [field for _, labels in by_image.values() for field in labels])
+    items = iter(by_image.items())
     while batch := list(itertools.islice(items, BATCH_ROWS)):
         ids = [[i.strip() for field in labels for i in field.split(separator)] for _, (_, labels) in batch]
         values = [
             [name for name, _ in batch],
             [list(texts) for _, (texts, _) in batch],
-            [list(dict.fromkeys(filter(None, of_row))) for of_row in ids],
+            [list(dict.fromkeys(filter(None, row_ids))) for row_ids in ids],
         ]
         yield pa.RecordBatch.from_arrays([pa.array(v, f.type) for v, f in zip(values, schema)], schema=schema)
 

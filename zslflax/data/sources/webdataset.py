@@ -146,28 +146,29 @@ class WebDataset:
         return int(np.searchsorted(self.starts, index, "right")) - 1
 
     def __getitem__(self, index: int) -> Record:
-        shard = self.shard_of(index)
-        name = self.sample_name(shard, index)
-        try:
-            image, text, fields, label, texts = self.read_members(shard, index)
-            captions, labels = parse_captions_and_labels(text, fields, label, texts, self.captions_per_line)
-        except BadSample as error:
-            error.name = name
-            raise
+        image, annotations = self.read_sample(index, (IMAGE, TEXT, JSON, LABEL, TEXTS))
         assert image is not None
-        return Record(image=image, text=captions, label=labels, name=name)
+        return Record(image=image, **annotations)
 
     def read_annotations(self, index: int) -> Annotations:
         """Reads a sample's text, JSON and label, and not its image."""
+        return self.read_sample(index, (TEXT, JSON, LABEL, TEXTS))[1]
+
+    def read_sample(self, index: int, columns: Sequence[int]) -> tuple[bytes | None, Annotations]:
+        """The image of a sample, None where `columns` leave it out, and its captions and labels.
+
+        Raises:
+            BadSample: as `read_members`, or the JSON or the labels are damaged; with the sample's name.
+        """
         shard = self.shard_of(index)
         name = self.sample_name(shard, index)
         try:
-            _, text, fields, label, texts = self.read_members(shard, index, (TEXT, JSON, LABEL, TEXTS))
+            image, text, fields, label, texts = self.read_members(shard, index, columns)
             captions, labels = parse_captions_and_labels(text, fields, label, texts, self.captions_per_line)
         except BadSample as error:
             error.name = name
             raise
-        return Annotations(text=captions, label=labels, name=name)
+        return image, Annotations(text=captions, label=labels, name=name)
 
     def fingerprint(self) -> str:
         """Of the shards' names, sizes and versions, and of where the images are in them.
@@ -190,9 +191,7 @@ class WebDataset:
         for shard, (start, stop) in enumerate(itertools.pairwise(self.starts.tolist())):
             yield from (self.sample_name(shard, index) for index in range(start, stop))
 
-    def read_members(
-        self, shard: int, index: int, columns: Sequence[int] = (IMAGE, TEXT, JSON, LABEL, TEXTS)
-    ) -> list[bytes | None]:
+    def read_members(self, shard: int, index: int, columns: Sequence[int]) -> list[bytes | None]:
         """The contents of a sample's image, text, JSON, label and list of texts.
 
         It is None for a member that the sample lacks or `columns` leave out. Each member is read with its header, which
@@ -259,7 +258,7 @@ class WebDataset:
         Raises:
             BadSample: the file cannot be read.
         """
-        data = self.read_members(self.shard_of(index), index)[JSON]
+        data = self.read_members(self.shard_of(index), index, (JSON,))[JSON]
         return {} if data is None else parse_json(data)
 
 
@@ -291,6 +290,6 @@ def count_extensions(indexes: Sequence[TarIndex]) -> str:
     """How many members have each extension, for an error message: "3 × jpg, 3 × txt"."""
     counts: Counter[str] = Counter()
     for index in indexes:
-        of_extension = np.bincount(index.extension, minlength=len(index.extensions)).tolist()
-        counts.update(dict(zip(index.extensions.tolist(), of_extension, strict=True)))
+        found = np.bincount(index.extension, minlength=len(index.extensions)).tolist()
+        counts.update(dict(zip(index.extensions.tolist(), found, strict=True)))
     return ", ".join(f"{count} × {extension}" for extension, count in counts.most_common(20)) or "nothing"

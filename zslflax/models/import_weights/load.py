@@ -125,12 +125,12 @@ def load_described_tower(folder: Path, variables: dict[str, Any], image_size: in
 def rotary_transforms(depth: int, heads: int, columns_first: bool) -> dict[tuple[str, ...], Any]:
     """Returns the `transforms` of `load_variables` that reorder rotary channels with `pair_halves`."""
 
-    def of_qkv(value: np.ndarray, layout: Layout) -> np.ndarray:
+    def pair_qkv(value: np.ndarray, layout: Layout) -> np.ndarray:
         q, k, v = np.split(value, 3, axis=-1)
         return np.concatenate([*(pair_halves(x, heads, columns_first) for x in (q, k)), v], axis=-1)
 
-    of_q = lambda value, layout: pair_halves(value, heads, columns_first)
-    leaves = {("qkv", "kernel"): of_qkv, ("qkv", "bias"): of_qkv, ("q_bias",): of_q}
+    pair_q = lambda value, layout: pair_halves(value, heads, columns_first)
+    leaves = {("qkv", "kernel"): pair_qkv, ("qkv", "bias"): pair_qkv, ("q_bias",): pair_q}
     return {(f"block_{i}", "attention", *leaf): turn for i in range(depth) for leaf, turn in leaves.items()}
 
 
@@ -219,15 +219,17 @@ def load_variables(
     locations = find_tensors(folder)
     layout, prefix = detect_layout(folder, locations, layouts)
     names = {path: [prefix + name for name in published_names(layout, path[1:])] for path in targets}
-    needed = {name for of_value in names.values() for name in of_value}
-    zeros = {path for path, of_value in names.items() if re.fullmatch(layout.zeros, of_value[0].removeprefix(prefix))}
+    needed = {name for value_names in names.values() for name in value_names}
+    zeros = {
+        path for path, value_names in names.items() if re.fullmatch(layout.zeros, value_names[0].removeprefix(prefix))
+    }
     if not any(name in locations for path in zeros for name in names[path]):
         needed -= {name for path in zeros for name in names.pop(path)}
     check_names(folder, needed, set(locations), prefix, layout.others)
 
     tensors = read_tensors(locations, needed)
-    published = {path: {name: tensors[name] for name in of_value} for path, of_value in names.items()}
-    values = {path: to_linen(path[-1], list(of_value.values())) for path, of_value in published.items()}
+    published = {path: {name: tensors[name] for name in value_names} for path, value_names in names.items()}
+    values = {path: to_linen(path[-1], list(parts.values())) for path, parts in published.items()}
     for path, value in values.items():
         if transforms and path[1:] in transforms:
             values[path] = transforms[path[1:]](value, layout)

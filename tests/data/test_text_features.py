@@ -10,7 +10,7 @@ import pytest
 
 from zslflax import distributed
 from zslflax.config import default_config
-from zslflax.data.features import TextFeatures
+from zslflax.data.text_features import TextFeatures
 from zslflax.models.build import build_two_tower
 
 TOKENS = 20

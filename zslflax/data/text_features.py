@@ -4,7 +4,7 @@ import copy
 import hashlib
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -12,8 +12,7 @@ from flax import linen
 
 from zslflax.data.feature_files import KEY_BYTES
 from zslflax.device_batches import map_method
-
-Tree = Any
+from zslflax.models.partition import Tree
 
 WIDTH_MULTIPLE = 8  # tokens; texts are padded to a multiple of it instead of to the maximum length
 # Texts per device in a call. There is one shape per width, so that the features of a text never vary.
