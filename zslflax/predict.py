@@ -14,8 +14,7 @@ import numpy as np
 
 from zslflax.cli import add_model_argument, exit_on_error, prepare_inference
 from zslflax.errors import UserError
-from zslflax.figures import prediction_grid, text_bars
-from zslflax.files import local_path, storage_errors
+from zslflax.figures import figure_path, prediction_grid, text_bars, write_figure
 from zslflax.inference.classifier import Classifier
 from zslflax.inference.image_input import expand_folders, read_image
 from zslflax.inference.predictor import Predictor
@@ -61,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     if not args.images:
         parser.error("give images")
     if args.png:
-        args.png = local_path(args.png, "--png")
+        args.png = figure_path(args.png, "--png")
     return args
 
 
@@ -121,8 +120,7 @@ def classify_files(
                 print("\n".join([str(path), *text_bars([(name, score) for name, score, _ in answer])]))
         sys.stdout.flush()
     if png and drawn:
-        with storage_errors(png):
-            prediction_grid(*zip(*drawn)).save(png)
+        write_figure(prediction_grid(*zip(*drawn)), png)
         print(f"zslflax: wrote {png}", file=sys.stderr)
     return answered, broken
 

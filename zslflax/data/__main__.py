@@ -14,7 +14,7 @@ from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.data.summary import draw_examples, format_summary, summarise_source
 from zslflax.errors import UserError
-from zslflax.files import local_path, storage_errors
+from zslflax.figures import figure_path, write_figure
 
 log = logging.getLogger("zslflax")
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--tfds-dir", default="", help="as the config's data.tfds_dir")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
-    path = args.picture and local_path(args.picture, "--picture")
+    path = args.picture and figure_path(args.picture, "--picture")
     start_logging()
     source, split = open_either(args.source, args.split, args.captions_per_line, args.tfds_dir)
     summary = {"source": args.source, "split": split} | summarise_source(source, args.samples)
@@ -43,8 +43,7 @@ def main() -> None:
         drawn = draw_examples(source)
         if drawn is None:
             raise UserError(f"none of ten samples of {args.source} can be read: there is nothing to draw")
-        with storage_errors(path):
-            drawn.save(path)
+        write_figure(drawn, path)
         log.info("%s has ten samples", path)
 
 

@@ -85,8 +85,7 @@ def analyse_source(
     write_text(folder / "noise.json", json.dumps(summary, indent=1, ensure_ascii=False))
     write_text(folder / "noise.csv", format_pairs(pairs, order[: max(1, round(worst * len(order)))], source))
     figure = draw_pairs(pairs, order[:DRAWN_PAIRS], source)
-    with storage_errors(folder / "noise.png"):
-        figure.save(folder / "noise.png")
+    figures.write_figure(figure, folder / "noise.png")
     log.info("noise.json, noise.csv and noise.png are in %s", folder)
     return summary
 
