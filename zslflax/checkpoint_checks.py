@@ -40,6 +40,8 @@ def cause_of(error: Exception) -> str:
     >>> cause_of(ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28'] [...]"))
     'No space left on device'
     """
+    if isinstance(error, UserError):
+        return str(error)
     if found := re.search(r"([^:]+) \[os_error_code='\d+'\]", str(error)):
         return found[1].strip()
     return f"{type(error).__name__}: {str(error).partition(' [tensorstore_spec=')[0][:300]}"
