@@ -118,6 +118,11 @@ def test_text_bars_have_the_lengths_of_their_scores():
     assert "█▌ " in text_bars([("a", 1.0), ("b", 0.15)], width=10)[1]
 
 
+def test_a_text_of_a_million_characters_is_cut_off_at_once():
+    font = ImageFont.load_default(13)
+    assert wrap_text("w" * 1_000_000, font, 60, lines=2) == wrap_text("w" * 100, font, 60, lines=2)
+
+
 def test_a_figure_is_written_whole_or_not_at_all(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8))
     with small_disk(tmp_path / "disk", "64k") as disk:

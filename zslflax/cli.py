@@ -5,12 +5,13 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
 import absl.logging
@@ -116,6 +117,17 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a training run's folder, an exported or published model, or a Hub id",
     )
+
+
+def number_from(least: int) -> Callable[[str], int]:
+    """A `type` of argparse's arguments: a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, found {text!r}")
+        return int(text)
+
+    return parse
 
 
 @contextlib.contextmanager

@@ -233,7 +233,7 @@ def wrap_text(text: str, font: Font, width: float, lines: int) -> list[str]:
 
     def fitting(text: str, end: str = "") -> int:
         """The number of characters of the text that fit on a line before `end`."""
-        length = len(text)
+        length = min(len(text), int(width))  # a character is a pixel wide or more
         while length > 1 and font.getlength(text[:length].replace(NO_BREAK, " ").rstrip() + end) > width:
             length -= 1
         return length

@@ -8,7 +8,7 @@ import argparse
 import json
 import logging
 
-from zslflax.cli import exit_on_error, start_logging
+from zslflax.cli import exit_on_error, number_from, start_logging
 from zslflax.config import default_config
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument(
         "--split", choices=("train", "test"), help="default: train where there are captions, or else test"
     )
-    parser.add_argument("--samples", type=int, default=1_000, help="samples that are read, 0 for all (default 1000)")
+    parser.add_argument(
+        "--samples", type=number_from(0), default=1_000, help="samples that are read, 0 for all (default 1000)"
+    )
     parser.add_argument("--picture", metavar="FILE", help="draw ten samples into this file, such as samples.png")
     parser.add_argument("--captions-per-line", action="store_true", help="as the config's data.captions_per_line")
     parser.add_argument("--tfds-dir", default="", help="as the config's data.tfds_dir")
