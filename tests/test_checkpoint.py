@@ -355,6 +355,37 @@ def test_a_full_disk_is_one_line_to_the_user(tmp_path):
     )
 
 
+RESTORES = """
+import sys
+from pathlib import Path
+from tests.testing.checkpoints import state_at
+from zslflax import checkpoint, checkpoint_recovery, cli
+cli.start_logging()
+with cli.exit_on_error(), checkpoint.open_manager(Path(sys.argv[1])) as manager:
+    checkpoint_recovery.restore_newest(manager, state_at(0))
+"""
+
+
+def test_where_all_checkpoints_are_damaged_only_their_reasons_are_printed(workdir_copy):
+    folder = workdir_copy / "checkpoints"
+    newest, *earlier = sorted(folder.iterdir(), reverse=True)
+    for path in (path for place in earlier for path in place.iterdir()):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()  # of which Orbax would warn
+    damage((newest / "run" / "metadata"), "empty")
+    environment = process_environment()
+    command = [sys.executable, "-c", RESTORES, str(workdir_copy)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    first, *reasons = ended.stderr.splitlines()
+    assert ended.returncode == 1 and first.startswith(f"zslflax: none of the checkpoints in {folder} can be restored;")
+    assert reasons == [
+        f"  {newest.name}: {newest}/run/metadata is not valid JSON: Expecting value: line 1 column 1 (char 0)",
+        *(
+            f"  {place.name}: FileNotFoundError: Metadata file (named _METADATA) does not exist at {place}/state."
+            for place in earlier
+        ),
+    ]
+
+
 def test_a_file_in_place_of_the_folder_for_damaged_checkpoints_is_named(workdir_copy):
     (workdir_copy / "checkpoints" / "7").mkdir()
     (workdir_copy / "damaged").write_text("")

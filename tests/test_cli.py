@@ -48,6 +48,32 @@ with cli.exit_on_error():
     gc.callbacks.clear()
     time.sleep(60)
 """
+IN_EVENT_LOOP = """
+import asyncio, gc, socket
+from zslflax import cli
+def interrupted():
+    raise KeyboardInterrupt
+with cli.exit_on_error():
+    cli.prepare_inference()
+    socket.socketpair = interrupted  # an event loop makes one
+    try:
+        asyncio.run(asyncio.sleep(1))
+    finally:
+        gc.collect()  # the loop, which lacks attributes that its end needs
+"""
+WRITING = """
+import os, signal, sys
+from pathlib import Path
+from zslflax import cli
+from zslflax.saving import new_folder, write_atomically
+def write(path):
+    path.write_text("a part")
+    {signal}
+    path.write_text("whole")
+with cli.exit_on_error():
+    with new_folder(Path(sys.argv[1]) / "model"):
+        write_atomically(Path(sys.argv[1]) / "model" / "weights", write)
+"""
 IN_IMPORT = """
 import signal, sys
 class Finder:
@@ -96,11 +122,24 @@ def test_a_process_ends_after_its_main_thread_although_a_thread_waits():
         assert errors.strip().rpartition("\n")[2] == last
 
 
-@pytest.mark.parametrize("code", [IN_CALLBACK, IN_IMPORT, IN_EXTENSION])
+@pytest.mark.parametrize("code", [IN_CALLBACK, IN_IMPORT, IN_EXTENSION, IN_EVENT_LOOP])
 def test_ctrl_c_ends_a_command_with_one_line_wherever_it_comes(code):
     process = start(code)
     output, errors = process.communicate(timeout=60)
     assert (output, errors, process.returncode) == ("", "zslflax: interrupted\n", 130)
+
+
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("in_callback", [False, True])
+def test_signals_leave_nothing_that_is_half_written(name, status, in_callback, tmp_path):
+    sent = f"signal.raise_signal(signal.{name})"
+    if in_callback:  # where Python drops the exception
+        sent = f"import gc, time; f = lambda *_: {sent}; gc.callbacks.append(f); gc.collect(); time.sleep(60)"
+        sent = sent.replace("gc.collect()", "gc.collect(); gc.callbacks.clear()")
+    process = start(WRITING.format(signal=sent), str(tmp_path))
+    _, errors = process.communicate(timeout=60)
+    message = {143: "zslflax: terminated\n", 130: "zslflax: interrupted\n"}[status]
+    assert (errors, process.returncode, list(tmp_path.iterdir())) == (message, status, [])
 
 
 @pytest.mark.parametrize("shell", [">&- 2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])

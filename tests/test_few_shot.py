@@ -1,6 +1,7 @@
 """The few-shot command on a contrastive run: every number is that of the metrics on images embedded one at a time."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from tests.testing.images import COLOURS, PER_COLOUR
 from tests.testing.shards import write_tar
 from zslflax import few_shot as command
 from zslflax.data.views import Views
+from zslflax.errors import UserError
 from zslflax.evaluation import few_shot
 from zslflax.evaluation.few_shot_sets import embed_views, format_metrics, open_labelled, single_labels
 from zslflax.inference.predictor import Predictor
@@ -120,3 +122,17 @@ def test_what_cannot_be_measured_is_refused(run, finished_workdir, colour_folder
         run("--views=1")
     with pytest.raises(SystemExit):
         run("--shots=one")
+
+
+@pytest.mark.parametrize("flag", ["--ways=1", "--shots=0,1", "--queries=0", "--episodes=1", "--views=-1", "--seed=-1"])
+def test_numbers_that_no_episode_can_have_are_refused_at_once(flag, run, capsys):
+    with pytest.raises(SystemExit):
+        run("--workdir=nowhere", flag)
+    assert re.search(
+        f"{flag.partition('=')[0]}.* expected (a whole number from|numbers such as)", capsys.readouterr().err
+    )
+
+
+def test_missing_training_images_are_named_before_anything_is_embedded(run, tmp_path):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        run("--workdir=nowhere", f"--train=folder:{tmp_path / 'nowhere'}")

@@ -2,10 +2,20 @@
 
 import numpy as np
 import pytest
-from PIL import ImageFont
+from PIL import Image, ImageFont
 
+from tests.testing.faults import small_disk
 from zslflax import figures
-from zslflax.figures import fit_image, join_names, prediction_grid, text_bars, wrap_text
+from zslflax.errors import StorageError, UserError
+from zslflax.figures import (
+    figure_path,
+    fit_image,
+    join_names,
+    prediction_grid,
+    text_bars,
+    wrap_text,
+    write_figure,
+)
 
 
 def rgb(colour):
@@ -106,3 +116,29 @@ def test_text_bars_have_the_lengths_of_their_scores():
     assert lines[1] == "  a dog  " + "█" * 12 + " " * 4 + "  0.250"
     assert lines[2] == "  x      " + " " * 16 + "  -0.500"
     assert "█▌ " in text_bars([("a", 1.0), ("b", 0.15)], width=10)[1]
+
+
+def test_a_text_of_a_million_characters_is_cut_off_at_once():
+    font = ImageFont.load_default(13)
+    assert wrap_text("w" * 1_000_000, font, 60, lines=2) == wrap_text("w" * 100, font, 60, lines=2)
+
+
+def test_a_figure_is_written_whole_or_not_at_all(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8))
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        path = disk / "answer.png"
+        write_figure(Image.new("RGB", (8, 8), "red"), path)
+        before = path.read_bytes()
+        with pytest.raises(StorageError, match=f"{path} cannot be written: No space left"):
+            write_figure(noise, path)
+        assert list(disk.iterdir()) == [path] and path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["answer.jpg", "answer", ".", "folder.png", "nowhere/answer.png"])
+def test_a_place_where_no_figure_can_be_is_refused_before_it_is_drawn(name, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(
+        UserError, match="--png is .*, (expected a file whose name ends in .png|but there is no folder)"
+    ):
+        figure_path(tmp_path / name, "--png")
+    assert figure_path(tmp_path / "answer.PNG", "--png") == tmp_path / "answer.PNG"

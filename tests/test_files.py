@@ -67,6 +67,12 @@ def test_an_address_is_no_local_path(path):
         files.local_path(path, "--export")
 
 
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_not_the_working_directory(path):
+    with pytest.raises(UserError, match="--data is empty; expected a path"):
+        files.local_path(path, "--data")
+
+
 def test_local_paths_keep_their_colons_and_expand_the_home_folder(monkeypatch):
     assert files.local_path("a:b/c", "x") == Path("a:b/c") and files.local_path("package:m/f", "x").parts[-1] == "f"
     monkeypatch.setenv("HOME", "/somewhere")

@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 from zslflax import checkpoint, noise
 from zslflax.data.sources.opening import open_source
 from zslflax.data.sources.subset import exclude_samples
+from zslflax.errors import StorageError
 from zslflax.evaluation.caption_noise import embed_pairs, pair_scores
 from zslflax.inference.predictor import Predictor
 from zslflax.models import vit
@@ -94,3 +95,14 @@ def test_the_results_of_a_model_of_the_hub_are_not_in_a_folder_called_like_it(tm
     (tmp_path / "run").mkdir()
     assert noise.own_folder("run") == Path("run")
     assert noise.own_folder("openai/clip-vit-base-patch32") == Path("runs/clip-vit-base-patch32")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_pairs_are_embedded(
+    tiny_config, finished_workdir, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "file").write_text("")
+    command = ["noise", f"--workdir={finished_workdir}", "--data=shapes", f"--to={tmp_path / 'file'}"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(StorageError, match=f"{tmp_path / 'file'} cannot be written: File exists"):
+        noise.main()
+    assert "readable" not in caplog.text

@@ -41,11 +41,12 @@ def test_the_command_classifies_and_draws(tiny_config, finished_workdir, tmp_pat
         assert [lines[0], lines[3]] == list(map(str, paths)) and len(lines) == 6
         for line, (name, score) in zip(lines[1:3] + lines[4:], expected[0] + expected[1]):
             assert line.strip().startswith(name) and line.endswith(f" {score:.3f}")
-    options = "--class-names=a cat,a dog", "--templates=the {}", f"--png={tmp_path}/p.png"
+    options = "--class-names=a cat,a dog,a cat", "--templates=the {}", f"--png={tmp_path}/p.png"
     monkeypatch.setattr(sys, "argv", ["predict", *map(str, command), *options])
     main()
     other = capsys.readouterr()
     assert other.out == "" and f"wrote {tmp_path}/p.png" in other.err
+    assert "zslflax: --class-names has names more than once: a cat\n" in other.err
     with Image.open(tmp_path / "p.png") as grid:
         assert grid.width > 600 and len(grid.getcolors(1 << 20)) > 100
     for incomplete in ([], ["--class-names=a cat,a dog"]):
@@ -105,6 +106,20 @@ def test_a_folder_is_its_images_and_a_broken_image_does_not_stop_the_others(
     assert out == whole
     for words in ("aa.png: the data is not an image", "pipe.png is no regular file", "no file .*nowhere.png"):
         assert re.search(f"left out: .*{words}", err)
+
+
+@pytest.mark.parametrize("command", [predict, search])
+def test_fewer_than_one_answer_is_refused_at_once(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", "a.png", "--model=nowhere", "--query=a", "--top=0"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "argument --top: expected a whole number from 1 on, found '0'" in capsys.readouterr().err
+
+
+def test_an_empty_query_is_refused_before_images_are_embedded(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["search", "a.png", "--model=nowhere", "--query=a", "--query= "])
+    with pytest.raises(UserError, match="query 2 of 2 is empty"):
+        search.main()
 
 
 @pytest.mark.parametrize("command, option", [(predict, "--class-names=a cat,a dog"), (search, "--query=a cat")])

@@ -5,12 +5,13 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import absl.logging
@@ -20,7 +21,15 @@ from tqdm import tqdm
 from zslflax import distributed
 from zslflax.compilation import COMPILATION_CACHE, keep_compiled
 from zslflax.errors import UserError, explain_machine_error
-from zslflax.interrupts import INTERRUPTED, MESSAGE, interrupt_again, raise_on_interrupt, was_interrupted
+from zslflax.interrupts import (
+    INTERRUPTED,
+    MESSAGE,
+    TERMINATED,
+    Terminated,
+    find_interrupt,
+    interrupt_again,
+    raise_on_interrupt,
+)
 
 log = logging.getLogger("zslflax")
 
@@ -42,10 +51,10 @@ def hide_repeated_errors() -> None:
     """Hides what Orbax logs and prints of a save or restore that failed, beside the error that it raises.
 
     On a full disk that is the same error from each of its threads, and from each of hundreds of writes that end after
-    asyncio's loop was closed.
+    asyncio's loop was closed. It also logs twenty lines for each checkpoint, and warnings of files that are missing.
     """
-    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax logs twenty lines for each checkpoint
-    absl.logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    absl.logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
@@ -53,12 +62,13 @@ def hide_repeated_errors() -> None:
 def show_unraisable(found: "sys.UnraisableHookArgs") -> None:
     """Shows an exception that cannot be raised, as Python does, except from reads and writes that Orbax has left.
 
-    A KeyboardInterrupt is raised a moment later instead.
+    Some are of event loops of asyncio that were interrupted while they were made. A KeyboardInterrupt is raised a
+    moment later instead.
     """
     if interrupt_again(found):
         return
     files = [frame.filename for frame in traceback.extract_tb(found.exc_traceback)]
-    if str(found.exc_value) != "Event loop is closed" and not any("/orbax/" in file for file in files):
+    if not any("/orbax/" in file or "/asyncio/" in file for file in files):
         sys.__unraisablehook__(found)
 
 
@@ -78,6 +88,7 @@ def prepare_inference() -> None:
     Compiled programs are kept in `COMPILATION_CACHE`, unless another folder was chosen, as by the environment variable
     JAX_COMPILATION_CACHE_DIR.
     """
+    hide_repeated_errors()
     share_gpu()
     chosen: Any = jax.config
     if not chosen.jax_compilation_cache_dir:
@@ -104,6 +115,17 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a training run's folder, an exported or published model, or a Hub id",
     )
+
+
+def number_from(least: int) -> Callable[[str], int]:
+    """A `type` of argparse's arguments: a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, found {text!r}")
+        return int(text)
+
+    return parse
 
 
 @contextlib.contextmanager
@@ -136,7 +158,9 @@ def exit_on_error() -> Iterator[None]:
         limit.status = error.code if isinstance(error.code, int) else int(error.code is not None)
         raise
     except (KeyboardInterrupt, Exception) as error:
-        if was_interrupted(error):
+        if isinstance(interrupt := find_interrupt(error), Terminated):
+            end_process("zslflax: terminated", TERMINATED, limit)
+        if interrupt:
             end_process(MESSAGE, INTERRUPTED, limit)
         if isinstance(error, FileNotFoundError) and not working_directory_exists():
             end_process("zslflax: the working directory was removed; change to one that exists", 1, limit)

@@ -15,6 +15,7 @@ from zslflax.losses import classification, contrastive
 from zslflax.models.build import image_tower
 
 INTERPOLATIONS = ("area", "bilinear", "bicubic")  # see `zslflax.data.crops.resample`
+MAX_LOADERS = 1024  # workers, or threads in each: more than any machine has cores; 100,000 take all of its memory
 POSITIVE = (
     *("steps", "batch_size", "log_every", "eval.every", "eval.batch_size", "checkpoint.every"),
     *("model.embed_dim", "model.image.size", "model.text.max_tokens", "objective.sinkhorn_iterations"),
@@ -26,6 +27,10 @@ NOT_NEGATIVE = (
     *("objective.refine_from", "objective.choose_templates"),
     *("model.text.cached_captions", "eval.bootstrap_resamples", "eval.first"),
 )
+ELEMENTS: dict[str, Any] = {  # of fields that are tuples
+    **dict.fromkeys(("data.train", "eval.templates", "model.class_names", "optimizer.no_decay"), str),
+    **dict.fromkeys(("data.weights", "data.crop_scale", "model.image.mean", "model.image.std"), (int, float)),
+}
 BELOW_ONE = (
     "model.image.patch_drop",
     "model.text.dropout",
@@ -38,6 +43,7 @@ BELOW_ONE = (
 
 def validate(config: ConfigDict) -> None:
     """Raises a UserError that names the field and the values that it may have."""
+    check_elements(config)
     check_choices(config)
     check_ranges(config)
     check_objective(config)
@@ -78,6 +84,14 @@ def check_choices(config: ConfigDict) -> None:
     if config.model.image.name:  # otherwise the files of the pretrained tower describe it
         image_tower(config.model.image.name, None, None, remat=False, pool=config.model.image.pool)
     one_of("compute_dtype", config.compute_dtype, ("bfloat16", "float32"))
+
+
+def check_elements(config: ConfigDict) -> None:
+    """The types in fields that are tuples, which ml_collections does not check."""
+    for field, kind in ELEMENTS.items():
+        values = get_field(config, field)
+        kinds = "text in quotation marks" if kind is str else "numbers"
+        expect(all(isinstance(value, kind) for value in values), f"{field} is {tuple(values)}, expected {kinds}")
 
 
 def check_ranges(config: ConfigDict) -> None:
@@ -218,8 +232,14 @@ def check_data(config: ConfigDict) -> None:
     expect(len(data.crop_scale) == 2, f"data.crop_scale is {data.crop_scale}, expected two shares of the area")
     low, high = data.crop_scale
     expect(0 < low <= high <= 1, f"data.crop_scale is {(low, high)}, expected 0 < smallest ≤ largest ≤ 1, of the area")
-    expect(data.workers >= -1, f"data.workers is {data.workers}, expected a number, 0 (automatic) or -1 (none)")
-    expect(data.threads >= 0, f"data.threads is {data.threads}, expected a number or 0 (automatic)")
+    expect(
+        -1 <= data.workers <= MAX_LOADERS,
+        f"data.workers is {data.workers}, expected a number up to {MAX_LOADERS}, 0 (automatic) or -1 (none)",
+    )
+    expect(
+        0 <= data.threads <= MAX_LOADERS,
+        f"data.threads is {data.threads}, expected a number up to {MAX_LOADERS}, or 0 (automatic)",
+    )
     expect(
         data.request_timeout > 0 and data.read_timeout > 0,
         f"data.request_timeout is {data.request_timeout} and data.read_timeout {data.read_timeout}, expected seconds "

@@ -99,8 +99,8 @@ def run(_: Any) -> None:
     """Does what the flags ask for."""
     start_logging()
     config = CONFIG.value
-    resolve_templates(config)
     validate(config)
+    resolve_templates(config)
     distributed.initialize(config.compilation_cache)
     check_devices(config, jax.device_count())
     compute_features(config)

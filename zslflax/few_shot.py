@@ -8,7 +8,7 @@ import argparse
 import json
 import logging
 
-from zslflax.cli import add_model_argument, exit_on_error, prepare_inference, start_logging
+from zslflax.cli import add_model_argument, exit_on_error, number_from, prepare_inference, start_logging
 from zslflax.evaluation.few_shot_sets import (
     embed_views,
     format_metrics,
@@ -32,16 +32,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--classes", help="a file with the classes to use, one a line, or a,b,…; default: all")
     parser.add_argument("--class-names", help="the names of the labels, where the data has numbers alone")
     parser.add_argument("--train", help="labelled images of the same classes, for nearest neighbours and linear probe")
-    parser.add_argument("--ways", type=int, default=5, help="classes in an episode (default: 5)")
+    parser.add_argument("--ways", type=number_from(2), default=5, help="classes in an episode (default: 5)")
     parser.add_argument("--shots", default="1,5", help="labelled images of each class (default: 1,5)")
-    parser.add_argument("--queries", type=int, default=15, help="test images of each class (default: 15)")
-    parser.add_argument("--episodes", type=int, default=600, help="default: 600")
-    parser.add_argument("--views", type=int, default=5, help="augmented views of each shot; 0: none (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the episodes and of the views (default: 0)")
+    parser.add_argument("--queries", type=number_from(1), default=15, help="test images of each class (default: 15)")
+    parser.add_argument("--episodes", type=number_from(2), default=600, help="default: 600")
+    parser.add_argument(
+        "--views", type=number_from(0), default=5, help="augmented views of each shot; 0: none (default: 5)"
+    )
+    parser.add_argument("--seed", type=number_from(0), default=0, help="of the episodes and of the views (default: 0)")
     args = parser.parse_args()
     try:
-        args.shots = [int(k) for k in args.shots.split(",")]
-    except ValueError:
+        args.shots = [number_from(1)(k) for k in args.shots.split(",")]
+    except argparse.ArgumentTypeError:
         parser.error(f"--shots is {args.shots!r}, expected numbers such as 1,5")
     return args
 
@@ -53,6 +55,7 @@ def main() -> None:
     class_names = read_class_names(args.class_names) if args.class_names else None
     kept = read_class_names(args.classes) if args.classes else None
     source = open_labelled(args.data, class_names, kept)
+    train = open_labelled(args.train, class_names, kept or source.classes) if args.train else None
     predictor = Predictor.restore(args.workdir, step=args.step, use=args.use)
     log.info("embedding %d images, each in %d views", len(source), 1 + args.views)
     images = embed_views(predictor, source, args.views, args.seed)
@@ -60,8 +63,7 @@ def main() -> None:
     metrics = measure_few_shot(
         images, shots=args.shots, ways=args.ways, queries=args.queries, episodes=args.episodes, seed=args.seed
     )
-    if args.train:
-        train = open_labelled(args.train, class_names, kept or source.classes)
+    if train is not None:
         metrics |= measure_whole_set(embed_views(predictor, train, 0), images)
     log.info(
         "step %d of %s, %d images of %d classes; accuracy in %%, with 95%% intervals\n%s",

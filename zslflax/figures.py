@@ -1,9 +1,14 @@
 """Figures of predictions: images with their best names as bars, drawn or as text."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from zslflax.errors import MissingFileError, UserError
+from zslflax.files import local_path
+from zslflax.saving import storage_errors, write_atomically
 
 Prediction = tuple[str, float, bool]  # name, score, whether the name is true
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -14,6 +19,35 @@ FONT_SIZE, LINE_HEIGHT = 13, 17
 BACKGROUND, TEXT, FAINT_TEXT, FRAME = "#ffffff", "#1f2328", "#656d76", "#d0d7de"
 TRUE_BAR, OTHER_BAR, TRACK, TRUE_TEXT = "#9fd8ae", "#dde3ea", "#f6f8fa", "#116329"
 NO_BREAK = "\u00a0"  # a space at which a line must not end; drawn as a plain space, because some fonts lack it
+
+
+def figure_path(path: str | Path, name: str) -> Path:
+    """The path of a figure that the user named, checked before the work that comes first.
+
+    Args:
+        path: what the user gave.
+        name: of the option, for the message.
+
+    Raises:
+        MissingFileError: its folder does not exist.
+        UserError: it is an address, a folder, or its name does not end in .png. Other formats limit the size.
+    """
+    local = local_path(path, name)
+    if local.suffix.lower() != ".png" or local.is_dir():
+        raise UserError(f"{name} is {path}, expected a file whose name ends in .png")
+    if not local.parent.is_dir():
+        raise MissingFileError(f"{name} is {path}, but there is no folder {local.parent}; make it, or name another")
+    return local
+
+
+def write_figure(figure: Image.Image, path: Path) -> None:
+    """Writes a figure as a PNG file, atomically.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    with storage_errors(path):
+        write_atomically(path, lambda partial: figure.save(partial, "PNG"))
 
 
 def prediction_grid(
@@ -200,7 +234,7 @@ def wrap_text(text: str, font: Font, width: float, lines: int) -> list[str]:
 
     def fitting(text: str, end: str = "") -> int:
         """The number of characters of the text that fit on a line before `end`."""
-        length = len(text)
+        length = min(len(text), int(width))  # a character is a pixel wide or more
         while length > 1 and font.getlength(text[:length].replace(NO_BREAK, " ").rstrip() + end) > width:
             length -= 1
         return length

@@ -46,8 +46,10 @@ def local_path(path: str | Path, name: str) -> Path:
         name: of the option or config field, for the message.
 
     Raises:
-        UserError: it is an address, such as gs://bucket/folder, or there is no home folder.
+        UserError: it is empty, or an address such as gs://bucket/folder, or there is no home folder.
     """
+    if not str(path).strip():  # `Path` takes it for the working directory
+        raise UserError(f"{name} is empty; expected a path")
     check_local(path, name)
     return expand_user(path)
 

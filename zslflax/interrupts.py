@@ -1,4 +1,4 @@
-"""Ctrl-C where a KeyboardInterrupt does not end a program quietly: during imports and in callbacks.
+"""Ctrl-C and SIGTERM: also during imports and in callbacks, where a KeyboardInterrupt does not end a program quietly.
 
 It imports nothing that takes time, because the command `zslflax` uses it before it imports anything else.
 """
@@ -13,7 +13,12 @@ from typing import NoReturn
 
 INTERRUPTED = 130  # exit status after Ctrl-C
 MESSAGE = "zslflax: interrupted"
+TERMINATED = 143  # exit status after SIGTERM
 RAISE_AGAIN_SECONDS = 0.1
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised by SIGTERM as Ctrl-C raises its base class, so that files that are half written are removed."""
 
 
 def end_on_interrupt() -> None:
@@ -27,9 +32,11 @@ def end_on_interrupt() -> None:
 
 
 def raise_on_interrupt() -> None:
-    """Lets Ctrl-C raise a KeyboardInterrupt again, as Python does."""
+    """Lets Ctrl-C raise a KeyboardInterrupt again, as Python does, and SIGTERM a `Terminated`."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
 
 
 def _end(_: int, __: FrameType | None) -> NoReturn:
@@ -38,18 +45,24 @@ def _end(_: int, __: FrameType | None) -> NoReturn:
     os._exit(INTERRUPTED)
 
 
-def was_interrupted(error: BaseException | None) -> bool:
-    """Whether an exception is a KeyboardInterrupt, or was raised because of one.
+def _terminate(_: int, __: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def find_interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The KeyboardInterrupt that an exception is, or because of which it was raised; None if there is none.
 
     A library in C++ that is interrupted while it is imported raises an ImportError.
     """
-    while error and not isinstance(error, KeyboardInterrupt):
+    while error:
+        if isinstance(error, KeyboardInterrupt):
+            return error
         error = error.__cause__ or error.__context__
-    return error is not None
+    return None
 
 
 def interrupt_again(found: "sys.UnraisableHookArgs") -> bool:
-    """Whether the exception that cannot be raised is a KeyboardInterrupt. If so, SIGINT is sent again.
+    """Whether the exception that cannot be raised is a KeyboardInterrupt. If so, its signal is sent again.
 
     Python drops exceptions of a callback, such as the one by which jax collects garbage, so that a Ctrl-C in it would
     have no effect. When the program ends there is nothing left to interrupt.
@@ -57,7 +70,8 @@ def interrupt_again(found: "sys.UnraisableHookArgs") -> bool:
     if not isinstance(found.exc_value, KeyboardInterrupt):
         return False
     if threading.main_thread().is_alive():
-        timer = threading.Timer(RAISE_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
+        number = signal.SIGTERM if isinstance(found.exc_value, Terminated) else signal.SIGINT
+        timer = threading.Timer(RAISE_AGAIN_SECONDS, os.kill, (os.getpid(), number))
         timer.daemon = True
         timer.start()
     return True

@@ -119,8 +119,8 @@ def run(_: Any) -> int:
         raise UserError(
             f"--model={MODEL.value} is for --mode=evaluate; a run starts with a model by --config.init_from"
         )
-    resolve_templates(run_config)
     validate(run_config)
+    resolve_templates(run_config)
     batch_sizes = run_config.batch_size, run_config.eval.batch_size
     # With micro-batches, the number of devices is part of what a batch normalisation computes.
     cores = 1.0 if run_config.micro_batch else available_cores()

@@ -7,15 +7,15 @@ import argparse
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from zslflax.cli import add_model_argument, exit_on_error, prepare_inference
+from zslflax.cli import add_model_argument, exit_on_error, number_from, prepare_inference
 from zslflax.errors import UserError
-from zslflax.figures import prediction_grid, text_bars
-from zslflax.files import local_path
+from zslflax.figures import figure_path, prediction_grid, text_bars, write_figure
 from zslflax.inference.classifier import Classifier
 from zslflax.inference.image_input import expand_folders, read_image
 from zslflax.inference.predictor import Predictor
@@ -23,10 +23,9 @@ from zslflax.inference.prompts import read_class_names, read_templates
 from zslflax.inference.test_names import read_test_names
 from zslflax.inference.top_k import top_k_or_all
 from zslflax.models.import_weights.locate import locate
-from zslflax.saving import storage_errors
 
 CHUNK = 64  # images that are in memory at once, unless they are drawn
-SHOWN_NAMES = 5  # of the model's own class names, on standard error
+SHOWN_NAMES = 5  # of a list of class names, on standard error
 
 
 def main() -> None:
@@ -35,6 +34,8 @@ def main() -> None:
     predictor = Predictor.restore(args.workdir, allow_urls=args.allow_urls)
     templates = read_templates(args.templates) if args.templates else None
     class_names = read_class_names(args.class_names) if args.class_names else own_class_names(predictor, args.workdir)
+    if args.class_names and (repeated := [name for name, count in Counter(class_names).items() if count > 1]):
+        print(f"zslflax: --class-names has names more than once: {shorten_list(repeated)}", file=sys.stderr)
     answered, broken = classify_files(predictor, args.images, class_names, templates, args.top, args.png, args.json)
     if broken and not answered:
         sys.exit("zslflax: none of the images could be read")
@@ -51,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--templates", help='a prompt template, such as "a photo of a {}.", or a file of them; default: the run\'s'
     )
-    parser.add_argument("--top", type=int, default=5, help="class names per image (default: 5)")
+    parser.add_argument("--top", type=number_from(1), default=5, help="class names per image (default: 5)")
     parser.add_argument("--png", metavar="FILE", help="draw the answers into this file instead of printing them")
     parser.add_argument("--json", action="store_true", help="print a JSON object per image, with probabilities")
     parser.add_argument("--allow-urls", action="store_true", help="an IMAGE may be an http(s) address, and is fetched")
@@ -62,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     if not args.images:
         parser.error("give images")
     if args.png:
-        args.png = local_path(args.png, "--png")
+        args.png = figure_path(args.png, "--png")
     return args
 
 
@@ -84,9 +85,13 @@ def own_class_names(predictor: Predictor, model: str) -> list[str]:
         raise UserError(
             f'{model} has no class names of its own; give --class-names="a cat,a dog", or a file with one a line'
         )
-    shown = ", ".join([*names[:SHOWN_NAMES], *(["…"] if len(names) > SHOWN_NAMES else [])])
-    print(f"zslflax: no --class-names: the {len(names)} {origin} are taken ({shown})", file=sys.stderr)
+    print(f"zslflax: no --class-names: the {len(names)} {origin} are taken ({shorten_list(names)})", file=sys.stderr)
     return names
+
+
+def shorten_list(names: Sequence[str]) -> str:
+    """The first names, with commas between them."""
+    return ", ".join([*names[:SHOWN_NAMES], *(["…"] if len(names) > SHOWN_NAMES else [])])
 
 
 def classify_files(
@@ -122,8 +127,7 @@ def classify_files(
                 print("\n".join([str(path), *text_bars([(name, score) for name, score, _ in answer])]))
         sys.stdout.flush()
     if png and drawn:
-        with storage_errors(png):
-            prediction_grid(*zip(*drawn)).save(png)
+        write_figure(prediction_grid(*zip(*drawn)), png)
         print(f"zslflax: wrote {png}", file=sys.stderr)
     return answered, broken
 

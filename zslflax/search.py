@@ -7,12 +7,13 @@ import argparse
 import json
 import sys
 
-from zslflax.cli import add_model_argument, exit_on_error, prepare_inference
+from zslflax.cli import add_model_argument, exit_on_error, number_from, prepare_inference
 from zslflax.errors import UserError
 from zslflax.figures import text_bars
 from zslflax.inference.embed_files import embed_files
 from zslflax.inference.image_input import expand_folders
 from zslflax.inference.predictor import Predictor
+from zslflax.inference.prompts import check_queries
 
 
 def main() -> None:
@@ -20,10 +21,11 @@ def main() -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, or a folder: the images below it")
     parser.add_argument("--query", action="append", required=True, help="a sentence; several give several answers")
     add_model_argument(parser)
-    parser.add_argument("--top", type=int, default=5, help="images per query (default: 5)")
+    parser.add_argument("--top", type=number_from(1), default=5, help="images per query (default: 5)")
     parser.add_argument("--json", action="store_true", help="print a JSON object per query")
     parser.add_argument("--allow-urls", action="store_true", help="an IMAGE may be an http(s) address, and is fetched")
     args = parser.parse_args()
+    check_queries(args.query)  # before the images are embedded
     prepare_inference()
     predictor = Predictor.restore(args.workdir, allow_urls=args.allow_urls)
     errors: list[UserError] = []

@@ -145,6 +145,12 @@ def test_blank_names_templates_without_a_place_and_k_of_0_are_refused(predictor,
         predictor.classify(images, CLASS_NAMES, top_k=0)
 
 
+def test_an_empty_query_is_refused(predictor, images):
+    for query in ("", ["a cat", " "]):
+        with pytest.raises(UserError, match="is empty; expected a sentence"):
+            predictor.search(query, images)
+
+
 def test_class_embeddings_are_computed_once_for_a_run_and_its_export(
     trained_workdir, exported, tmp_path, monkeypatch, caplog
 ):

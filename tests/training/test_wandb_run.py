@@ -18,6 +18,18 @@ def test_a_missing_library_is_named_with_its_extra(tiny_config, tmp_path, monkey
 
 
 @pytest.mark.filterwarnings("ignore")  # wandb's own
+def test_a_missing_key_is_a_line_that_says_what_to_set(require, tiny_config, tmp_path, monkeypatch):
+    wandb = require("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    tiny_config.wandb = "shapes"
+    with pytest.raises(UserError, match="wandb is 'shapes', .* API key .*WANDB_API_KEY or WANDB_MODE=offline"):
+        WandbRun(tiny_config, tmp_path)
+    wandb.teardown()  # it keeps what it read of the environment
+
+
+@pytest.mark.filterwarnings("ignore")  # wandb's own
 def test_a_run_sends_metrics_and_figures_and_continues_under_its_id(require, tiny_config, tmp_path, monkeypatch):
     wandb = require("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -8,14 +8,13 @@ import argparse
 import json
 import logging
 
-from zslflax.cli import exit_on_error, start_logging
+from zslflax.cli import exit_on_error, number_from, start_logging
 from zslflax.config import default_config
 from zslflax.data.sources.base import Source
 from zslflax.data.sources.opening import open_source
 from zslflax.data.summary import draw_examples, format_summary, summarise_source
 from zslflax.errors import UserError
-from zslflax.files import local_path
-from zslflax.saving import storage_errors
+from zslflax.figures import figure_path, write_figure
 
 log = logging.getLogger("zslflax")
 
@@ -27,13 +26,15 @@ def main() -> None:
     parser.add_argument(
         "--split", choices=("train", "test"), help="default: train where there are captions, or else test"
     )
-    parser.add_argument("--samples", type=int, default=1_000, help="samples that are read, 0 for all (default 1000)")
+    parser.add_argument(
+        "--samples", type=number_from(0), default=1_000, help="samples that are read, 0 for all (default 1000)"
+    )
     parser.add_argument("--picture", metavar="FILE", help="draw ten samples into this file, such as samples.png")
     parser.add_argument("--captions-per-line", action="store_true", help="as the config's data.captions_per_line")
     parser.add_argument("--tfds-dir", default="", help="as the config's data.tfds_dir")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
-    path = args.picture and local_path(args.picture, "--picture")
+    path = args.picture and figure_path(args.picture, "--picture")
     start_logging()
     source, split = open_either(args.source, args.split, args.captions_per_line, args.tfds_dir)
     summary = {"source": args.source, "split": split} | summarise_source(source, args.samples)
@@ -44,8 +45,7 @@ def main() -> None:
         drawn = draw_examples(source)
         if drawn is None:
             raise UserError(f"none of ten samples of {args.source} can be read: there is nothing to draw")
-        with storage_errors(path):
-            drawn.save(path)
+        write_figure(drawn, path)
         log.info("%s has ten samples", path)
 
 

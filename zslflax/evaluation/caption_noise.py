@@ -76,17 +76,16 @@ def analyse_source(
         UserError: the source has no captions or cannot be read, or a file cannot be written.
     """
     source = open_source(spec, predictor.config.data, "train")
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     pairs = embed_pairs(predictor, source, spec, features_of(source))
     log_scale = predictor.variables["params"]["objective"]["log_logit_scale"]
     summary = summarise_noise(pairs, float(np.exp(log_scale)))
     order = np.argsort(pair_scores(pairs), kind="stable")
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "noise.json", json.dumps(summary, indent=1, ensure_ascii=False))
     write_text(folder / "noise.csv", format_pairs(pairs, order[: max(1, round(worst * len(order)))], source))
     figure = draw_pairs(pairs, order[:DRAWN_PAIRS], source)
-    with storage_errors(folder / "noise.png"):
-        figure.save(folder / "noise.png")
+    figures.write_figure(figure, folder / "noise.png")
     log.info("noise.json, noise.csv and noise.png are in %s", folder)
     return summary
 

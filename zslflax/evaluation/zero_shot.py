@@ -14,6 +14,7 @@ from zslflax import distributed, figures
 from zslflax.data import preprocess
 from zslflax.data.image_features import ImageFeatures
 from zslflax.data.sources.base import Source
+from zslflax.errors import StorageError
 from zslflax.evaluation.embedding import embed_images
 from zslflax.evaluation.metrics import zero_shot_metrics
 from zslflax.evaluation.results import Metric, Results
@@ -22,7 +23,7 @@ from zslflax.evaluation.test_sets import TestSet, TrueLabels, true_labels
 from zslflax.inference.class_embeddings import share_among_processes
 from zslflax.inference.predictor import Predictor
 from zslflax.inference.top_k import top_k_or_all
-from zslflax.saving import write_atomically
+from zslflax.saving import storage_errors
 
 log = logging.getLogger("zslflax")
 DRAWN_IMAGES, DRAWN_ANSWERS = 12, 5  # in the figure of predictions, and beside each image
@@ -79,17 +80,18 @@ def evaluate(
             if candidates is not None and model == shipped and distributed.is_main():
                 suffix = f"-{test_set.name}" if len(test_sets) > 1 else ""
                 path = folder / f"{predictor.step}{suffix}.png"
-                write_figure(draw_predictions(test_set.source, images.sample, image_emb, candidates), path)
+                write_predictions(draw_predictions(test_set.source, images.sample, image_emb, candidates), path)
     return results
 
 
-def write_figure(figure: Image.Image, path: Path) -> None:
+def write_predictions(figure: Image.Image, path: Path) -> None:
     """Writes a PNG file, or warns that it cannot be written: what is measured does not depend on it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda partial: figure.save(partial, "PNG"))
-    except OSError as error:
-        log.warning("the predictions are not drawn: %s cannot be written: %s", path, error.strerror or error)
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figures.write_figure(figure, path)
+    except StorageError as error:
+        log.warning("the predictions are not drawn: %s", error)
 
 
 def measure_model(

@@ -25,7 +25,7 @@ from zslflax.inference.export import SavedModel, export_model
 from zslflax.inference.image_input import ImageInput, is_array, preprocess_images, read_image, to_numpy
 from zslflax.inference.model_card import CardFacts
 from zslflax.inference.probabilities import class_probabilities
-from zslflax.inference.prompts import read_class_names, read_templates
+from zslflax.inference.prompts import check_queries, read_class_names, read_templates
 from zslflax.inference.restore import restore_model
 from zslflax.inference.top_k import top_k_or_all
 from zslflax.models.build import text_config
@@ -230,8 +230,12 @@ class Predictor:
             query: the sentence; no prompt template is applied. Or several sentences, which give a list for each.
             images: as in `encode_image`, or the embeddings fp32 [b, d] that it returned.
             top_k: number of images.
+
+        Raises:
+            UserError: a sentence is empty, or as `encode_image`.
         """
         queries = [query] if isinstance(query, str) else list(query)
+        check_queries(queries)
         images = to_numpy(images) if is_array(images) else images
         embedded = isinstance(images, np.ndarray) and images.ndim == 2 and images.dtype == np.float32
         image_emb = images if embedded else self.encode_image(images)

@@ -118,6 +118,12 @@ def read_templates(spec: str | Sequence[str]) -> list[str]:
     return templates
 
 
+def check_queries(queries: Sequence[str]) -> None:
+    """Raises a UserError if a sentence is empty: every image would be as good an answer as any other."""
+    if blank := [number for number, query in enumerate(queries, start=1) if not query.strip()]:
+        raise UserError(f"query {blank[0]} of {len(queries)} is empty; expected a sentence")
+
+
 def resolve_templates(config: ConfigDict) -> None:
     """Replaces a file name in `config.eval.templates` by the templates in the file, so that the run keeps them."""
     templates = config.eval.templates

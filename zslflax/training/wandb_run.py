@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from zslflax.config_json import to_json
 from zslflax.data.addresses import hide_credentials
-from zslflax.errors import MissingLibraryError
+from zslflax.errors import MissingLibraryError, UserError
 from zslflax.files import read_json
 from zslflax.saving import write_json
 
@@ -27,6 +27,7 @@ class WandbRun:
 
     Raises:
         MissingLibraryError: wandb is not installed.
+        UserError: wandb refuses to start.
     """
 
     def __init__(self, config: ConfigDict, workdir: Path):
@@ -38,15 +39,21 @@ class WandbRun:
         run_id = read_json(path)["id"] if path.is_file() else secrets.token_hex(4)
         write_json(path, {"id": run_id})
         self.image = wandb.Image
-        self.run = wandb.init(
-            project=config.wandb,
-            id=run_id,
-            name=config.name,
-            dir=workdir,
-            resume="allow",
-            config=json.loads(hide_credentials(to_json(config))),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self.run = wandb.init(
+                project=config.wandb,
+                id=run_id,
+                name=config.name,
+                dir=workdir,
+                resume="allow",
+                config=json.loads(hide_credentials(to_json(config))),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as error:  # no key, no such project, no connection
+            raise UserError(
+                f"config: wandb is {config.wandb!r}, and Weights & Biases says: {str(error).partition(chr(10))[0]} "
+                'Give WANDB_API_KEY or WANDB_MODE=offline, or set wandb=""'
+            ) from error
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Sends the metrics of a step; None stands for a value that is not finite, and is left out."""
