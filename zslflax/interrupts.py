@@ -73,5 +73,6 @@ def interrupt_again(found: "sys.UnraisableHookArgs") -> bool:
         number = signal.SIGTERM if isinstance(found.exc_value, Terminated) else signal.SIGINT
         timer = threading.Timer(RAISE_AGAIN_SECONDS, os.kill, (os.getpid(), number))
         timer.daemon = True
-        timer.start()
+        with contextlib.suppress(KeyboardInterrupt):  # another one, while the thread that repeats the first begins
+            timer.start()
     return True

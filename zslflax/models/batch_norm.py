@@ -90,7 +90,7 @@ def forward(
 ) -> tuple[tuple[jax.Array, Statistics], tuple[jax.Array, jax.Array, Statistics]]:
     """The result of `normalise_by_batch`, and what `backward` needs."""
     wide = x.astype(jnp.float32)
-    mean, mean_square = channel_means((wide, wide * wide), axis_name)
+    mean, mean_square = average_devices(channel_mean(wide), channel_mean(wide * wide), axis_name)
     statistics = mean, jnp.maximum(mean_square - mean * mean, 0.0)
     y = normalise(wide, statistics, scale, bias, epsilon).astype(x.dtype)
     return (y, statistics), (x, scale, statistics)
@@ -106,18 +106,23 @@ def backward(
     x, scale, (mean, var) = saved
     dy, inverse = gradients[0].astype(jnp.float32), jax.lax.rsqrt(var + epsilon)
     normalised, count = (x.astype(jnp.float32) - mean) * inverse, x.size // x.shape[-1]
-    own_mean, own_product = channel_means((dy, dy * normalised), None)
-    dy_mean, dy_product = own_mean, own_product
-    if axis_name:
-        dy_mean, dy_product = jax.lax.pmean((own_mean, own_product), axis_name)
+    own_mean, own_product = channel_mean(dy), channel_mean(dy * normalised)
+    dy_mean, dy_product = average_devices(own_mean, own_product, axis_name)
     dx = scale * inverse * (dy - dy_mean - normalised * dy_product)
     return dx.astype(x.dtype), own_product * count, own_mean * count
 
 
-def channel_means(arrays: tuple[jax.Array, ...], axis_name: str | None) -> tuple[jax.Array, ...]:
-    """Means of arrays [..., c] over all axes but the last, and over the devices of a mapped axis: [c] each."""
-    means = tuple(jnp.mean(x, axis=range(x.ndim - 1)) for x in arrays)
-    return jax.lax.pmean(means, axis_name) if axis_name else means
+def channel_mean(x: jax.Array) -> jax.Array:
+    """The mean over all axes but the last: [..., c] → [c]."""
+    return jnp.mean(x, axis=range(x.ndim - 1))
+
+
+def average_devices(x: jax.Array, y: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
+    """Averages two arrays of one shape over the devices of a mapped axis, by one all-reduce."""
+    if not axis_name:
+        return x, y
+    x, y = jax.lax.pmean(jnp.stack([x, y]), axis_name)
+    return x, y
 
 
 normalise_by_batch.defvjp(forward, backward)
