@@ -108,9 +108,9 @@ def kernels(text: str) -> Iterator[tuple[str, str, float]]:
     def visit(name: str, runs: int) -> Iterator[tuple[str, str, float]]:
         sizes = {result: size(shape) for result, shape, _, _ in computations[name]}
         for result, _, kind, rest in computations[name]:
-            if kind == "while":
+            if kind in ("while", "call"):
                 trips = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', rest)
-                body = re.search(r"body=%([^,\s]+)", rest)
+                body = re.search(r"(?:body|to_apply)=%([^,\s]+)", rest)
                 yield from visit(body[1], runs * (int(trips[1]) if trips else 1)) if body else ()
             elif kind not in NO_KERNELS:
                 operands = set(re.findall(r"%([^,\s)]+)", rest.partition("), ")[0]))
