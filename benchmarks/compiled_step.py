@@ -98,7 +98,7 @@ def kernels(text: str) -> Iterator[tuple[str, str, float]]:
     """The kernels of a compiled program, from its text: name, path in the traced function, bytes read and written."""
     computations: dict[str, list[tuple[str, str, str, str]]] = {}
     entry = ""
-    for line in text.splitlines():
+    for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
         if match := COMPUTATION.match(line):
             current = computations.setdefault(match[2], [])
             entry = match[2] if match[1] else entry

@@ -27,6 +27,11 @@ def test_a_fused_kernel_reads_each_array_once_and_writes_its_result(compiled_ste
     assert traffic(compiled_step, lambda x: function(x, x), X) == 2 * BYTES
 
 
+def test_kernels_of_many_arrays_count_them_all(compiled_step):
+    many = [X + i for i in range(8)]
+    assert traffic(compiled_step, lambda *arrays: [jnp.tanh(x) for x in arrays], *many) == 2 * 8 * BYTES
+
+
 def test_products_count_with_their_operands(compiled_step):
     x, y = jnp.ones((64, 256)), jnp.ones((256, 32))
     # Eigen's product may need one operand copied first.

@@ -1,5 +1,6 @@
 """The top-k search compared with brute force: all scores, sorted stably."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -39,6 +40,17 @@ def test_top_k_equals_brute_force_with_ties(n, c, k, class_chunk, image_chunk, m
         np.testing.assert_array_equal(ids, expected_ids)
         np.testing.assert_array_equal(scores, expected_scores)
         assert scores.dtype == np.float32 and ids.dtype == np.int32
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_every_backend_takes_as_many_images_at_a_time_as_suit_it(monkeypatch, backend):
+    rng = np.random.default_rng(0)
+    image_emb, class_emb = coarse(rng, 1500, 3), coarse(rng, 700, 3)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    scores, ids = top_k(image_emb, class_emb, 5)
+    expected_scores, expected_ids = brute_force(image_emb, class_emb, 5)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_array_equal(scores, expected_scores)
 
 
 def test_equal_scores_are_ordered_by_id():

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from zslflax.evaluation.labels import Labels, is_labelled, label_pairs
-from zslflax.inference.top_k import merge_scores
+from zslflax.inference.top_k import images_at_a_time, merge_scores
 
 CLASS_CHUNK = 1 << 10  # classes whose scores exist at a time
-IMAGE_CHUNK = 64  # images whose top k are updated at a time
 COMPARED = 16  # positives of a class, up to which comparing all scores with each is faster than sorting them
 
 
@@ -120,7 +119,7 @@ def rank_classes(
         first = min(start, c - class_chunk)  # the last chunk overlaps the one before: one shape is compiled
         classes = jnp.asarray(class_emb[first : first + class_chunk], jnp.float32)
         seen = start - first
-        scores, best = score_chunk(images, classes, np.int32(first), np.int32(seen), best, min(IMAGE_CHUNK, n))
+        scores, best = score_chunk(images, classes, np.int32(first), np.int32(seen), best, images_at_a_time(n))
         precision.add(start, np.asarray(scores)[seen:])
         del scores  # before the next chunk's exist
     return np.asarray(best[1]), precision.per_class
