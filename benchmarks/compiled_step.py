@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-from step import configure, draw_batch, packed
+from step import TOWERS, configure, draw_batch, packed
 
 from zslflax.config import compute_dtype
 from zslflax.distributed import AXIS
@@ -68,15 +68,17 @@ INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (\([^=]*?\)|\S+) ([\w-]+)\((.*)
 
 def compile_step(args, batch_size: int, teacher_batch_norm: str) -> Any:
     """The compiled step; `args` as benchmarks/step.py's, which also need `remat`."""
-    args.batch = batch_size
+    args.batch, args.teacher_batch_norm = batch_size, teacher_batch_norm
     config, batch = configure(args), packed(draw_batch(args))
-    config.teacher.batch_norm, config.model.image.remat = teacher_batch_norm, args.remat
-    config.model.text.remat = args.remat
+    config.model.image.remat = config.model.text.remat = args.remat
     model = build_two_tower(config.model, dtype=compute_dtype(config), axis_name=AXIS)
     example = [x[:1] for name, x in draw_batch(args).items() if name != "valid"]
     variables = jax.eval_shape(model.init, jax.random.key(0), *example)
     objective_params = jax.eval_shape(functools.partial(init_params, config.objective))
-    variables["params"]["objective"] = objective_params
+    variables = {
+        "params": {**variables["params"], "objective": objective_params},
+        "batch_stats": variables.get("batch_stats", {}),
+    }
     tx = build_optimizer(config, variables["params"], config.steps)
     state = jax.eval_shape(functools.partial(create_train_state, tx=tx, ema=True, frozen=()), variables)
     topology = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")
@@ -146,7 +148,10 @@ def measure(args, batch_size: int, teacher_batch_norm: str) -> dict[str, Any]:
     groups: collections.Counter[str] = collections.Counter()
     for name, path, traffic in found:
         groups[group(name, path)] += traffic
-    total, sizes = sum(groups.values()), {"batch": batch_size, "teacher_batch_norm": teacher_batch_norm}
+    total, sizes = (
+        sum(groups.values()),
+        {"tower": args.tower, "batch": batch_size, "teacher_batch_norm": teacher_batch_norm},
+    )
     return {"benchmark": "compiled_step", "device": "NVIDIA H100 80GB HBM3", **sizes, "remat": args.remat} | {
         "peak_mb": round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e6),
         "traffic_gb": round(total / 1e9, 1),
@@ -160,7 +165,8 @@ def measure(args, batch_size: int, teacher_batch_norm: str) -> dict[str, Any]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1024])
-    parser.add_argument("--teacher_batch_norm", nargs="+", choices=("batch", "ema", "student"), default=["batch"])
+    parser.add_argument("--teacher_batch_norm", nargs="+", choices=("batch", "ema"), default=["batch"])
+    parser.add_argument("--tower", default="resnet50", choices=TOWERS)
     parser.add_argument("--remat", action="store_true", help="in both towers")
     parser.add_argument("--image", type=int, default=224, help="side in pixels")
     parser.add_argument("--layers", type=int, default=12, help="of the text tower")
@@ -170,7 +176,7 @@ def main():
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the plugin would look for CUDA's driver
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     jax.default_backend = lambda: "gpu"  # the towers choose the form for a GPU
-    for batch_size, teacher_batch_norm in itertools.product(args.batch, args.teacher_batch_norm):
+    for batch_size, teacher_batch_norm in list(itertools.product(args.batch, args.teacher_batch_norm)):
         print(json.dumps(measure(args, batch_size, teacher_batch_norm)), flush=True)
 
 

@@ -2,12 +2,15 @@
 
     python benchmarks/step.py                                                      # batches of 256 … 4,096
     python benchmarks/step.py --batch 1024 --rounds 1 --contenders zslflax torch_compiled
+    python benchmarks/step.py --batch 1024 --rounds 1 --tower vit_b16              # ViT-B/16 and AdamW
+    python benchmarks/step.py --batch 1024 --rounds 1 --teacher_batch_norm ema     # running statistics, folded
     python benchmarks/step.py --batch 8 --image 64 --layers 2 --dtype float32      # a quick check on a CPU
 
-The step: ResNet-50 and a BERT with random weights, an EMA teacher of both (its batch normalisation uses the batch's
-statistics; its texts have no dropout), self-distillation, SGD with momentum. Towers are in bf16, embeddings and losses
-in fp32. The batch is on the device already: the input pipeline has its own benchmark. Captions have lengths like
-CC3M's, as benchmarks/packing.py draws them (mean 12, standard deviation 6, at most 60 tokens).
+The step: ResNet-50, or ViT-B/16, and a BERT with random weights, an EMA teacher of both (its batch normalisation uses
+the batch's statistics; its texts have no dropout), self-distillation, SGD with momentum or, for the ViT, AdamW. Towers
+are in bf16, embeddings and losses in fp32. The batch is on the device already: the input pipeline has its own
+benchmark. Captions have lengths like CC3M's, as benchmarks/packing.py draws them (mean 12, standard deviation 6, at
+most 60 tokens).
 
     zslflax                   zslflax.training.step.train_step as `train` runs it, captions packed into rows of 128
                               tokens
@@ -32,12 +35,13 @@ A contender that runs out of memory, or fails otherwise, prints the reason, and 
 after each batch has the medians so far and their ratios to the best of PyTorch's. The matrix rate (8,192³, in the
 towers' type) and the bandwidth (a copy, bytes read and written) are the better of the two libraries', measured first.
 
-FLOPs: 4 × (forward passes of student and teacher, gradients by inputs and by weights) 2 × (4.09e9 × (size / 224)² per
-image + 12 · layers · width² per token), without padding; products of embeddings and attention, 1%, are left out.
+FLOPs: 4 × (forward passes of student and teacher, gradients by inputs and by weights) 2 × (4.09e9 (ViT: 17e9) × (size /
+224)² per image + 12 · layers · width² per token), without padding; products of embeddings and attention, 1% (ViT: 4%),
+are left out.
 Bytes: 7 × (student's and teacher's values written and read, the student's read again, their gradients written and read)
-the size of a number × (11.1e6 × (size / 224)² per image + 9 · layers · width per token), the outputs of convolutions
-and dense layers, as if everything else were fused into them; and 32 per parameter: it, its momentum and its average
-read and written, its gradient written and read, in fp32.
+the size of a number × (11.1e6 (ViT: 16.5e6) × (size / 224)² per image + 9 · layers · width per token), the outputs of
+convolutions and dense layers, as if everything else were fused into them; and 32 (AdamW: 40) per parameter: it, its
+moments and its average read and written, its gradient written and read, in fp32.
 
 It needs jax, flax, optax, safetensors and ml_collections (a pure Python wheel), and for PyTorch's step torch,
 transformers and timm or torchvision; no tokenizer, image codec or data library.
@@ -77,7 +81,11 @@ from zslflax.training.train_state import create_train_state
 
 TOKENS, ROW = 60, 128
 WARM_UP = 3  # steps
-RESNET50 = {"macs": 4.09e9, "outputs": 11.1e6, "parameters": 23.5e6}  # for an image of 224 pixels
+TOWERS = {  # for an image of 224 pixels
+    "resnet50": {"macs": 4.09e9, "outputs": 11.1e6, "parameters": 23.5e6},
+    "vit_b16": {"macs": 16.9e9, "outputs": 16.5e6, "parameters": 85.8e6},
+}
+OPTIONS = ("tower", "teacher_batch_norm", "image", "layers", "width", "dtype", "steps")
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|MemoryError|can't allocate memory|out of memory", re.IGNORECASE)
 
 
@@ -87,6 +95,8 @@ def configure(args):
     c.batch_size, c.compute_dtype, c.steps = args.batch, args.dtype, 1_000_000  # a constant learning rate
     c.model.image.size, c.model.text.max_tokens = args.image, TOKENS
     c.model.text.scratch.update(layers=args.layers, width=args.width, heads=args.width // 64)
+    c.model.image.name, c.teacher.batch_norm = args.tower, args.teacher_batch_norm
+    c.optimizer.name = "adamw" if args.tower == "vit_b16" else "sgd"
     return c
 
 
@@ -121,7 +131,7 @@ class Step:
     def __init__(self, config, model, variables, batch):
         params = {**variables["params"], "objective": init_params(config.objective)}
         tx = build_optimizer(config, params, config.steps)
-        variables = {"params": params, "batch_stats": variables["batch_stats"]}
+        variables = {"params": params, "batch_stats": variables.get("batch_stats", {})}
         self.state = distributed.replicate(create_train_state(variables, tx, ema=True, frozen=()))
         self.train_step = TrainStep({}, model=model, teacher_model=model, tx=tx, config=config)
         ((self.batch, _),) = distributed.prefetch_to_devices(iter([batch]))
@@ -152,9 +162,9 @@ def run_torch(args, compiled: bool, longest: bool) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True
     config, batch = configure(args), draw_batch(args)
-    image, library = step_torch.resnet50()
+    image, width, library = step_torch.image_tower(args.tower)
     text = step_torch.bert(config.model.text)
-    student = step_torch.TwoTower(image, 2048, text, config, bf16=args.dtype == "bfloat16").to(device)
+    student = step_torch.TwoTower(image, width, text, config, bf16=args.dtype == "bfloat16").to(device)
     width = int(batch["text_mask"].sum(axis=1).max()) if longest else TOKENS
     inputs = step_torch.from_numpy(batch["image"], batch["text"][:, :width], batch["text_mask"][:, :width], device)
     step = step_torch.Distillation(student, config, compiled)
@@ -162,7 +172,7 @@ def run_torch(args, compiled: bool, longest: bool) -> dict:
     on_gpu = device == "cuda"
     measured |= {"peak_mb": peak_mb(torch.cuda.max_memory_allocated() if on_gpu else None)}
     measured |= {"rows": args.batch, "row": width, "device": torch.cuda.get_device_name() if on_gpu else "cpu"}
-    return measured | {"torch": torch.__version__, "transformers": transformers.__version__, "resnet50": library}
+    return measured | {"torch": torch.__version__, "transformers": transformers.__version__, args.tower: library}
 
 
 def timed(step, args) -> dict:
@@ -229,11 +239,12 @@ def library_rates(product, copy, wait, n: int, size: int) -> dict:
 def floor(args, batch: int, rates: dict) -> dict:
     """The milliseconds of a step's products and memory traffic at the measured rates; see the module."""
     images, tokens = batch * (args.image / 224) ** 2, int(caption_lengths(batch).sum())
-    layers, w = args.layers, args.width
-    flops = 4 * 2 * (images * RESNET50["macs"] + tokens * 12 * layers * w**2)
-    outputs = images * RESNET50["outputs"] + tokens * 9 * layers * w
-    parameters = RESNET50["parameters"] + 12 * layers * w**2 + 31_036 * w  # 30,522 words, 512 positions, 2 types
-    moved = 7 * jnp.dtype(args.dtype).itemsize * outputs + 32 * parameters
+    layers, w, tower = args.layers, args.width, TOWERS[args.tower]
+    flops = 4 * 2 * (images * tower["macs"] + tokens * 12 * layers * w**2)
+    outputs = images * tower["outputs"] + tokens * 9 * layers * w
+    parameters = tower["parameters"] + 12 * layers * w**2 + 31_036 * w  # 30,522 words, 512 positions, 2 types
+    of_parameters = (40 if args.tower == "vit_b16" else 32) * parameters
+    moved = 7 * jnp.dtype(args.dtype).itemsize * outputs + of_parameters
     return {"matrix_ms": 1e3 * flops / rates["matrix_rate"], "memory_ms": 1e3 * moved / rates["bandwidth"]}
 
 
@@ -251,7 +262,7 @@ RATES = {"rates_jax": rates_jax, "rates_torch": rates_torch}
 def in_own_process(name: str, batch: int, args, cache: Path) -> dict:
     """The results of a contender or of a rate, or the reason why there are none."""
     command = [sys.executable, __file__, f"--only={name}", f"--batch={batch}"]
-    command += [f"--{option}={getattr(args, option)}" for option in ("image", "layers", "width", "dtype", "steps")]
+    command += [f"--{option}={getattr(args, option)}" for option in OPTIONS]
     environment = {"CUDA_VISIBLE_DEVICES": "0", "XLA_CLIENT_MEM_FRACTION": "0.95"} | os.environ
     environment |= {"JAX_COMPILATION_CACHE_DIR": f"{cache}/jax", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torch"}
     if "torch" in name:
@@ -284,6 +295,8 @@ def summary(rates: dict[int, dict[str, list[dict]]]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", nargs="+", type=int, default=(256, 512, 1024, 2048, 4096), help="pairs")
+    parser.add_argument("--tower", default="resnet50", choices=TOWERS)
+    parser.add_argument("--teacher_batch_norm", default="batch", choices=("batch", "ema"), help="of a resnet50")
     parser.add_argument("--image", type=int, default=224, help="pixels")
     parser.add_argument("--layers", type=int, default=12, help="of the text tower")
     parser.add_argument("--width", type=int, default=768, help="of the text tower, a multiple of 64")
@@ -293,7 +306,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--only", choices=CONTENDERS | RATES, help="measure one in this process")
     args = parser.parse_args()
-    sizes = {name: getattr(args, name) for name in ("image", "layers", "width", "dtype", "steps")}
+    sizes = {name: getattr(args, name) for name in OPTIONS}
     common = {"benchmark": "step"} | sizes | {"processor": platform.machine(), "python": platform.python_version()}
     if args.only:
         (args.batch,) = args.batch

@@ -1,6 +1,7 @@
 """The same training step in PyTorch, with which benchmarks/step.py compares this project's.
 
-It is built from common libraries: ResNet-50 from timm, torchvision or transformers, transformers' BertModel, autocast.
+It is built from common libraries: ResNet-50 from timm, torchvision or transformers, ViT-B/16 from timm, transformers'
+BertModel, autocast.
 """
 
 import copy
@@ -16,8 +17,18 @@ from zslflax.models.build import resolve_model
 LARGEST_LOG_SCALE = math.log(100.0)
 
 
+def image_tower(name: str) -> tuple[nn.Module, int, str]:
+    """A tower without its classifier, pixels [b, 3, s, s] → features [b, f]; f; and the name of its library."""
+    if name == "vit_b16":
+        import timm
+
+        return timm.create_model("vit_base_patch16_224", num_classes=0), 768, f"timm {timm.__version__}"
+    model, library = resnet50()
+    return model, 2048, library
+
+
 def resnet50() -> tuple[nn.Module, str]:
-    """ResNet-50 without its classifier, pixels [b, 3, s, s] → features [b, 2048], and the name of its library."""
+    """ResNet-50 and the name of its library."""
     makers = {
         "timm": lambda timm: timm.create_model("resnet50", num_classes=0),
         "torchvision": lambda torchvision: without_classifier(torchvision.models.resnet50()),
@@ -99,9 +110,9 @@ class TwoTower(nn.Module):
 
 
 class Distillation:
-    """Self-distillation with an EMA teacher and SGD. A call takes a step and returns its loss.
+    """Self-distillation with an EMA teacher and SGD or AdamW. A call takes a step and returns its loss.
 
-    As with `teacher.batch_norm="batch"`, the teacher's batch normalisation uses the batch's statistics, and its buffers
+    The teacher's batch normalisation uses the batch's statistics or, with `teacher.batch_norm="ema"`, its buffers. They
     are the average of the student's. Its texts have no dropout.
     """
 
@@ -109,12 +120,17 @@ class Distillation:
         self.config, self.student, self.updates = config, student.train(), 0
         self.teacher = copy.deepcopy(student).requires_grad_(False)
         self.teacher.text.eval()
+        self.teacher.image.train(config.teacher.batch_norm == "batch")
         for module in self.teacher.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = 0.0
         self.average, self.current = averaged_tensors(self.teacher), averaged_tensors(student)
         o = config.optimizer
-        self.optimizer = torch.optim.SGD(student.parameters(), o.learning_rate, o.momentum, fused=True)
+        sgd = lambda tensors: torch.optim.SGD(tensors, o.learning_rate, o.momentum, fused=True)
+        adamw = lambda tensors: torch.optim.AdamW(
+            tensors, o.learning_rate, (o.b1, o.b2), o.eps, o.weight_decay, fused=True
+        )
+        self.optimizer = {"sgd": sgd, "adamw": adamw}[o.name](student.parameters())
         self.loss_of = torch.compile(self.loss) if compiled else self.loss
 
     def loss(self, *batch):

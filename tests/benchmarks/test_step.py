@@ -18,9 +18,11 @@ from zslflax.models.build import build_two_tower
 from zslflax.models.import_weights import load
 from zslflax.models.import_weights.layouts import HF_RESNET, TORCHVISION_RESNET
 from zslflax.models.resnet import RESNETS, ResNet
+from zslflax.models.vit import VITS, ViT
 from zslflax.training.train_state import student_variables, teacher_variables
 
-ARGS = SimpleNamespace(batch=8, image=32, layers=1, width=64, dtype="float32")
+RESNET50 = {"tower": "resnet50", "teacher_batch_norm": "batch"}
+ARGS = SimpleNamespace(**RESNET50, batch=8, image=32, layers=1, width=64, dtype="float32")
 STEM, BLOCKS, STEPS = 8, (1, 1), 3
 
 
@@ -31,8 +33,9 @@ def benchmark():
         yield step
 
 
-def config_of(benchmark):
+def config_of(benchmark, batch_norm="batch"):
     c = benchmark.configure(ARGS)
+    c.teacher.batch_norm = batch_norm
     c.model.text.dropout, c.objective.teacher_temperature = 0.0, 0.1
     c.optimizer.learning_rate = 0.03
     return c
@@ -91,8 +94,9 @@ def assert_equal_variables(found, wanted):
     jax.tree_util.tree_map_with_path(compare, found, wanted)
 
 
-def test_both_have_the_same_losses_student_and_teacher(require, benchmark, tmp_path):
-    c, batch = config_of(benchmark), benchmark.draw_batch(ARGS)
+@pytest.mark.parametrize("batch_norm", ["batch", "ema"])
+def test_both_have_the_same_losses_student_and_teacher(require, benchmark, tmp_path, batch_norm):
+    c, batch = config_of(benchmark, batch_norm), benchmark.draw_batch(ARGS)
     theirs = torch_student(require, c)
     model = build_two_tower(c.model, axis_name=AXIS)
     tower = ResNet(BLOCKS, True, stem_width=STEM, axis_name=AXIS)
@@ -113,7 +117,7 @@ def test_both_have_the_same_losses_student_and_teacher(require, benchmark, tmp_p
 
 
 def test_the_floor_counts_the_models_parameters_and_outputs(benchmark):
-    args = SimpleNamespace(batch=1, image=224, layers=12, width=768, dtype="bfloat16")
+    args = SimpleNamespace(**RESNET50, batch=1, image=224, layers=12, width=768, dtype="bfloat16")
     model = build_two_tower(benchmark.configure(args).model)
     inputs = [jax.ShapeDtypeStruct((1, 60), kind) for kind in (np.int32, bool)]
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), np.uint8)
@@ -122,7 +126,7 @@ def test_the_floor_counts_the_models_parameters_and_outputs(benchmark):
     tower, pixels = ResNet(*RESNETS["resnet50"]), jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
     jaxpr = jax.make_jaxpr(tower.apply)(jax.eval_shape(tower.init, jax.random.key(0), pixels), pixels)
     outputs = sum(e.outvars[0].aval.size for e in jaxpr.eqns if e.primitive.name == "conv_general_dilated")
-    assert outputs == pytest.approx(benchmark.RESNET50["outputs"], rel=0.01)
+    assert outputs == pytest.approx(benchmark.TOWERS["resnet50"]["outputs"], rel=0.01)
 
     def step(captions, **rates):
         return benchmark.floor(args, captions, {"matrix_rate": 1e3, "bandwidth": 1e3} | rates)
@@ -134,6 +138,16 @@ def test_the_floor_counts_the_models_parameters_and_outputs(benchmark):
     values = 1000 * outputs + tokens * 12 * (3 + 1 + 4 + 1) * 768
     assert step(1000)["memory_ms"] == pytest.approx(7 * 2 * values + 32 * parameters, rel=0.01)
     assert step(0)["memory_ms"] == pytest.approx(32 * parameters, rel=0.02)
+
+
+def test_the_floor_counts_the_vits_products_outputs_and_parameters(benchmark):
+    tower, pixels = ViT(*VITS["vit_b16"]), jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
+    variables = jax.eval_shape(tower.init, jax.random.key(0), pixels)
+    counted = benchmark.TOWERS["vit_b16"]
+    assert counted["parameters"] == pytest.approx(sum(x.size for x in jax.tree.leaves(variables)), rel=0.01)
+    dense = 12 * (3 + 1 + 4 + 4) * 768**2 * 197 + 196 * 768 * 768  # and the patches
+    assert counted["macs"] == pytest.approx(dense, rel=0.01)
+    assert counted["outputs"] == pytest.approx(12 * (3 + 1 + 4 + 1) * 768 * 197 + 196 * 768, rel=0.01)
 
 
 def test_a_contender_without_enough_memory_is_reported_and_the_others_continue(benchmark, monkeypatch, capsys):
@@ -159,7 +173,7 @@ def test_a_contender_without_enough_memory_is_reported_and_the_others_continue(b
 
 
 def test_out_of_memory_is_distinguished_from_other_failures(benchmark, tmp_path):
-    sizes = {"layers": 1, "width": 64, "steps": 1}
+    sizes = RESNET50 | {"layers": 1, "width": 64, "steps": 1}
     too_large = SimpleNamespace(**sizes, image=10**7, dtype="float32")  # petabytes
     assert benchmark.in_own_process("zslflax", 8, too_large, tmp_path) == {"failed": "out of memory"}
     mistyped = SimpleNamespace(**sizes, image=32, dtype="float31")
