@@ -174,7 +174,9 @@ def main():
     args = parser.parse_args()
     args.dtype = "bfloat16"
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the plugin would look for CUDA's driver
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    # Without trials there is no configuration of Triton's products; cuBLAS's need none.
+    flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     jax.default_backend = lambda: "gpu"  # the towers choose the form for a GPU
     for batch_size, teacher_batch_norm in list(itertools.product(args.batch, args.teacher_batch_norm)):
         print(json.dumps(measure(args, batch_size, teacher_batch_norm)), flush=True)
