@@ -36,14 +36,12 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from step import TOWERS, configure, draw_batch, packed
+from step_shapes import make_shapes
 
 from zslflax.config import compute_dtype
 from zslflax.distributed import AXIS
-from zslflax.losses.contrastive import init_params
 from zslflax.models.build import build_two_tower
-from zslflax.training.optimizer import build_optimizer
 from zslflax.training.step import train_step
-from zslflax.training.train_state import create_train_state
 
 BANDWIDTH = 2.945e12  # bytes/s, `rates_jax` of benchmarks/step.py on an NVIDIA H100 80GB HBM3
 H100 = """
@@ -72,15 +70,7 @@ def compile_step(args, batch_size: int, teacher_batch_norm: str) -> Any:
     config, batch = configure(args), packed(draw_batch(args))
     config.model.image.remat = config.model.text.remat = args.remat
     model = build_two_tower(config.model, dtype=compute_dtype(config), axis_name=AXIS)
-    example = [x[:1] for name, x in draw_batch(args).items() if name != "valid"]
-    variables = jax.eval_shape(model.init, jax.random.key(0), *example)
-    objective_params = jax.eval_shape(functools.partial(init_params, config.objective))
-    variables = {
-        "params": {**variables["params"], "objective": objective_params},
-        "batch_stats": variables.get("batch_stats", {}),
-    }
-    tx = build_optimizer(config, variables["params"], config.steps)
-    state = jax.eval_shape(functools.partial(create_train_state, tx=tx, ema=True, frozen=()), variables)
+    state, _, tx = make_shapes(config, model, config.model.text.max_tokens)
     topology = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")
     mesh, everywhere, split = jax.sharding.Mesh(np.array(topology.devices), AXIS), PartitionSpec(), PartitionSpec(AXIS)
 

@@ -82,9 +82,10 @@ from zslflax.training.train_state import create_train_state
 TOKENS, ROW = 60, 128
 WARM_UP = 3  # steps
 TOWERS = {  # for an image of 224 pixels
-    "resnet50": {"macs": 4.09e9, "outputs": 11.1e6, "parameters": 23.5e6},
-    "vit_b16": {"macs": 16.9e9, "outputs": 16.5e6, "parameters": 85.8e6},
+    "resnet50": {"macs": 4.09e9, "outputs": 11.1e6, "parameters": 23.5e6, "optimizer": "sgd"},
+    "vit_b16": {"macs": 16.9e9, "outputs": 16.5e6, "parameters": 85.8e6, "optimizer": "adamw"},
 }
+OPTIMIZER_BYTES = {"sgd": 32, "adamw": 40}  # that an update of a parameter reads and writes
 OPTIONS = ("tower", "teacher_batch_norm", "image", "layers", "width", "dtype", "steps")
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|MemoryError|can't allocate memory|out of memory", re.IGNORECASE)
 
@@ -96,7 +97,7 @@ def configure(args):
     c.model.image.size, c.model.text.max_tokens = args.image, TOKENS
     c.model.text.scratch.update(layers=args.layers, width=args.width, heads=args.width // 64)
     c.model.image.name, c.teacher.batch_norm = args.tower, args.teacher_batch_norm
-    c.optimizer.name = "adamw" if args.tower == "vit_b16" else "sgd"
+    c.optimizer.name = TOWERS[args.tower]["optimizer"]
     return c
 
 
@@ -243,8 +244,7 @@ def floor(args, batch: int, rates: dict) -> dict:
     flops = 4 * 2 * (images * tower["macs"] + tokens * 12 * layers * w**2)
     outputs = images * tower["outputs"] + tokens * 9 * layers * w
     parameters = tower["parameters"] + 12 * layers * w**2 + 31_036 * w  # 30,522 words, 512 positions, 2 types
-    of_parameters = (40 if args.tower == "vit_b16" else 32) * parameters
-    moved = 7 * jnp.dtype(args.dtype).itemsize * outputs + of_parameters
+    moved = 7 * jnp.dtype(args.dtype).itemsize * outputs + OPTIMIZER_BYTES[tower["optimizer"]] * parameters
     return {"matrix_ms": 1e3 * flops / rates["matrix_rate"], "memory_ms": 1e3 * moved / rates["bandwidth"]}
 
 

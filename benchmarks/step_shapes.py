@@ -33,5 +33,5 @@ def make_shapes(config: ConfigDict, model, tokens: int):
     params = {**variables["params"], "objective": objective_params}
     tx = build_optimizer(config, params, config.steps)
     create = functools.partial(create_train_state, tx=tx, ema=True, frozen=())
-    state = jax.eval_shape(create, {"params": params, "batch_stats": variables["batch_stats"]})
+    state = jax.eval_shape(create, {"params": params, "batch_stats": variables.get("batch_stats", {})})
     return state, batch | {"valid": SHAPE((n,), jnp.bool_)}, tx
