@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.testing.networks import perturb
 from zslflax.models.batch_norm import BatchNorm, batch_norm, fold_batch_norms
 from zslflax.models.fastvit import FastViT
 from zslflax.models.fastvit import Variant as FastViTVariant
@@ -109,19 +110,11 @@ TOWERS = {  # a tower, and its normalisations that follow no convolution
 }
 
 
-def random_variables(tower, image):
-    """Variables with scales, biases and statistics that are not those of the start."""
-    variables = jax.jit(tower.init)(jax.random.key(0), image)
-    leaves, tree = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten([x + 0.3 * jax.random.uniform(key, x.shape) for x, key in zip(leaves, keys)])
-
-
 @pytest.mark.parametrize("name", TOWERS)
 def test_folded_variables_give_the_same_features_with_fewer_normalisations(name):
     tower, others = TOWERS[name]
     image = jax.random.normal(jax.random.key(2), (2, 32, 32, 3))
-    variables = random_variables(tower, image)
+    variables = perturb(jax.jit(tower.init)(jax.random.key(0), image))
     folded = fold_batch_norms(variables, getattr(tower, "epsilon", 1e-5))
     wanted, found = (jax.jit(tower.apply)(v, image) for v in (variables, folded))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())

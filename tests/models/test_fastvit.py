@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests.testing.networks import load_and_apply, random_images, randomise
+from tests.testing.networks import load_and_apply, perturb, random_images, randomise
+from zslflax.models.batch_norm import batch_norm
 from zslflax.models.build import image_tower
 from zslflax.models.fastvit import FASTVITS, Branches, FastViT, Variant
 from zslflax.models.import_weights.layouts import TIMM_FASTVIT, published_names
 from zslflax.models.import_weights.load import load_image_tower
-from zslflax.models.resnet import batch_norm
 
 WIDTHS = (16, 32, 32, 64)
 SMALL = {
@@ -123,10 +123,7 @@ def test_branches_are_one_convolution(require, depthwise, kernel, small, stride,
     norm = batch_norm(jnp.float32, None, train=False)
     branches = Branches(channels, kernel, norm, jnp.float32, stride, small, depthwise)
     x = np.random.default_rng(0).normal(size=(2, 16, 12, 8)).astype(np.float32)
-    variables = branches.init(jax.random.key(0), x)
-    leaves, tree = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    variables = tree.unflatten([y + 0.3 * jax.random.uniform(key, y.shape) for y, key in zip(leaves, keys)])
+    variables = perturb(branches.init(jax.random.key(0), x))
     params, stats = variables["params"], variables["batch_stats"]
 
     def fold(kernel_hwio, name):

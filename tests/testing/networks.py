@@ -26,6 +26,13 @@ def randomise(model: Any, vectors: float = 0.3) -> Any:
     return model.eval()
 
 
+def perturb(variables: Any) -> Any:
+    """Adds uniform noise of at most 0.3 to all variables of a tower, whose scales and statistics then all matter."""
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten([x + 0.3 * jax.random.uniform(key, x.shape) for x, key in zip(leaves, keys)])
+
+
 def random_images(b: int, height: int, width: int = 0, seed: int = 0) -> np.ndarray:
     """Normalised pixels fp32 [b, height, width or height, 3]."""
     return np.random.default_rng(seed).normal(size=(b, height, width or height, 3)).astype(np.float32)
